@@ -1,0 +1,13 @@
+"""The errors a caller can tell apart. Each carries one line: what is wrong, where, and the cure."""
+
+
+class BadModelFile(ValueError):
+    """A checkpoint, config or tokenizer file that is not a Gemma 2 this program can run exactly."""
+
+
+class ContextOverflow(ValueError):
+    """More positions were asked for than the context or the cache holds."""
+
+
+class NonFiniteError(RuntimeError):
+    """A NaN or an infinity where a finite number must be."""

@@ -1,0 +1,75 @@
+"""The mathematics of Gemma 2: pure functions, no state.
+
+Shapes, in every file: b batch, t query positions, s key positions, d model width, h query heads, g key/value heads,
+c head width, f feed-forward width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def widened(x: Tensor) -> Tensor:
+    """`x` in the dtype that norms, angles and softmax are computed in: float32, and float64 for float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last axis: [... d] -> [... 1]. Zhang & Sennrich 2019, arXiv:1910.07467."""
+    return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap): close to x when |x| is small, never beyond +-cap. Gemma 2 report, section 2."""
+    return torch.tanh(x / cap) * cap
+
+
+def rotation(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary embedding, both [b t c], for positions [b t] and head width c.
+
+    Angles are formed in float32 whatever `dtype` is (float64 stays float64) and rounded once, at the end. Pairs are
+    (i, i + c/2), so each angle stands twice. Su et al. 2021, arXiv:2104.09864.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    # On the CPU on purpose, also under `torch.device("meta")`: pow differs by an ulp between devices.
+    frequency = 1.0 / (theta ** (torch.arange(0, width, 2, dtype=wide, device="cpu") / width))  # [c/2]
+    angle = positions[..., None].to(wide) * frequency.to(positions.device)
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn every pair (i, i + c/2) of x [b t heads c] by its angle; cos and sin are [b t c]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, :, None] + torch.cat((-second, first), dim=-1) * sin[:, :, None]
+
+
+def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Which keys each query sees: [b 1 t s] bool, from positions [b t] and [b s].
+
+    A key is seen if it is real (position >= 0: padding and empty cache slots are negative), not later than the
+    query and, in a local layer, fewer than `window` positions back. This one predicate makes every mask.
+    """
+    back = queries[:, :, None] - keys[:, None, :]
+    seen = (back >= 0) & (keys >= 0)[:, None, :]
+    if window is not None:
+        seen = seen & (back < window)
+    return seen[:, None]
+
+
+def check_ids(tokens: Tensor, vocab_size: int) -> None:
+    """Refuse what is not a [b t] matrix of ids: an embedding would take some of it and answer nonsense.
+
+    Raises:
+        ValueError: wrong rank or dtype, an empty matrix, or an id outside [0, vocab_size), the first one named.
+    """
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"token ids must be int64 or int32, not {tokens.dtype}")
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        raise ValueError(f"token ids must be a non-empty matrix [batch, length], not of shape {list(tokens.shape)}")
+    wrong = (tokens < 0) | (tokens >= vocab_size)
+    if wrong.any():
+        row, column = wrong.nonzero()[0].tolist()
+        found = int(tokens[row, column])
+        raise ValueError(f"token id {found} at [{row}, {column}] is outside the vocabulary [0, {vocab_size})")
