@@ -1,0 +1,24 @@
+"""Gemma 2 in plain PyTorch: exact, readable, open at every place. Start with `gemma2.load()`."""
+
+from gemma2.cache import HybridCache
+from gemma2.config import Gemma2Config
+from gemma2.errors import BadModelFile, ContextOverflow, NonFiniteError
+from gemma2.generate import Gemma, Stats
+from gemma2.load import load
+from gemma2.model import Gemma2
+from gemma2.sampling import Sampling
+from gemma2.tokenizer import Tokenizer
+
+__all__ = [
+    "BadModelFile",
+    "ContextOverflow",
+    "Gemma",
+    "Gemma2",
+    "Gemma2Config",
+    "HybridCache",
+    "NonFiniteError",
+    "Sampling",
+    "Stats",
+    "Tokenizer",
+    "load",
+]

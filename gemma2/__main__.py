@@ -1,0 +1,7 @@
+"""`python -m gemma2` is the `gemma2` command."""
+
+import sys
+
+from gemma2.cli import main
+
+sys.exit(main())

@@ -1,0 +1,110 @@
+"""Google's own `.ckpt` (gemma_pytorch): fused q/k/v, an `embedder`, and perhaps int8 weights with row scales.
+
+A `.ckpt` is a pickle. It is read with `weights_only=True, mmap=True` and in no other way, so it can hold nothing but
+tensors and plain containers.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma2.checkpoints.weights import refuse_foreign
+from gemma2.config import PUBLISHED, Gemma2Config
+from gemma2.errors import BadModelFile
+
+REDUNDANT = ("freqs_cis", "local_freqs_cis", "global_freqs_cis")  # rotary tables, computed from the config
+SCALER = "_scaler"  # int8: weight * weight_scaler[:, None], one scale a row
+EMBEDDER, FUSED = "embedder.weight", "self_attn.qkv_proj.weight"
+
+
+class GoogleWeights:
+    """A `Weights` over a `.ckpt`. `config` says where q ends and k begins; without one the published sizes are tried."""
+
+    def __init__(self, path: Path, config: Gemma2Config | None = None) -> None:
+        self.where, self._path = str(path), path
+        self._state: dict[str, Tensor] | None = None
+        state = self._tensors()
+        self.config = config or _published(state, self.where)
+        c = self.config.head_dim
+        q, kv = self.config.num_attention_heads * c, self.config.num_key_value_heads * c
+        self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._place: dict[str, tuple[str, int]] = {}  # Hugging Face's name -> Google's name and first row
+        for name, tensor in state.items():
+            if name.endswith(SCALER) or name.split(".")[-1] in REDUNDANT:
+                continue
+            scale = self._scale(state, name, tensor)
+            dtype = tensor.dtype if scale is None else scale.dtype
+            if name.endswith(FUSED):
+                if tensor.shape[0] != q + 2 * kv:
+                    raise BadModelFile(f"{path}: {name} has {tensor.shape[0]} rows, the config needs {q} + 2 x {kv}")
+                for letter, first, rows in (("q", 0, q), ("k", q, kv), ("v", q + kv, kv)):
+                    self._add(name.replace("qkv_proj", f"{letter}_proj"), name, first, (rows, *tensor.shape[1:]), dtype)
+            else:
+                own = "model.embed_tokens.weight" if name == EMBEDDER else name
+                self._add(own, name, 0, tuple(tensor.shape), dtype)
+        stray = sorted(name for name in state if name.endswith(SCALER) and name.removesuffix(SCALER) not in state)
+        if stray:
+            raise BadModelFile(f"{path}: scales without weights: {', '.join(stray[:5])}")
+        self.release()
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        google, first = self._place[name]
+        state = self._tensors()
+        part = state[google][first + start : first + stop]
+        scale = self._scale(state, google, state[google])
+        if scale is None:
+            return part
+        return part.to(scale.dtype) * scale[first + start : first + stop, None]
+
+    def release(self) -> None:
+        self._state = None  # the mapping goes with its last tensor
+
+    def _add(self, own: str, google: str, first: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._place[own], self.tensors[own] = (google, first), (shape, dtype)
+
+    def _scale(self, state: Mapping[str, Tensor], name: str, tensor: Tensor) -> Tensor | None:
+        scale = state.get(name + SCALER)
+        if scale is None:
+            return None
+        if tensor.dtype != torch.int8 or scale.shape != tensor.shape[:1] or not scale.is_floating_point():
+            raise BadModelFile(
+                f"{self.where}: {name} ({tensor.dtype}, {list(tensor.shape)}) and its scales {list(scale.shape)} "
+                "are not int8 rows with one scale each"
+            )
+        return scale
+
+    def _tensors(self) -> dict[str, Tensor]:
+        if self._state is None:
+            self._state = _read(self._path)
+        return self._state
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    refuse_foreign(path)
+    try:
+        raw: Any = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except pickle.UnpicklingError:
+        raise BadModelFile(f"{path}: holds more than tensors, so it is not read: a pickle can run code") from None
+    except (RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
+        raise BadModelFile(f"{path}: not a PyTorch checkpoint ({str(error).splitlines()[0][:160]})") from None
+    state = raw.get("model_state_dict", raw) if isinstance(raw, dict) else None
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise BadModelFile(f"{path}: no model_state_dict of tensors in it")
+    return dict(state)
+
+
+def _published(state: Mapping[str, Tensor], where: str) -> Gemma2Config:
+    """The published size whose embedding and depth this file has: a `.ckpt` states no config of its own."""
+    embedding = state.get(EMBEDDER)
+    depth = sum(name.endswith(FUSED) for name in state)
+    for config in map(Gemma2Config.published, PUBLISHED):
+        size = (config.vocab_size, config.hidden_size)
+        if embedding is not None and tuple(embedding.shape) == size and depth == config.num_hidden_layers:
+            return config
+    raise BadModelFile(f"{where}: not the shape of a published Gemma 2, so put its config.json beside it")

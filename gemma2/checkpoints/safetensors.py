@@ -1,0 +1,106 @@
+"""Hugging Face checkpoints: one `.safetensors` file, or shards listed in `model.safetensors.index.json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gemma2.checkpoints.weights import refuse_foreign
+from gemma2.config import read_json
+from gemma2.errors import BadModelFile
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+REDUNDANT = ("rotary_emb.inv_freq",)  # computed from the config; some exporters store it
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "I8": torch.int8}
+
+
+class SafetensorsWeights:
+    """A `Weights` over one or more safetensors files. Headers are read at once, tensors when asked for."""
+
+    def __init__(self, files: list[Path], where: str) -> None:
+        self.where = where
+        self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._file: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}
+        for path in files:
+            handle = self._handle(path)
+            for name in handle.keys():  # noqa: SIM118  (safe_open is no mapping)
+                if name in self._file:
+                    raise BadModelFile(f"{path}: tensor {name} is also in {self._file[name].name}")
+                self._file[name] = path
+                if name.endswith(REDUNDANT):
+                    continue
+                part = handle.get_slice(name)
+                self.tensors[name] = (tuple(part.get_shape()), DTYPES.get(part.get_dtype(), torch.uint8))
+        self.release()
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        tensor: Tensor = self._handle(self._file[name]).get_slice(name)[start:stop]
+        return tensor
+
+    def release(self) -> None:
+        # Closing unmaps the file; pages that stay mapped would count as memory beside the weights.
+        self._open.clear()
+
+    def names_in(self, path: Path) -> set[str]:
+        return {name for name, file in self._file.items() if file == path}
+
+    def _handle(self, path: Path) -> Any:
+        if path not in self._open:
+            try:
+                self._open[path] = safe_open(path, framework="pt", device="cpu").__enter__()
+            except FileNotFoundError:
+                raise BadModelFile(f"{path}: no such file") from None
+            except (SafetensorError, TypeError, AttributeError, ValueError, OSError) as error:
+                refuse_foreign(path)
+                raise BadModelFile(f"{path}: not a whole safetensors file ({error})") from None
+        return self._open[path]
+
+
+def open_folder(folder: Path) -> SafetensorsWeights:
+    """The weights of a Hugging Face folder. Raises BadModelFile when there are none, or the index does not fit."""
+    if (folder / INDEX).is_file():
+        return _open_shards(folder)
+    if (folder / SINGLE).is_file():
+        return SafetensorsWeights([folder / SINGLE], str(folder / SINGLE))
+    others = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.gguf"))
+    seen = f"; it holds {', '.join(others[:3])}, which is not read here" if others else ""
+    raise BadModelFile(f"{folder}: neither {SINGLE} nor {INDEX}{seen}")
+
+
+def open_file(path: Path) -> SafetensorsWeights:
+    """The weights of one `.safetensors` file."""
+    return SafetensorsWeights([path], str(path))
+
+
+def shard_names(index: Any, where: str) -> list[str]:
+    """The files an index names, each a plain file name: an index is a stranger's, and must not reach elsewhere."""
+    mapping = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(mapping, dict) or not mapping or not all(isinstance(name, str) for name in mapping.values()):
+        raise BadModelFile(f"{where}: no weight_map from tensor names to file names")
+    names = sorted(set(mapping.values()))
+    for name in names:
+        plain = name == Path(name).name and "\\" not in name and ":" not in name and "\0" not in name
+        if not plain or not name.endswith(".safetensors"):
+            raise BadModelFile(f"{where}: shard {name!r} is not a plain .safetensors file name")
+    return names
+
+
+def _open_shards(folder: Path) -> SafetensorsWeights:
+    index = read_json(folder / INDEX)
+    names = shard_names(index, str(folder / INDEX))
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise BadModelFile(f"{folder}: {len(absent)} of {len(names)} shards missing: {', '.join(absent[:5])}")
+    weights = SafetensorsWeights([folder / name for name in names], str(folder))
+    for name in names:
+        listed = {tensor for tensor, file in index["weight_map"].items() if file == name}
+        differ = sorted(listed ^ weights.names_in(folder / name))
+        if differ:
+            raise BadModelFile(f"{folder / name}: index and shard disagree on {', '.join(differ[:5])}")
+    return weights

@@ -1,0 +1,140 @@
+"""What every checkpoint format gives, and the one way from a file into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gemma2.config import Gemma2Config
+from gemma2.errors import BadModelFile
+from gemma2.model import Gemma2
+
+CHUNK_BYTES = 32 * 2**20  # of the destination, copied at once: bounds what is in memory beside the final weights
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what a Gemma 2 checkpoint may store
+# float64 also holds what any of them stores, and is the dtype of truth; float16 must be forced, see `load`.
+TARGETS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class Weights(Protocol):
+    """An opened checkpoint. Tensors have Hugging Face's names and come a few rows at a time."""
+
+    where: str
+    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and stored dtype
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor's first axis; may be a view of the mapped file, valid until `release`."""
+
+    def release(self) -> None:
+        """Let go of the mapped pages read so far."""
+
+
+def build(
+    weights: Weights,
+    config: Gemma2Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    allow_nonfinite: bool = False,
+    progress: bool | None = None,
+) -> Gemma2:
+    """A model with every tensor of the checkpoint in its place, and nothing left over.
+
+    The model is built on the meta device; each tensor then goes once, in chunks, from the file to memory of its final
+    dtype on its final device, and is checked to be finite on the way.
+
+    Raises:
+        BadModelFile: missing, extra, misshapen or non-finite tensors, by name (the first five).
+    """
+    with torch.device("meta"):
+        model = Gemma2(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    check_names(weights, shapes)
+    total = sum(parameter.numel() * dtype.itemsize for parameter in model.parameters())
+    filled: dict[str, Tensor] = {}
+    bad: dict[str, int] = {}
+    with tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=_hidden(progress), leave=False) as bar:
+        for name, shape in shapes.items():
+            filled[name] = torch.empty(shape, dtype=dtype, device=device)
+            for start, stop in _chunks(shape, dtype):
+                place = filled[name][start:stop]
+                place.copy_(weights.rows(name, start, stop))
+                if not place.sum().isfinite():  # one pass; a sum of huge finite numbers is looked at again
+                    bad[name] = bad.get(name, 0) + int((~place.isfinite()).sum())
+                bar.update(place.nbytes)
+                weights.release()
+    bad = {name: count for name, count in bad.items() if count}
+    if bad and not allow_nonfinite:
+        named = ", ".join(f"{name} ({count:,})" for name, count in list(bad.items())[:5])
+        raise BadModelFile(
+            f"{weights.where}: {len(bad)} tensors hold NaN or infinity in {str(dtype).removeprefix('torch.')}: {named}"
+        )
+    _check_head(weights, shapes[EMBEDDING], dtype)
+    model.load_state_dict(filled, strict=True, assign=True)
+    return model.requires_grad_(True).eval()
+
+
+def check_names(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Every tensor asked for is there in its shape and a float dtype, and every tensor there is asked for."""
+    found = weights.tensors
+    problems = {
+        "missing": [name for name in shapes if name not in found],
+        "unknown": [name for name in found if name not in shapes and name != HEAD],
+        "misshapen": [
+            f"{name} {list(found[name][0])} instead of {list(shape)}"
+            for name, shape in ({HEAD: shapes[EMBEDDING]} | dict(shapes)).items()
+            if name in found and found[name][0] != shape
+        ],
+        "not floating point": [
+            f"{name} ({str(dtype).removeprefix('torch.')})" for name, (_, dtype) in found.items() if dtype not in FLOATS
+        ],
+    }
+    said = [
+        f"{len(names)} {kind}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+        for kind, names in problems.items()
+        if names
+    ]
+    if said:
+        raise BadModelFile(f"{weights.where}: tensors do not fit the config: {'; '.join(said)}")
+
+
+def refuse_foreign(path: Path) -> None:
+    """Say what a file is when it is not a checkpoint at all."""
+    if path.is_dir():
+        raise BadModelFile(f"{path}: a folder where a file was expected")
+    with path.open("rb") as file:
+        head = file.read(64)
+    known: dict[str, Callable[[bytes], bool]] = {
+        "an empty file": lambda h: not h,
+        "a Git LFS pointer, not the weights: run `git lfs pull`": lambda h: h.startswith(b"version https://git-lfs"),
+        "an HTML page, perhaps a saved error": lambda h: h.lstrip().lower().startswith((b"<!doctype", b"<html")),
+        "a GGUF file, which this version does not read": lambda h: h.startswith(b"GGUF"),
+    }
+    for what, holds in known.items():
+        if holds(head):
+            raise BadModelFile(f"{path}: {what}")
+
+
+def _check_head(weights: Weights, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """An `lm_head.weight` is redundant in Gemma 2: allowed only when it is the embedding, value for value."""
+    if HEAD not in weights.tensors:
+        return
+    for start, stop in _chunks(shape, dtype):
+        if not torch.equal(weights.rows(HEAD, start, stop), weights.rows(EMBEDDING, start, stop)):
+            raise BadModelFile(f"{weights.where}: lm_head.weight differs from the embedding; Gemma 2's head is tied")
+        weights.release()
+
+
+def _chunks(shape: tuple[int, ...], dtype: torch.dtype) -> list[tuple[int, int]]:
+    row = max(1, torch.Size(shape[1:]).numel() * dtype.itemsize)
+    step = max(1, CHUNK_BYTES // row)
+    return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+
+
+def _hidden(progress: bool | None) -> bool | None:
+    return None if progress is None else not progress  # tqdm: None hides the bar unless on a terminal

@@ -1,0 +1,136 @@
+"""One door: a name, a folder or a file in, a ready Gemma out."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from gemma2.checkpoints import google, safetensors
+from gemma2.checkpoints.weights import EMBEDDING, TARGETS, Weights, build
+from gemma2.config import Gemma2Config, read_json
+from gemma2.errors import BadModelFile
+from gemma2.generate import Gemma
+from gemma2.hub import download
+from gemma2.tokenizer import Tokenizer
+
+POCKET = Path(__file__).parent / "assets" / "pocket"
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+FLOAT16 = (
+    "float16 overflows in Gemma 2 (its residual stream passes 65,504, and infinities follow): "
+    "use bfloat16 or float32, or force it with force_float16=True (--force-float16)"
+)
+
+
+def load(
+    source: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    tokenizer: str | Path | Tokenizer | None = None,
+    revision: str | None = None,
+    force_float16: bool = False,
+    allow_nonfinite: bool = False,
+    progress: bool | None = None,
+) -> Gemma:
+    """Load a Gemma 2.
+
+    Args:
+        source: None for the pocket model inside this package; a Hugging Face folder; a `.safetensors` file or Google's
+            `.ckpt` (its `config.json` and `tokenizer.model` beside it); or a hub name such as `google/gemma-2-2b`.
+        device: default the best present: cuda, mps, cpu.
+        dtype: float32, bfloat16 or float64; default the dtype the checkpoint stores.
+        tokenizer: a `tokenizer.model` elsewhere, or a ready one.
+        revision: branch, tag or commit, for a hub name.
+        force_float16: run in float16 all the same.
+        allow_nonfinite: take weights with NaN or infinity in them.
+        progress: a bar while loading; None shows it on a terminal only.
+    Raises:
+        BadModelFile: anything that is not exactly a Gemma 2 this program runs; says what, where, and the cure.
+        ValueError: an argument that cannot be.
+    """
+    where = check_device(device)
+    wanted = check_dtype(dtype, force_float16)
+    path = _locate(source, revision)
+    folder = path if path.is_dir() else path.parent
+    config, weights = _open(path, folder)
+    words = _tokenizer(tokenizer, folder, config)
+    stored = Counter(dtype for _, dtype in weights.tensors.values())
+    own = weights.tensors[EMBEDDING][1] if EMBEDDING in weights.tensors else stored.most_common(1)[0][0]
+    final = wanted or own
+    if final == torch.float16 and not force_float16:
+        raise BadModelFile(f"{path}: {FLOAT16}")
+    model = build(weights, config, where, final, allow_nonfinite=allow_nonfinite, progress=progress)
+    return Gemma(model, words, _chat_tuned(folder, words))
+
+
+def check_device(device: str | torch.device | None) -> torch.device:
+    """The device to run on; None is the best present. Raises ValueError for one that is not there."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        found = torch.device(best if device is None else device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        raise ValueError(f"device {str(device)!r} is not available here ({str(error).splitlines()[0][:100]})") from None
+    return found
+
+
+def check_dtype(dtype: str | torch.dtype | None, force_float16: bool = False) -> torch.dtype | None:
+    """A dtype by name or itself. Raises ValueError for one Gemma 2 is not run in, float16 unless forced among them."""
+    if dtype is None:
+        return None
+    found = TARGETS.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"dtype {str(dtype)!r} is not one of {', '.join(TARGETS)}")
+    if found == torch.float16 and not force_float16:
+        raise ValueError(FLOAT16)
+    return found
+
+
+def _locate(source: str | Path | None, revision: str | None) -> Path:
+    if source is None:
+        return POCKET
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if isinstance(source, str) and REPOSITORY.fullmatch(source) and path.suffix not in (".safetensors", ".ckpt"):
+        return download(source, revision)
+    raise BadModelFile(f"{source}: no such file or folder, nor a hub name like google/gemma-2-2b")
+
+
+def _open(path: Path, folder: Path) -> tuple[Gemma2Config, Weights]:
+    stated = folder / "config.json"
+    config = Gemma2Config.from_file(stated) if stated.is_file() else None
+    if path.is_file() and path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        opened = google.GoogleWeights(path, config)
+        return opened.config, opened
+    if path.is_file() and path.suffix != ".safetensors":
+        raise BadModelFile(f"{path}: give a folder, a .safetensors file or Google's .ckpt, not a {path.suffix!r} file")
+    if config is None:
+        raise BadModelFile(f"{folder}: no config.json, and the shapes and scales of a model are never guessed")
+    return config, safetensors.open_folder(path) if path.is_dir() else safetensors.open_file(path)
+
+
+def _tokenizer(given: str | Path | Tokenizer | None, folder: Path, config: Gemma2Config) -> Tokenizer:
+    if isinstance(given, Tokenizer):
+        words = given
+    else:
+        path = folder / "tokenizer.model" if given is None else Path(given)
+        if not path.is_file():
+            raise BadModelFile(f"{path}: no such file; put the tokenizer.model there or name one with tokenizer=")
+        words = Tokenizer.from_file(path)
+    if len(words) != config.vocab_size:
+        raise BadModelFile(f"{words.where}: {len(words)} pieces, but the embedding has {config.vocab_size} rows")
+    return words
+
+
+def _chat_tuned(folder: Path, words: Tokenizer) -> bool | None:
+    """Google's -it checkpoints stop at <end_of_turn>; the pre-trained ones stop at <eos> alone."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    stated = read_json(path)
+    stops = stated.get("eos_token_id") if isinstance(stated, dict) else None
+    return words.special.get("end_of_turn") in (stops if isinstance(stops, list) else [stops])

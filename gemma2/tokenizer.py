@@ -1,0 +1,132 @@
+"""Text to ids and back: SentencePiece on Gemma's `tokenizer.model`, with the traps of special tokens closed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import sentencepiece
+
+from gemma2.errors import BadModelFile
+
+NAMES = ("pad", "eos", "bos", "unk")  # must be there, each at the id the model declares
+TURNS = ("start_of_turn", "end_of_turn")
+# Pieces that steer a model rather than say something. SentencePiece finds them in any text.
+CONTROL = re.compile(r"<mask>|<2mass>|\[@BOS@\]|<unused\d+>|<start_of_turn>|<end_of_turn>|\[toxicity=0\]")
+
+
+class Tokenizer:
+    """Gemma's tokenizer.
+
+    Attributes:
+        special: ids by name: pad, eos, bos, unk and, where the vocabulary has them, start_of_turn and end_of_turn.
+        where: the file it came from, for error messages.
+    Raises:
+        BadModelFile: not a SentencePiece model, or one without Gemma's special and byte pieces.
+    """
+
+    def __init__(self, proto: bytes, where: str = "tokenizer.model") -> None:
+        self.where = where
+        if not proto:
+            raise BadModelFile(f"{where}: empty file, expected a SentencePiece model")
+        if proto.startswith(b"version https://git-lfs"):
+            raise BadModelFile(f"{where}: a Git LFS pointer, not the file itself: run `git lfs pull`")
+        try:
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
+            names = [self._pieces.id_to_piece(i) for i in range(len(self))]
+        except (RuntimeError, UnicodeDecodeError, ValueError) as error:
+            raise BadModelFile(f"{where}: not a SentencePiece model ({_first_line(error)})") from None
+        ids = {name: i for i, name in enumerate(names)}
+        if len(ids) != len(names):
+            raise BadModelFile(f"{where}: {len(names) - len(ids)} pieces stand twice")
+        declared = {name: getattr(self._pieces, f"{name}_id")() for name in NAMES}
+        for name, declared_id in declared.items():
+            if ids.get(f"<{name}>") != declared_id:
+                raise BadModelFile(f"{where}: <{name}> must be id {declared_id}, found at {ids.get(f'<{name}>')}")
+        missing = [byte for byte in range(256) if not self._is_byte(ids.get(f"<0x{byte:02X}>"))]
+        if missing:
+            raise BadModelFile(f"{where}: no byte piece for {len(missing)} of 256 bytes, first <0x{missing[0]:02X}>")
+        turns = {name: ids[f"<{name}>"] for name in TURNS if f"<{name}>" in ids}
+        self.special: Mapping[str, int] = MappingProxyType(declared | turns)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Tokenizer:
+        """Read a `tokenizer.model`."""
+        return cls(Path(path).read_bytes(), where=str(path))
+
+    def __len__(self) -> int:
+        """Pieces in the vocabulary."""
+        return int(self._pieces.vocab_size())
+
+    def encode(self, text: str, *, bos: bool = True, special: bool = False) -> list[int]:
+        """The ids of `text`.
+
+        Args:
+            text: any Unicode text; the empty one gives the BOS alone.
+            bos: put the BOS in front, without which Gemma 2's predictions are worthless.
+            special: let `<start_of_turn>` and the like in the text become control tokens, as bare SentencePiece does.
+                By default they are spelled out as ordinary characters, so that user text cannot steer the model.
+        Raises:
+            ValueError: not a string, or one with a lone surrogate (text that was not UTF-8), with its place.
+        """
+        check_text(text)
+        runs = [text] if special else _break_control(text)
+        ids = [token for run in runs for token in self._pieces.encode(run)]
+        return [self.special["bos"], *ids] if bos else ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; pad, bos and eos have none, and bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            ValueError: an id that is not an integer of the vocabulary.
+        """
+        return str(self._pieces.decode(check_ids(ids, len(self))))
+
+    def pending_bytes(self, ids: list[int]) -> int:
+        """How many ids at the end spell an unfinished UTF-8 character (0 to 3): text to hold back while streaming."""
+        tail = b""
+        for i in reversed(ids[-3:]):
+            if not self._is_byte(i):
+                break
+            tail = bytes([int(self._pieces.id_to_piece(i)[3:5], 16)]) + tail
+        for n in range(1, len(tail) + 1):
+            first = tail[-n]
+            if first >= 0xC0:  # a lead byte: is what follows it too short?
+                return n if n < (2 if first < 0xE0 else 3 if first < 0xF0 else 4) else 0
+            if first < 0x80:
+                break
+        return 0
+
+    def _is_byte(self, i: int | None) -> bool:
+        return i is not None and bool(self._pieces.is_byte(i))
+
+
+def check_text(text: str) -> None:
+    """Raises ValueError unless `text` is a string that UTF-8 can hold."""
+    if not isinstance(text, str):
+        raise ValueError(f"text must be a string, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text is not valid UTF-8: lone surrogate at character {error.start}") from None
+
+
+def check_ids(ids: Iterable[int], size: int) -> list[int]:
+    """`ids` as a list. Raises ValueError for anything but integers in [0, size)."""
+    given = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    for place, token in enumerate(given):
+        if type(token) is not int or not 0 <= token < size:
+            raise ValueError(f"token id {token!r} at {place} is not an integer in [0, {size})")
+    return given
+
+
+def _break_control(text: str) -> list[str]:
+    """Cut `text` after the first character of every control spelling, so that none is ever seen whole."""
+    cuts = [0, *(match.start() + 1 for match in CONTROL.finditer(text)), len(text)]
+    return [text[a:b] for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
