@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from gemma2.errors import BadModelFile
 LOCAL, GLOBAL = "sliding_attention", "full_attention"  # the values of Hugging Face's `layer_types`
 PUBLISHED = ("gemma-2-2b", "gemma-2-9b", "gemma-2-27b")
 ACTIVATION = "gelu_pytorch_tanh"
+# Far above any Gemma 2: a config beyond them is a mistake, or made to exhaust memory before weights are looked at.
+MOST_LAYERS, MOST_PARAMETERS = 1024, 10**13
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class Gemma2Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and not (type(value) is int and value >= 1):
-                raise BadModelFile(f"config: {field.name} must be a positive integer, not {value!r}")
-            if field.type == "float" and not (_is_number(value) and 0 < value < math.inf):
-                raise BadModelFile(f"config: {field.name} must be a positive finite number, not {value!r}")
+            if field.type == "int" and not (type(value) is int and 1 <= value < 2**31):  # positions are int32
+                raise BadModelFile(f"config: {field.name} must be a positive integer below 2^31, not {value!r}")
+            if field.type == "float" and not (_is_number(value) and 2**-126 <= value < 2**128):
+                raise BadModelFile(f"config: {field.name} must be a positive finite float32, not {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise BadModelFile(
                 f"config: num_key_value_heads {self.num_key_value_heads} does not divide "
@@ -57,7 +58,13 @@ class Gemma2Config:
             raise BadModelFile(f"config: head_dim must be even for rotary pairs, not {self.head_dim}")
         if self.rms_norm_eps > 0.1:
             raise BadModelFile(f"config: rms_norm_eps must be at most 0.1, not {self.rms_norm_eps!r}")
-        if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - {LOCAL, GLOBAL}:
+        if self.num_hidden_layers > MOST_LAYERS or self.parameter_count > MOST_PARAMETERS:
+            raise BadModelFile(
+                f"config: {self.num_hidden_layers:,} layers of {self.parameter_count:,} parameters are too many: "
+                f"at most {MOST_LAYERS:,} and {MOST_PARAMETERS:,} are taken"
+            )
+        known = isinstance(self.layer_types, tuple) and all(kind in (LOCAL, GLOBAL) for kind in self.layer_types)
+        if not known or len(self.layer_types) != self.num_hidden_layers:
             raise BadModelFile(
                 f"config: layer_types must name {self.num_hidden_layers} layers, each {LOCAL!r} or {GLOBAL!r}"
             )
@@ -98,10 +105,11 @@ class Gemma2Config:
         n = values["num_hidden_layers"]
         if values.get("layer_types") is None:
             # Hugging Face's documented default: even layers are local, so layer 0 is local and the last is global.
-            values["layer_types"] = [LOCAL if i % 2 == 0 else GLOBAL for i in range(n if type(n) is int else 0)]
+            n = n if type(n) is int and n <= MOST_LAYERS else 0  # refused below, by name
+            values["layer_types"] = [LOCAL if i % 2 == 0 else GLOBAL for i in range(n)]
         if not isinstance(values["layer_types"], list | tuple):
             raise BadModelFile(f"{where}: layer_types must be a list, not {values['layer_types']!r}")
-        values["layer_types"] = tuple(map(str, values["layer_types"]))
+        values["layer_types"] = tuple(values["layer_types"])
         try:
             return cls(**{name: values[name] for name in fields})
         except BadModelFile as error:
@@ -136,7 +144,7 @@ def read_json(path: str | Path) -> Any:
     """A JSON file's content. Raises BadModelFile naming the file when it is not UTF-8 JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of 5,000 digits
         raise BadModelFile(f"{path}: not valid JSON ({error})") from None
 
 
@@ -158,7 +166,7 @@ def _flatten_rope(values: dict[str, Any], where: str) -> None:
 
 def _refuse_other_arithmetic(values: Mapping[str, Any], where: str) -> None:
     """Settings under which the file would mean another computation than the one in `model.py`."""
-    named = {values[key] for key in ("hidden_activation", "hidden_act") if isinstance(values.get(key), str)}
+    named = {str(values[key]) for key in ("hidden_activation", "hidden_act") if values.get(key) is not None}
     if named != {ACTIVATION}:
         found = ", ".join(sorted(named)) or "none"
         raise BadModelFile(f"{where}: activation must be {ACTIVATION}, found {found}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -57,13 +56,13 @@ def load(
     folder = path if path.is_dir() else path.parent
     config, weights = _open(path, folder)
     words = _tokenizer(tokenizer, folder, config)
-    stored = Counter(dtype for _, dtype in weights.tensors.values())
-    own = weights.tensors[EMBEDDING][1] if EMBEDDING in weights.tensors else stored.most_common(1)[0][0]
-    final = wanted or own
+    chat_tuned = _chat_tuned(folder, words)
+    # Without an embedding the file is refused below, whatever the dtype.
+    final = wanted or (weights.tensors[EMBEDDING][1] if EMBEDDING in weights.tensors else torch.float32)
     if final == torch.float16 and not force_float16:
         raise BadModelFile(f"{path}: {FLOAT16}")
     model = build(weights, config, where, final, allow_nonfinite=allow_nonfinite, progress=progress)
-    return Gemma(model, words, _chat_tuned(folder, words))
+    return Gemma(model, words, chat_tuned)
 
 
 def check_device(device: str | torch.device | None) -> torch.device:
@@ -72,8 +71,11 @@ def check_device(device: str | torch.device | None) -> torch.device:
     try:
         found = torch.device(best if device is None else device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        raise ValueError(f"device {str(device)!r} is not available here ({str(error).splitlines()[0][:100]})") from None
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise ValueError(f"device {str(device)!r} is not available here ({reason})") from None
+    if found.type == "meta":
+        raise ValueError("device 'meta' holds no values, so nothing can be loaded there")
     return found
 
 
@@ -93,8 +95,10 @@ def _locate(source: str | Path | None, revision: str | None) -> Path:
     if source is None:
         return POCKET
     path = Path(source).expanduser()
-    if path.exists():
+    if path.is_file() or path.is_dir():
         return path
+    if path.exists():
+        raise BadModelFile(f"{source}: neither a file nor a folder")
     if isinstance(source, str) and REPOSITORY.fullmatch(source) and path.suffix not in (".safetensors", ".ckpt"):
         return download(source, revision)
     raise BadModelFile(f"{source}: no such file or folder, nor a hub name like google/gemma-2-2b")
@@ -103,7 +107,7 @@ def _locate(source: str | Path | None, revision: str | None) -> Path:
 def _open(path: Path, folder: Path) -> tuple[Gemma2Config, Weights]:
     stated = folder / "config.json"
     config = Gemma2Config.from_file(stated) if stated.is_file() else None
-    if path.is_file() and path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+    if path.is_file() and path.suffix == ".ckpt":
         opened = google.GoogleWeights(path, config)
         return opened.config, opened
     if path.is_file() and path.suffix != ".safetensors":
@@ -133,4 +137,5 @@ def _chat_tuned(folder: Path, words: Tokenizer) -> bool | None:
         return None
     stated = read_json(path)
     stops = stated.get("eos_token_id") if isinstance(stated, dict) else None
-    return words.special.get("end_of_turn") in (stops if isinstance(stops, list) else [stops])
+    end = words.special.get("end_of_turn")
+    return end is not None and end in (stops if isinstance(stops, list) else [stops])

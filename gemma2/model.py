@@ -40,7 +40,7 @@ class ScaledEmbedding(nn.Module):
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
         self.scale = config.hidden_size**0.5
-        self.weight = nn.Parameter(torch.randn(config.vocab_size, config.hidden_size) / self.scale)
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size).normal_(std=1 / self.scale))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.weight) * torch.tensor(self.scale, dtype=self.weight.dtype)

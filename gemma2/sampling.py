@@ -17,12 +17,12 @@ class Sampling:
     """How a next id is chosen. The defaults are greedy decoding.
 
     Attributes:
-        temperature: logits are divided by it; 0 is greedy.
+        temperature: logits are divided by it; below 1e-6, so also 0, is greedy; at most 1e30.
         top_k: keep the k most likely ids; 0 keeps all.
         top_p: keep the most likely ids until their probability reaches this, in (0, 1].
         min_p: keep ids at least this fraction as likely as the likeliest, in [0, 1].
-        repetition_penalty: positive logits of ids already seen are divided by it, negative ones multiplied.
-            Keskar et al. 2019, arXiv:1909.05858.
+        repetition_penalty: positive logits of ids already seen are divided by it, negative ones multiplied;
+            in [1e-30, 1e30]. Keskar et al. 2019, arXiv:1909.05858.
     Raises:
         ValueError: a value out of its range, NaN, or of another type.
     """
@@ -35,10 +35,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         # Written so that NaN fails: every comparison with it is false.
-        checked_number("temperature", self.temperature, "at least 0 and finite", lambda x: 0 <= x < math.inf)
+        checked_number("temperature", self.temperature, "in [0, 1e30]", lambda x: 0 <= x <= 1e30)
         checked_number("top_p", self.top_p, "in (0, 1]", lambda x: 0 < x <= 1)
         checked_number("min_p", self.min_p, "in [0, 1]", lambda x: 0 <= x <= 1)
-        checked_number("repetition_penalty", self.repetition_penalty, "positive and finite", lambda x: 0 < x < math.inf)
+        # A logit of 30 times or over it, and then over the least temperature, stays finite in float32.
+        checked_number("repetition_penalty", self.repetition_penalty, "in [1e-30, 1e30]", lambda x: 1e-30 <= x <= 1e30)
         checked_count("top_k", self.top_k)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -36,15 +37,19 @@ class Tokenizer:
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
             names = [self._pieces.id_to_piece(i) for i in range(len(self))]
+            scores = self._pieces.get_score(list(range(len(self))))
         except (RuntimeError, UnicodeDecodeError, ValueError) as error:
             raise BadModelFile(f"{where}: not a SentencePiece model ({_first_line(error)})") from None
         ids = {name: i for i, name in enumerate(names)}
         if len(ids) != len(names):
             raise BadModelFile(f"{where}: {len(names) - len(ids)} pieces stand twice")
+        if not all(map(math.isfinite, scores)):
+            raise BadModelFile(f"{where}: scores that are NaN or infinite, so which pieces a text has is undefined")
         declared = {name: getattr(self._pieces, f"{name}_id")() for name in NAMES}
         for name, declared_id in declared.items():
             if ids.get(f"<{name}>") != declared_id:
-                raise BadModelFile(f"{where}: <{name}> must be id {declared_id}, found at {ids.get(f'<{name}>')}")
+                found, stated = (i if i in range(len(self)) else "nowhere" for i in (ids.get(f"<{name}>"), declared_id))
+                raise BadModelFile(f"{where}: <{name}> stands at {found}, but the model declares it at {stated}")
         missing = [byte for byte in range(256) if not self._is_byte(ids.get(f"<0x{byte:02X}>"))]
         if missing:
             raise BadModelFile(f"{where}: no byte piece for {len(missing)} of 256 bytes, first <0x{missing[0]:02X}>")
@@ -115,7 +120,10 @@ def check_text(text: str) -> None:
 
 def check_ids(ids: Iterable[int], size: int) -> list[int]:
     """`ids` as a list. Raises ValueError for anything but integers in [0, size)."""
-    given = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    given = ids.tolist() if hasattr(ids, "tolist") else ids
+    if not isinstance(given, Iterable):
+        raise ValueError(f"token ids must be a sequence of integers, not {ids!r}")
+    given = list(given)
     for place, token in enumerate(given):
         if type(token) is not int or not 0 <= token < size:
             raise ValueError(f"token id {token!r} at {place} is not an integer in [0, {size})")

@@ -50,7 +50,8 @@ def tiny(size: str = "27b", seed: int = 0, **changes: Any) -> gemma2.Gemma2:
     model = gemma2.Gemma2(gemma2.Gemma2Config.from_dict(raw_config(size, **changes))).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        std = 0.3 if "norm" in name else 1.0 if "embed" in name else 3 * parameter.shape[-1] ** -0.5
+        gain = 4 if name.endswith(("q_proj.weight", "k_proj.weight")) else 3
+        std = 0.3 if "norm" in name else 1.0 if "embed" in name else gain * parameter.shape[-1] ** -0.5
         torch.nn.init.normal_(parameter, std=std, generator=generator)
     return model
 

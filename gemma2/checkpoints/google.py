@@ -41,8 +41,10 @@ class GoogleWeights:
             scale = self._scale(state, name, tensor)
             dtype = tensor.dtype if scale is None else scale.dtype
             if name.endswith(FUSED):
-                if tensor.shape[0] != q + 2 * kv:
-                    raise BadModelFile(f"{path}: {name} has {tensor.shape[0]} rows, the config needs {q} + 2 x {kv}")
+                if tensor.ndim != 2 or tensor.shape[0] != q + 2 * kv:
+                    raise BadModelFile(
+                        f"{path}: {name} is {list(tensor.shape)}, the config needs {q} + 2 x {kv} rows in a matrix"
+                    )
                 for letter, first, rows in (("q", 0, q), ("k", q, kv), ("v", q + kv, kv)):
                     self._add(name.replace("qkv_proj", f"{letter}_proj"), name, first, (rows, *tensor.shape[1:]), dtype)
             else:
@@ -66,6 +68,8 @@ class GoogleWeights:
         self._state = None  # the mapping goes with its last tensor
 
     def _add(self, own: str, google: str, first: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        if own in self._place:
+            raise BadModelFile(f"{self.where}: {self._place[own][0]} and {google} are the same tensor")
         self._place[own], self.tensors[own] = (google, first), (shape, dtype)
 
     def _scale(self, state: Mapping[str, Tensor], name: str, tensor: Tensor) -> Tensor | None:
@@ -91,12 +95,21 @@ def _read(path: Path) -> dict[str, Tensor]:
         raw: Any = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except pickle.UnpicklingError:
         raise BadModelFile(f"{path}: holds more than tensors, so it is not read: a pickle can run code") from None
-    except (RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
-        raise BadModelFile(f"{path}: not a PyTorch checkpoint ({str(error).splitlines()[0][:160]})") from None
+    except Exception as error:  # a damaged pickle fails in any way: IndexError, struct.error, AssertionError ...
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise BadModelFile(f"{path}: not a PyTorch checkpoint ({reason})") from None
     state = raw.get("model_state_dict", raw) if isinstance(raw, dict) else None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise BadModelFile(f"{path}: no model_state_dict of tensors in it")
+    odd = [repr(name) for name, tensor in state.items() if not isinstance(name, str) or not _is_plain(tensor)]
+    if odd:
+        raise BadModelFile(f"{path}: {len(odd)} tensors without a name or without plain values: {', '.join(odd[:5])}")
     return dict(state)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its values lie in memory one by one: not sparse, quantized by PyTorch, or absent (meta)."""
+    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
 
 
 def _published(state: Mapping[str, Tensor], where: str) -> Gemma2Config:

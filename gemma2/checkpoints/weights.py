@@ -8,17 +8,27 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
 from gemma2.model import Gemma2
 
-CHUNK_BYTES = 32 * 2**20  # of the destination, copied at once: bounds what is in memory beside the final weights
+CHUNK_BYTES = 8 * 2**20  # of the destination, copied at once: bounds what is in memory beside the final weights
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what a Gemma 2 checkpoint may store
 # float64 also holds what any of them stores, and is the dtype of truth; float16 must be forced, see `load`.
 TARGETS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Random initial values are skipped: on the meta device they would be nothing, at 80 MB and a second of imports."""
+
+    def __torch_function__(  # type: ignore[no-untyped-def]
+        self, func, types, args=(), kwargs=None
+    ):
+        return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **(kwargs or {}))
 
 
 class Weights(Protocol):
@@ -51,7 +61,7 @@ def build(
     Raises:
         BadModelFile: missing, extra, misshapen or non-finite tensors, by name (the first five).
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():
         model = Gemma2(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     check_names(weights, shapes)
@@ -90,7 +100,7 @@ def check_names(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None
             for name, shape in ({HEAD: shapes[EMBEDDING]} | dict(shapes)).items()
             if name in found and found[name][0] != shape
         ],
-        "not floating point": [
+        "not float32, bfloat16 or float16": [
             f"{name} ({str(dtype).removeprefix('torch.')})" for name, (_, dtype) in found.items() if dtype not in FLOATS
         ],
     }

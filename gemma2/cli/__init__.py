@@ -15,6 +15,7 @@ from gemma2.cli import chat, generate
 from gemma2.errors import BadModelFile, ContextOverflow, NonFiniteError
 
 ARGUMENTS, FAILED, INTERRUPTED = 2, 1, 130
+LONGEST = 2000  # characters of an error; a file's name for a tensor may be any length
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,6 +27,9 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for arguments, 1 for files and failed runs, 130 for Ctrl-C."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: nothing to read, and nobody reads
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
@@ -41,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print()  # what was written so far stays, on a line of its own
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains on its way out
+        _drop_stdout()
         return 128 + signal.SIGPIPE
 
 
@@ -56,16 +60,27 @@ def _run(args: argparse.Namespace) -> int:
         return _failed(args, error, FAILED)
     except (ValueError, TypeError) as error:
         return _failed(args, error, ARGUMENTS)
+    except Exception as error:  # a fault of this program, or no memory: one line all the same
+        return _failed(args, error, FAILED, f"{type(error).__name__}: {error} (--debug shows where)")
 
 
-def _failed(args: argparse.Namespace, error: Exception, code: int) -> int:
+def _failed(args: argparse.Namespace, error: Exception, code: int, message: str = "") -> int:
     if args.debug:
         raise error
-    return _complain(str(error) or type(error).__name__, code)
+    return _complain(message or str(error) or type(error).__name__, code)
 
 
 def _complain(message: str, code: int) -> int:
-    sys.stdout.flush()
-    line = " ".join(message.split())
-    print(f"gemma2: error: {line}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk, a closed pipe: perhaps the error itself
+        _drop_stdout()
+    line = " ".join(message.split())  # names from a file may hold anything, also what steers a terminal
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(f"gemma2: error: {line[:LONGEST]}", file=sys.stderr)
     return code
+
+
+def _drop_stdout() -> None:
+    """Send what is still buffered nowhere, else the interpreter complains on its way out."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

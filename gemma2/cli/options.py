@@ -13,6 +13,7 @@ import torch
 from gemma2.generate import MAX_NEW_TOKENS, Gemma, Stats
 from gemma2.load import check_device, check_dtype, load
 from gemma2.sampling import Sampling, checked_count
+from gemma2.tokenizer import check_text
 
 
 def add_options(parser: argparse.ArgumentParser, new_tokens: int = MAX_NEW_TOKENS) -> None:
@@ -43,8 +44,10 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     checked_count("max_new_tokens", args.max_new_tokens)
     if args.seed is not None:
         checked_count("seed", args.seed)
-    if "" in args.stop:
-        raise ValueError("a stop string must not be empty")
+    for text in args.stop:
+        check_text(text)
+        if not text:
+            raise ValueError("a stop string must not be empty")
     return {**chosen, "max_new_tokens": args.max_new_tokens, "seed": args.seed, "stop": args.stop}
 
 

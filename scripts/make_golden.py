@@ -1,0 +1,160 @@
+"""Make tests/golden anew: a small random Gemma 2 and what its peers compute with it.
+
+    python scripts/make_golden.py [--gemma-pytorch FOLDER]
+
+Writes `model.safetensors` and `config.json` (shaped like 27B: the query scale is not the head width, the width not
+heads times head width), `transformers.safetensors` (transformers, eager, float32: the residual stream after each block,
+the final norm, all logits) and, when the source folder of google/gemma_pytorch is named, `gemma_pytorch.safetensors`
+(the same sites, last logits), all on `ids` stored beside them. Each file's metadata says what made it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gemma2 import Gemma2, Gemma2Config
+
+GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
+RAW = {
+    "architectures": ["Gemma2ForCausalLM"],
+    "model_type": "gemma2",
+    "vocab_size": 256,
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 8,
+    "max_position_embeddings": 64,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+LENGTH = 40  # five windows
+
+
+def make_model() -> Gemma2:
+    """Random weights of bfloat16 precision, large enough that both caps saturate."""
+    model, generator = Gemma2(Gemma2Config.from_dict(RAW)), torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        gain = 8 if name.endswith(("q_proj.weight", "k_proj.weight")) else 3
+        std = 0.3 if "norm" in name else 1.0 if "embed" in name else gain * parameter.shape[-1] ** -0.5
+        nn.init.normal_(parameter, std=std, generator=generator)
+    return model.bfloat16().float().eval()
+
+
+def watch(places: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """A dict that a forward pass fills with each module's output, without the batch axis."""
+    seen: dict[str, Tensor] = {}
+    for name, module in places.items():
+        module.register_forward_hook(
+            lambda m, inputs, output, name=name: seen.__setitem__(
+                name, (output[0] if isinstance(output, tuple) else output)[0].clone()
+            )
+        )
+    return seen
+
+
+def run_transformers(model: Gemma2, ids: Tensor) -> tuple[dict[str, Tensor], str]:
+    import transformers
+
+    named: dict[str, Any] = {key: value for key, value in RAW.items() if key not in ("model_type", "architectures")}
+    config = transformers.Gemma2Config(**named, attn_implementation="eager", attention_dropout=0.0)
+    peer = transformers.Gemma2ForCausalLM._from_config(config, dtype=torch.float32).eval()
+    state = dict(model.state_dict())
+    peer.load_state_dict({**state, "lm_head.weight": state["model.embed_tokens.weight"]})
+    blocks = {f"blocks.{i}.hook_resid_post": layer for i, layer in enumerate(peer.model.layers)}
+    seen = watch({"hook_embed": peer.model.embed_tokens, **blocks, "ln_final": peer.model.norm})
+    logits = peer(ids[None], use_cache=False).logits[0]
+    return {**seen, "logits": logits}, f"transformers {transformers.__version__}, eager, float32, CPU"
+
+
+def run_google(model: Gemma2, ids: Tensor, source: Path) -> tuple[dict[str, Tensor], str]:
+    """google/gemma_pytorch's own modules, fed as its generate() feeds them."""
+    sys.path.insert(0, str(source))
+    from gemma import config as google_config  # type: ignore[import-not-found]
+    from gemma import model as google_model
+
+    kind = google_config.AttentionType
+    config = google_config.GemmaConfig(
+        architecture=google_config.Architecture.GEMMA_2,
+        vocab_size=RAW["vocab_size"],
+        max_position_embeddings=RAW["max_position_embeddings"],
+        num_hidden_layers=RAW["num_hidden_layers"],
+        num_attention_heads=RAW["num_attention_heads"],
+        num_key_value_heads=RAW["num_key_value_heads"],
+        hidden_size=RAW["hidden_size"],
+        intermediate_size=RAW["intermediate_size"],
+        head_dim=RAW["head_dim"],
+        dtype="float32",
+        attn_types=[kind.LOCAL_SLIDING, kind.GLOBAL],
+        sliding_window_size=RAW["sliding_window"],
+        final_logit_softcapping=RAW["final_logit_softcapping"],
+        attn_logit_softcapping=RAW["attn_logit_softcapping"],
+        query_pre_attn_scalar=RAW["query_pre_attn_scalar"],
+        use_pre_ffw_norm=True,
+        use_post_ffw_norm=True,
+    )
+    state = dict(model.model.state_dict())
+    for i in range(config.num_hidden_layers):
+        stem = f"layers.{i}.self_attn."
+        fused = [state.pop(f"{stem}{letter}_proj.weight") for letter in "qkv"]
+        state[f"{stem}qkv_proj.weight"] = torch.cat(fused)
+    embedding = state.pop("embed_tokens.weight")
+    peer = google_model.GemmaModel(config).eval()
+    peer.load_state_dict(state)
+
+    t = len(ids)
+    floor = -2.3819763e38
+    mask = torch.triu(torch.full((1, 1, t, t), floor), diagonal=1)
+    local = mask + torch.tril(torch.full((1, 1, t, t), floor), diagonal=-config.sliding_window_size)
+    table = google_model.precompute_freqs_cis(config.head_dim, 2 * config.max_position_embeddings)[:t]
+    empty = (1, t, config.num_key_value_heads, config.head_dim)
+    caches = [(torch.zeros(empty), torch.zeros(empty)) for _ in range(config.num_hidden_layers)]
+    blocks = {f"blocks.{i}.hook_resid_post": layer for i, layer in enumerate(peer.layers)}
+    seen = watch({**blocks, "ln_final": peer.norm})
+    x = embedding[ids][None] * torch.tensor(config.hidden_size**0.5)
+    hidden = peer(x, {kind.LOCAL_SLIDING: table, kind.GLOBAL: table}, torch.arange(t), caches, mask, local)
+    sampler = google_model.Sampler(config.vocab_size, config)
+    _, last = sampler(embedding, hidden, torch.tensor([t - 1]), None, None, None)
+    seen = {"hook_embed": x[0], **seen, "logits_last": last[0]}
+    return seen, "google/gemma_pytorch, GemmaModel and Sampler, float32, CPU"
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gemma-pytorch", type=Path, metavar="FOLDER", help="a checkout of google/gemma_pytorch")
+    args = parser.parse_args()
+    GOLDEN.mkdir(exist_ok=True)
+    model = make_model()
+    ids = torch.randint(RAW["vocab_size"], (LENGTH,), generator=torch.Generator().manual_seed(3))
+    (GOLDEN / "config.json").write_text(json.dumps(RAW, indent=2) + "\n")
+    made = {"made_by": "scripts/make_golden.py, seed 2", "format": "pt"}
+    tensors = {name: tensor.bfloat16().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, GOLDEN / "model.safetensors", metadata=made)
+    runs = {"transformers": run_transformers(model, ids)}
+    if args.gemma_pytorch:
+        runs["gemma_pytorch"] = run_google(model, ids, args.gemma_pytorch)
+    for name, (seen, peer) in runs.items():
+        trace = {site: tensor.contiguous() for site, tensor in seen.items()} | {"ids": ids}
+        save_file(trace, GOLDEN / f"{name}.safetensors", metadata={**made, "peer": peer, "torch": torch.__version__})
+        print(f"{name}: {peer}, {len(trace)} tensors")
+    size = sum(path.stat().st_size for path in GOLDEN.iterdir())
+    print(f"{GOLDEN}: {size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The hybrid cache gives the no-cache result, whatever the order in which tokens come, and refuses what it cannot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gemma2 import ContextOverflow, Gemma2, Gemma2Config, HybridCache
+from tests.conftest import ids, tiny
+
+WINDOW = 16
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # float32: of the largest logit; the order of sums differs
+
+
+@torch.no_grad()
+def fed(model: Gemma2, tokens: torch.Tensor, sizes: list[int], cache: HybridCache) -> torch.Tensor:
+    parts = tokens.split(sizes, dim=1)
+    return torch.cat([model(part, cache=cache) for part in parts], dim=1)
+
+
+def cache_for(model: Gemma2, batch: int, capacity: int) -> HybridCache:
+    return HybridCache(model.config, batch, capacity, dtype=model.model.norm.weight.dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float64", "float32"])
+@pytest.mark.parametrize("chunk", [1, 7, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW, 100])
+@torch.no_grad()
+def test_chunked_prefill_of_any_size_gives_the_uncached_logits(chunk: int, dtype: torch.dtype) -> None:
+    model, tokens = tiny("27b").to(dtype), ids(2, 100)
+    whole = model(tokens)
+    sizes = [chunk] * (100 // chunk) + ([100 % chunk] if 100 % chunk else [])
+    parts = fed(model, tokens, sizes, cache_for(model, 2, 100))
+    assert (parts - whole).abs().max() <= TOLERANCE[dtype] * whole.abs().max()
+
+
+@pytest.mark.parametrize("length", [WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW - 1, 2 * WINDOW, 2 * WINDOW + 1])
+@torch.no_grad()
+def test_decoding_and_then_continuing_with_a_chunk_at_every_phase_of_the_ring(length: int) -> None:
+    model, tokens = tiny("2b").double(), ids(1, length + 30)
+    parts = fed(model, tokens, [length, *[1] * 5, 20, *[1] * 5], cache_for(model, 1, length + 30))
+    assert (parts - model(tokens)).abs().max() <= 1e-10
+
+
+@torch.no_grad()
+def test_ragged_rows_padded_on_the_left_equal_their_solo_runs() -> None:
+    model = tiny("9b").double()
+    lengths, width = (5, 40, 23), 40
+    tokens, pads = ids(3, width), torch.tensor([[width - n] for n in lengths])
+    positions = torch.arange(width) - pads
+    cache = cache_for(model, 3, width + 4)
+    out = torch.cat([model(tokens[:, s], positions[:, s], cache) for s in (slice(0, 17), slice(17, width))], dim=1)
+    more, after = ids(3, 4, seed=9), []
+    for step in range(4):
+        after.append(model(more[:, step : step + 1], width + step - pads, cache))
+    for row, n in enumerate(lengths):
+        solo = model(torch.cat((tokens[row, width - n :], more[row]))[None])[0]
+        batched = torch.cat((out[row, width - n :], torch.cat(after, dim=1)[row]))
+        assert torch.isfinite(out).all()
+        assert (batched - solo).abs().max() <= 1e-10
+
+
+@torch.no_grad()
+def test_four_thousand_steps_around_the_ring_stay_as_exact_as_the_first() -> None:
+    """250 wraps of a window of 16. Feed the tokens one by one and compare with one pass over all of them."""
+    length = 4100
+    model = tiny("2b", num_hidden_layers=2, max_position_embeddings=8192)
+    tokens = ids(1, length)
+    whole = model(tokens)
+    cache = cache_for(model, 1, length)
+    errors = []
+    for start in range(length):
+        step = model(tokens[:, start : start + 1], cache=cache)
+        errors.append((step[0, 0] - whole[0, start]).abs().max())
+    error = torch.stack(errors)
+    assert error.max() <= 1e-5 * whole.abs().max()
+    first, last = error[WINDOW : WINDOW + 410].max(), error[-410:].max()
+    assert last <= 2 * first, f"the error grows: {first:.2e} after the first wraps, {last:.2e} at the end"
+
+
+def test_a_local_layer_holds_exactly_window_slots_and_2b_takes_654_megabytes() -> None:
+    cache = HybridCache(Gemma2Config.published("gemma-2-2b"), 1, 8192, torch.bfloat16, "meta")
+    assert [layer.slots for layer in cache.layers[:4]] == [4096, 8192, 4096, 8192]
+    assert round(cache.nbytes / 1e6) == 654
+    full = 26 * 8192 * 2 * 4 * 256 * 2
+    assert round(full / 1e6) == 872
+
+
+@torch.no_grad()
+def test_writing_past_the_capacity_raises_before_anything_changes() -> None:
+    model = tiny()
+    cache = cache_for(model, 1, 20)
+    model(ids(1, 18), cache=cache)
+    before = [layer.keys.clone() for layer in cache.layers]
+    with pytest.raises(ContextOverflow, match="18 positions held and 3 new exceed its capacity of 20"):
+        model(ids(1, 3), cache=cache)
+    assert cache.length == 18
+    assert all(torch.equal(a, layer.keys) for a, layer in zip(before, cache.layers, strict=True))
+    model(ids(1, 2), cache=cache)
+    with pytest.raises(ContextOverflow):
+        model(ids(1, 1), cache=cache)
+
+
+@torch.no_grad()
+def test_rolling_back_is_exact_while_no_ring_has_wrapped_and_refused_after() -> None:
+    model, tokens = tiny().double(), ids(1, 40)
+    cache = cache_for(model, 1, 60)
+    model(tokens[:, :WINDOW], cache=cache)
+    cache.rollback(9)
+    again = model(tokens[:, 9:30], cache=cache)
+    assert (again - model(tokens[:, :30])[:, 9:]).abs().max() <= 1e-10
+    with pytest.raises(ValueError, match="wrapped the local layers' ring of 16"):
+        cache.rollback(29)
+    cache.rollback(30)
+    with pytest.raises(ValueError, match="holds 30"):
+        cache.rollback(31)
+    cache.reset()
+    assert torch.equal(model(tokens, cache=cache), model(tokens, cache=cache_for(model, 1, 60)))
+
+
+@torch.no_grad()
+def test_a_cache_left_half_written_says_so_and_can_be_reset() -> None:
+    model, tokens = tiny(), ids(1, 10)
+    cache = cache_for(model, 1, 30)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[2].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(tokens, cache=cache)
+    hook.remove()
+    with pytest.raises(RuntimeError, match="half-written"):
+        model(tokens, cache=cache)
+    cache.reset()
+    assert torch.equal(model(tokens, cache=cache), model(tokens))
+
+
+@torch.no_grad()
+def test_rows_that_do_not_match_are_refused() -> None:
+    model = tiny()
+    with pytest.raises(ValueError, match="holds 2 rows, the tokens have 1"):
+        model(ids(1, 3), cache=cache_for(model, 2, 10))
+    with pytest.raises(ValueError, match="at least one"):
+        HybridCache(model.config, 0, 10)
+
+
+def test_gradients_flow_without_a_cache_and_none_are_kept_with_one() -> None:
+    model, tokens = tiny(), ids(1, 20)
+    model(tokens).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+    cache = cache_for(model, 1, 30)
+    model(tokens, cache=cache)
+    assert not any(layer.keys.requires_grad for layer in cache.layers)

@@ -1,0 +1,77 @@
+"""The published sizes, and configs that must not pass. More of the latter in tests/hostile."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gemma2 import BadModelFile, Gemma2, Gemma2Config
+from gemma2.config import GLOBAL, LOCAL, PUBLISHED
+from tests.conftest import raw_config
+
+COUNTS = {"gemma-2-2b": 2_614_341_888, "gemma-2-9b": 9_241_705_984, "gemma-2-27b": 27_227_128_320}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_are_exact_by_formula_and_by_module(name: str) -> None:
+    config = Gemma2Config.published(name)
+    with torch.device("meta"):
+        model = Gemma2(config)
+    assert config.parameter_count == COUNTS[name]
+    assert sum(parameter.numel() for parameter in model.parameters()) == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_tensor_names_are_those_of_hugging_face(name: str) -> None:
+    config = Gemma2Config.published(name)
+    with torch.device("meta"):
+        names = set(Gemma2(config).state_dict())
+    assert len(names) == 11 * config.num_hidden_layers + 2
+    assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.25.self_attn.q_proj.weight"} <= names
+    assert {n.split(".", 3)[-1] for n in names if n.startswith("model.layers.0.")} == {
+        *(f"self_attn.{letter}_proj.weight" for letter in "qkvo"),
+        *(f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")),
+        *(f"{n}_layernorm.weight" for n in ("input", "post_attention", "pre_feedforward", "post_feedforward")),
+    }
+
+
+def test_layers_alternate_and_the_first_is_local() -> None:
+    config = Gemma2Config.published("gemma-2-27b")
+    assert config.layer_types[:3] == (LOCAL, GLOBAL, LOCAL) and config.layer_types[-1] == GLOBAL
+    assert [config.window(i) for i in range(2)] == [4096, None]
+    assert config.query_pre_attn_scalar == 144 != config.head_dim
+
+
+def test_a_config_survives_being_written_and_read(tmp_path: Path) -> None:
+    config = Gemma2Config.from_dict(raw_config())
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert Gemma2Config.from_file(tmp_path / "config.json") == config
+
+
+def test_what_transformers_writes_is_read() -> None:
+    transformers = pytest.importorskip("transformers")
+    raw = {key: value for key, value in raw_config().items() if key != "model_type"}
+    written = transformers.Gemma2Config(**raw).to_dict()
+    assert Gemma2Config.from_dict(written) == Gemma2Config.from_dict(raw_config())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama', this program runs 'gemma2'"),
+        ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping must be a positive"),
+        ({"final_logit_softcapping": None}, "missing final_logit_softcapping"),
+        ({"sliding_window": 0}, "sliding_window must be a positive integer"),
+        ({"num_key_value_heads": 3}, "does not divide"),
+        ({"hidden_activation": "gelu"}, "activation must be gelu_pytorch_tanh, found gelu"),
+        ({"query_pre_attn_scalar": None, "head_dim": None}, "missing head_dim, query_pre_attn_scalar"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+    ],
+)
+def test_configs_of_another_model_are_refused_with_the_reason(change: dict[str, object], message: str) -> None:
+    with pytest.raises(BadModelFile, match=message):
+        Gemma2Config.from_dict({**raw_config(), **change})

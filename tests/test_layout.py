@@ -1,0 +1,75 @@
+"""The rooms of the package: imports point one way, also the lazy ones; the core stays short."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import gemma2
+
+PACKAGE = Path(gemma2.__file__).parent
+# A file may import only from rows above its own (and, in a package, from its own folder).
+ROWS = [
+    ["errors"],
+    ["config", "ops", "sampling"],
+    ["cache", "tokenizer"],
+    ["model", "chat"],
+    ["generate", "checkpoints"],
+    ["hub"],
+    ["load"],
+    ["__init__"],
+    ["cli"],
+    ["__main__"],
+]
+OPTIONAL = {"transformers", "llama_cpp", "lm_eval", "matplotlib", "accelerate", "peft"}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            below = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "gemma2" else [node.module]
+            found |= set(below)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    level = {name: number for number, row in enumerate(ROWS) for name in row}
+    own = room(path)
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "gemma2" and len(parts) > 1 and parts[1] in level and parts[1] != own:
+            assert level[parts[1]] < level[own], f"{path} imports {name}"
+        assert parts[0] not in OPTIONAL, f"{path} needs {name}, which is optional"
+
+
+def test_every_file_has_a_place_and_none_is_called_utils() -> None:
+    known = {name for row in ROWS for name in row}
+    assert {room(path) for path in files()} <= known
+    assert not list(PACKAGE.rglob("util*.py"))
+
+
+def test_the_core_can_be_read_in_one_sitting() -> None:
+    core = ("config", "ops", "cache", "model", "generate")
+    lines = {name: len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core}
+    assert lines["model"] <= 280 and sum(lines.values()) <= 1100, lines
+
+
+def test_nothing_runs_at_import_that_needs_the_network_or_a_device() -> None:
+    for path in files():
+        for node in ast.parse(path.read_text()).body:
+            called = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+            assert not called or path.name == "__main__.py", path

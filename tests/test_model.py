@@ -1,0 +1,178 @@
+"""The modules: what they let one observe and edit, in which dtype they compute, and that they keep nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gemma2 import Gemma2, HybridCache
+from gemma2.model import RMSNorm, ScaledEmbedding, SoftCap, Tap
+from tests.conftest import ids, tiny
+
+# TransformerLens's name -> our module below a block or at the top, and the shape with b=2, t=20 in tiny("27b"):
+# d=288, h=8, g=4, c=16, f=2304. hook_resid_pre is the previous block's (or the embedding's) output.
+IN_BLOCK = {
+    "attn.hook_q": ("self_attn.hook_q", (2, 20, 8, 16)),
+    "attn.hook_k": ("self_attn.hook_k", (2, 20, 4, 16)),
+    "attn.hook_v": ("self_attn.hook_v", (2, 20, 4, 16)),
+    "attn.hook_rot_q": ("self_attn.hook_rot_q", (2, 20, 8, 16)),
+    "attn.hook_rot_k": ("self_attn.hook_rot_k", (2, 20, 4, 16)),
+    "attn.hook_scores_raw": ("self_attn.attend.hook_scores_raw", (2, 8, 20, 20)),
+    "attn.hook_attn_scores": ("self_attn.attend.hook_attn_scores", (2, 8, 20, 20)),
+    "attn.hook_pattern": ("self_attn.attend.hook_pattern", (2, 8, 20, 20)),
+    "attn.hook_z": ("self_attn.attend.hook_z", (2, 20, 8, 16)),
+    "hook_attn_out": ("post_attention_layernorm", (2, 20, 288)),
+    "hook_resid_mid": ("hook_resid_mid", (2, 20, 288)),
+    "mlp.hook_pre": ("mlp.gate_proj", (2, 20, 2304)),
+    "mlp.hook_pre_linear": ("mlp.up_proj", (2, 20, 2304)),
+    "mlp.hook_post": ("mlp.hook_post", (2, 20, 2304)),
+    "hook_mlp_out": ("post_feedforward_layernorm", (2, 20, 288)),
+    "hook_resid_post": ("", (2, 20, 288)),
+    "ln1.hook_normalized": ("input_layernorm.hook_normalized", (2, 20, 288)),
+    "ln1_post.hook_normalized": ("post_attention_layernorm.hook_normalized", (2, 20, 288)),
+    "ln2.hook_normalized": ("pre_feedforward_layernorm.hook_normalized", (2, 20, 288)),
+    "ln2_post.hook_normalized": ("post_feedforward_layernorm.hook_normalized", (2, 20, 288)),
+    "ln1.hook_scale": ("input_layernorm.hook_inv_scale", (2, 20, 1)),
+}
+AT_TOP = {
+    "hook_embed": ("model.embed_tokens", (2, 20, 288)),
+    "ln_final.hook_normalized": ("model.norm.hook_normalized", (2, 20, 288)),
+    "ln_final": ("model.norm", (2, 20, 288)),
+    "logits_raw": ("lm_head", (2, 20, 512)),
+    "logits": ("softcap", (2, 20, 512)),
+}
+
+
+@torch.no_grad()
+def observed(model: Gemma2, tokens: Tensor) -> dict[str, Tensor]:
+    """Every module's output by its path."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        module.register_forward_hook(lambda m, inputs, output, path=path: seen.__setitem__(path, output))
+        for path, module in model.named_modules()
+    ]
+    model(tokens)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def test_every_site_is_the_output_of_a_module_in_its_shape() -> None:
+    seen = observed(tiny("27b"), ids(2, 20))
+    for layer in range(4):
+        for site, (path, shape) in IN_BLOCK.items():
+            assert seen[f"model.layers.{layer}.{path}".rstrip(".")].shape == shape, site
+    for site, (path, shape) in AT_TOP.items():
+        assert seen[path].shape == shape, site
+
+
+def test_the_residual_identities_are_exact() -> None:
+    seen = observed(tiny("2b"), ids(2, 40))
+    before = seen["model.embed_tokens"]
+    for layer in range(4):
+        at = f"model.layers.{layer}"
+        middle = seen[f"{at}.hook_resid_mid"]
+        assert torch.equal(before + seen[f"{at}.post_attention_layernorm"], middle)
+        assert torch.equal(middle + seen[f"{at}.post_feedforward_layernorm"], seen[at])
+        before = seen[at]
+
+
+def test_patterns_sum_to_one_and_are_zero_outside_the_window() -> None:
+    seen = observed(tiny("2b"), ids(1, 40))
+    local, global_ = (seen[f"model.layers.{i}.self_attn.attend.hook_pattern"][0] for i in (0, 1))
+    back = torch.arange(40)[:, None] - torch.arange(40)
+    assert torch.allclose(local.sum(-1), torch.ones(8, 40))
+    assert (local[:, (back < 0) | (back >= 16)] == 0).all() and (local[:, (back >= 0) & (back < 16)] > 0).any()
+    assert (global_[:, back < 0] == 0).all() and (global_[:, back >= 16] > 0).any()
+
+
+def test_a_tap_lets_one_edit_what_flows_on() -> None:
+    model, tokens = tiny(), ids(1, 20)
+    for path in ("self_attn.hook_v", "self_attn.attend.hook_pattern", "mlp.hook_post", "hook_resid_mid"):
+        tap = model.model.layers[2].get_submodule(path)
+        assert isinstance(tap, Tap)
+        with torch.no_grad():
+            plain = model(tokens)
+            hook = tap.register_forward_hook(lambda m, inputs, output: torch.zeros_like(output))
+            assert not torch.equal(model(tokens), plain), path
+            hook.remove()
+            assert torch.equal(model(tokens), plain), path
+
+
+def test_in_float64_every_module_computes_in_float64() -> None:
+    seen = observed(tiny().double(), ids(1, 20))
+    assert {output.dtype for output in seen.values()} == {torch.float64}
+
+
+def test_in_bfloat16_norms_are_float32_inside_and_the_rest_bfloat16() -> None:
+    seen = observed(tiny().bfloat16(), ids(1, 20))
+    for path, output in seen.items():
+        inside = path.endswith(("hook_inv_scale", "hook_normalized"))
+        assert output.dtype == (torch.float32 if inside else torch.bfloat16), path
+
+
+@pytest.mark.parametrize(("width", "rounded"), [(2304, 48.0), (3584, 59.75), (4608, 68.0)])
+def test_the_embedding_scale_is_rounded_to_the_weights_dtype(width: int, rounded: float) -> None:
+    config = tiny(hidden_size=width, intermediate_size=8, num_hidden_layers=1).config
+    embed = ScaledEmbedding(config).bfloat16()
+    row = embed(torch.tensor([[7]]))[0, 0]
+    assert torch.equal(row, embed.weight[7] * torch.tensor(rounded, dtype=torch.bfloat16))
+
+
+def test_rms_norm_adds_one_to_its_weight_in_float32() -> None:
+    norm = RMSNorm(4, 1e-6).bfloat16()
+    with torch.no_grad():
+        norm.weight.fill_(0.123)  # 1 + 0.123 is not a bfloat16: rounding it first would show
+    x = torch.tensor([1.0, -2.0, 3.0, 4.0]).bfloat16()
+    wide = x.float()
+    expected = wide * torch.rsqrt(wide.pow(2).mean() + 1e-6) * (1 + norm.weight.float())
+    assert torch.equal(norm(x), expected.bfloat16())
+
+
+def test_padding_that_sees_nothing_stays_finite() -> None:
+    model, tokens = tiny(), ids(1, 20)
+    positions = torch.arange(20)[None] - 12
+    logits = model(tokens, positions)
+    assert logits.isfinite().all()
+    logits.sum().backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+    with torch.no_grad():
+        assert torch.allclose(logits[:, 12:], model(tokens[:, 12:]), atol=3e-4)
+
+
+def test_the_head_is_the_embedding_and_there_is_no_other_parameter() -> None:
+    model = tiny()
+    assert not list(model.lm_head.parameters())
+    assert isinstance(model.softcap, SoftCap) and not list(model.buffers())
+    model(ids(1, 5)).sum().backward()
+    assert model.model.embed_tokens.weight.grad is not None
+
+
+def test_a_model_with_random_weights_is_finite_from_the_start() -> None:
+    torch.manual_seed(0)
+    model = Gemma2(tiny().config)
+    assert model(ids(2, 30)).isfinite().all()
+
+
+def test_the_model_keeps_nothing_between_calls() -> None:
+    model = tiny()
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    with torch.no_grad():
+        model(ids(1, 20), cache=HybridCache(model.config, 1, 20))
+    for name, module in model.named_modules():
+        assert module.__dict__ == before[name], name
+
+
+def test_ids_are_checked_at_the_front_door() -> None:
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        tiny()(torch.tensor([[1, 512]]))
+
+
+def test_a_state_dict_carries_the_whole_model() -> None:
+    model = tiny()
+    assert isinstance(model, nn.Module)
+    copy = Gemma2(model.config)
+    copy.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(copy.eval()(ids(1, 20)), model(ids(1, 20)))

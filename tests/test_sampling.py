@@ -1,0 +1,131 @@
+"""Logits to ids: against transformers' own processors, and the promises about sorting and seeds."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from gemma2.sampling import Sampling, candidates, choose, make_generator
+
+SETTINGS = [
+    {},
+    {"top_k": 1},
+    {"top_k": 50},
+    {"top_k": 10**6},
+    {"top_p": 0.9},
+    {"top_p": 0.999},
+    {"top_p": 1e-9},
+    {"min_p": 0.1},
+    {"min_p": 1.0},
+    {"top_k": 40, "top_p": 0.7},
+    {"top_k": 40, "min_p": 0.2},
+    {"top_p": 0.8, "min_p": 0.05},
+    {"top_k": 30, "top_p": 0.9, "min_p": 0.01},
+]
+
+
+def some_logits(rows: int = 3, size: int = 5000, seed: int = 0) -> Tensor:
+    return torch.randn(rows, size, generator=torch.Generator().manual_seed(seed)) * 4
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """What `choose` would draw from, over the whole vocabulary."""
+    kept, ids = candidates(logits / sampling.temperature, sampling)
+    drawn = kept.softmax(-1)
+    return drawn if ids is None else torch.zeros_like(logits).scatter(-1, ids, drawn)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_distribution_is_that_of_transformers(settings: dict[str, float], temperature: float) -> None:
+    process = pytest.importorskip("transformers.generation.logits_process")
+    logits = some_logits()
+    theirs = process.TemperatureLogitsWarper(temperature)(None, logits)
+    if "top_k" in settings:
+        theirs = process.TopKLogitsWarper(int(settings["top_k"]))(None, theirs)
+    if "top_p" in settings:
+        theirs = process.TopPLogitsWarper(settings["top_p"])(None, theirs)
+    if "min_p" in settings:
+        theirs = process.MinPLogitsWarper(settings["min_p"])(None, theirs)
+    ours = probabilities(logits, Sampling(temperature=temperature, **settings))  # type: ignore[arg-type]
+    assert torch.equal(ours > 0, theirs.softmax(-1) > 0)
+    assert torch.allclose(ours, theirs.softmax(-1), atol=1e-6)
+
+
+def test_the_repetition_penalty_is_that_of_transformers() -> None:
+    process = pytest.importorskip("transformers.generation.logits_process")
+    logits, history = some_logits(2, 50), torch.tensor([[1, 2, 3, 1], [4, 4, 5, 6]])
+    theirs = process.RepetitionPenaltyLogitsProcessor(1.7)(history, logits.clone())
+    seen = torch.zeros(2, 50, dtype=torch.bool).scatter(1, history, True)
+    penalised = Sampling(repetition_penalty=1.7)
+    assert torch.equal(choose(logits, penalised, torch.Generator(), seen), theirs.argmax(-1))
+    assert not torch.equal(theirs, logits)
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_the_mass() -> None:
+    p = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+    for mass, kept in ((0.4, 1), (0.6, 2), (0.81, 3), (0.96, 4), (1.0, 4)):
+        assert (probabilities(p.log(), Sampling(temperature=1.0, top_p=mass)) > 0).sum() == kept
+
+
+def test_nothing_is_sorted_unless_it_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain temperature and min-p sort nothing; top-k and a peaked top-p sort a short slice, a flat one more."""
+    sorted_: list[int] = []
+    original = torch.Tensor.topk
+
+    def topk(self: Tensor, k: int, dim: int = -1) -> tuple[Tensor, Tensor]:
+        sorted_.append(k)
+        return original(self, k, dim=dim)  # type: ignore[return-value]
+
+    monkeypatch.setattr(torch.Tensor, "topk", topk)
+    monkeypatch.setattr(torch, "sort", None)
+    monkeypatch.setattr(torch.Tensor, "sort", None)
+    peaked, flat = some_logits(1, 256_000) * 4, torch.zeros(1, 256_000)
+    for settings, logits, largest in (
+        ({"min_p": 0.1}, peaked, 0),
+        ({"top_k": 40}, peaked, 40),
+        ({"top_p": 0.9}, peaked, 256),
+        ({"top_p": 0.9}, flat, 256_000),
+    ):
+        sorted_.clear()
+        choose(logits, Sampling(temperature=1.0, **settings), torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+        assert max(sorted_, default=0) <= largest, settings
+
+
+def test_draws_follow_the_distribution() -> None:
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    drawn = choose(p.log().expand(20_000, 4), Sampling(temperature=1.0), torch.Generator().manual_seed(0))
+    assert torch.allclose(drawn.bincount(minlength=4) / 20_000, p, atol=0.012)
+
+
+def test_temperature_near_zero_is_greedy_and_small_ones_do_not_overflow() -> None:
+    logits = some_logits()
+    for temperature in (0, 1e-40, 1e-7, 1e-5, 1e-3):
+        chosen = choose(logits, Sampling(temperature=temperature), torch.Generator().manual_seed(0))
+        assert torch.equal(chosen, logits.argmax(-1)), temperature
+
+
+def test_bfloat16_logits_are_sampled_in_float32() -> None:
+    logits = some_logits().bfloat16()
+    a = choose(logits, Sampling(temperature=0.7, top_p=0.9), torch.Generator().manual_seed(1))
+    b = choose(logits.float(), Sampling(temperature=0.7, top_p=0.9), torch.Generator().manual_seed(1))
+    assert torch.equal(a, b)
+
+
+def test_the_same_seed_gives_the_same_draws_and_a_generator_is_used_as_it_is() -> None:
+    device, logits = torch.device("cpu"), some_logits(64)
+    one, two, other = (choose(logits, Sampling(temperature=1.0), make_generator(seed, device)) for seed in (5, 5, 6))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+    own = torch.Generator()
+    assert make_generator(own, device) is own
+    assert make_generator(None, device).initial_seed() != make_generator(None, device).initial_seed()
+
+
+@pytest.mark.parametrize("value", [-1, math.inf, math.nan, "1", None, True])
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p", "repetition_penalty"])
+def test_values_that_cannot_be_are_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=name):
+        Sampling(**{name: value})  # type: ignore[arg-type]
