@@ -31,21 +31,20 @@ class LayerCache:
     def update(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Store t new columns; return the keys, values and positions that the t queries attend over."""
         start, t = self.length, positions.shape[1]
+        slots = (self.keys, self.values, self.positions)
         new = (keys, values, positions.to(self.positions.dtype))
-        before = (self.keys, self.values, self.positions)
-        if start < self.slots:
-            before = tuple(slot[:, :start] for slot in before)  # not wrapped: the rest is empty
-        if t > 1:  # a write may evict slots that this chunk's first queries still see: join before writing
-            joined = tuple(torch.cat((old, fresh), dim=1) for old, fresh in zip(before, new, strict=True))
+        # A write may evict slots that a chunk's first queries still see, so a chunk is joined before it is written.
+        held = [slot[:, : min(start, self.slots)] for slot in slots]  # until the ring wraps, the rest is empty
+        seen = [torch.cat(pair, dim=1) for pair in zip(held, new, strict=True)] if t > 1 else None
         kept = min(t, self.slots)
         where = torch.arange(start + t - kept, start + t, device=keys.device) % self.slots
         self.length = BROKEN
-        for slot, fresh in zip((self.keys, self.values, self.positions), new, strict=True):
+        for slot, fresh in zip(slots, new, strict=True):
             slot.index_copy_(1, where, fresh[:, -kept:].detach())
         self.length = start + t
-        if t > 1:
-            return joined
-        return tuple(slot[:, : self.length] for slot in (self.keys, self.values, self.positions))
+        # One token evicts only what it does not see, so it reads the slots themselves, without a copy.
+        k, v, p = seen or [slot[:, : min(start + t, self.slots)] for slot in slots]
+        return k, v, p
 
     def truncate(self, length: int) -> None:
         self.positions[:, length:] = EMPTY

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -216,6 +217,12 @@ class Gemma:
     def config(self) -> Gemma2Config:
         return self.model.config
 
+    @overload
+    def generate(self, prompts: str, max_new_tokens: int = ..., **options: Any) -> str: ...
+
+    @overload
+    def generate(self, prompts: Sequence[str], max_new_tokens: int = ..., **options: Any) -> list[str]: ...
+
     def generate(
         self,
         prompts: str | Sequence[str],
@@ -289,7 +296,9 @@ class Gemma:
     ) -> Iterator[str]:
         """`chat`, piece by piece."""
         if not self.chat_tuned:
-            warnings.warn("this checkpoint does not say that it was tuned for chat; its answers may ramble", stacklevel=2)
+            warnings.warn(
+                "this checkpoint does not say that it was tuned for chat; its answers may ramble", stacklevel=2
+            )
         pieces = self._run([chat_ids(messages, self.tokenizer)], max_new_tokens, stop, seed, stats, sampling)
         return (piece for (piece,) in pieces if piece)
 
@@ -313,9 +322,7 @@ class Gemma:
                 raise ValueError("a stop string must not be empty")
         replies = [Reply(self.tokenizer, self.stop_ids, stops) for _ in prompts]
         finished: set[int] = set()
-        steps = generate_ids(
-            self.model, prompts, max_new_tokens, settings, generator, finished=finished, stats=stats
-        )
+        steps = generate_ids(self.model, prompts, max_new_tokens, settings, generator, finished=finished, stats=stats)
         return _texts(steps, replies, finished)
 
 

@@ -90,9 +90,10 @@ def _verified(path: Path) -> bool:
         digest = hashlib.sha1(b"blob %d\0" % state.st_size, usedforsecurity=False)
     else:
         return True  # a server that gives no hash: nothing to compare with
-    with blob.open("rb") as file, tqdm(
-        total=state.st_size, desc="verifying", unit="B", unit_scale=True, leave=False, disable=None
-    ) as bar:
+    with (
+        blob.open("rb") as file,
+        tqdm(total=state.st_size, desc="verifying", unit="B", unit_scale=True, leave=False, disable=None) as bar,
+    ):
         while part := file.read(2**22):
             digest.update(part)
             bar.update(len(part))

@@ -35,7 +35,7 @@ class SoftCap(nn.Module):
 
 
 class ScaledEmbedding(nn.Module):
-    """Rows of the embedding times sqrt(d). The factor is first rounded to the weights' dtype (9B in bfloat16: 59.75)."""
+    """Rows of the embedding times sqrt(d), which is first rounded to the weights' dtype (9B in bfloat16: 59.75)."""
 
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 
@@ -48,8 +49,9 @@ class Tokenizer:
         declared = {name: getattr(self._pieces, f"{name}_id")() for name in NAMES}
         for name, declared_id in declared.items():
             if ids.get(f"<{name}>") != declared_id:
-                found, stated = (i if i in range(len(self)) else "nowhere" for i in (ids.get(f"<{name}>"), declared_id))
-                raise BadModelFile(f"{where}: <{name}> stands at {found}, but the model declares it at {stated}")
+                stated = "none" if declared_id < 0 else declared_id  # -1 also for a piece that is no control piece
+                found = ids.get(f"<{name}>", "none")
+                raise BadModelFile(f"{where}: <{name}> is piece {found}, but the model declares piece {stated} as {name}")
         missing = [byte for byte in range(256) if not self._is_byte(ids.get(f"<0x{byte:02X}>"))]
         if missing:
             raise BadModelFile(f"{where}: no byte piece for {len(missing)} of 256 bytes, first <0x{missing[0]:02X}>")
@@ -133,7 +135,7 @@ def check_ids(ids: Iterable[int], size: int) -> list[int]:
 def _break_control(text: str) -> list[str]:
     """Cut `text` after the first character of every control spelling, so that none is ever seen whole."""
     cuts = [0, *(match.start() + 1 for match in CONTROL.finditer(text)), len(text)]
-    return [text[a:b] for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+    return [text[a:b] for a, b in pairwise(cuts) if b > a]
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,7 @@
 `2b` is random bfloat16 weights in the published shapes (5.2 GB on disk, in --folder); --layers takes fewer of them.
 Every figure is the median over rounds; each system loads and runs in a child of its own, in turn, so that a drifting
 machine touches both alike. The machine's own limits are measured in the same run: what a decode step can at best do is
-read every weight once. --markdown prints the table as it stands in docs/benchmarks.md.
+read every weight once.
 """
 
 from __future__ import annotations
@@ -178,7 +178,8 @@ def main() -> None:
         ratios = [middle["gemma2"][f] / middle["transformers"][f] for f in FIGURES]
         print(f"| {label} | ratio | " + " | ".join(f"{ratio:.2f} x" for ratio in ratios) + " |", flush=True)
         count = (folder / "model.safetensors").stat().st_size
-        print(f"\nreading all {count / 1e9:.2f} GB of weights once a token allows {machine['read'] * 1e9 / count:.1f} tok/s\n")
+        bound = machine["read"] * 1e9 / count
+        print(f"\nlimit of decode, all {count / 1e9:.3g} GB of weights read once a token: {bound:.1f} tok/s\n")
 
 
 if __name__ == "__main__":

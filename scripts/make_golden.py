@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from gemma2 import Gemma2, Gemma2Config
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
-RAW = {
+RAW: dict[str, Any] = {
     "architectures": ["Gemma2ForCausalLM"],
     "model_type": "gemma2",
     "vocab_size": 256,
@@ -70,7 +70,7 @@ def watch(places: dict[str, nn.Module]) -> dict[str, Tensor]:
 def run_transformers(model: Gemma2, ids: Tensor) -> tuple[dict[str, Tensor], str]:
     import transformers
 
-    named: dict[str, Any] = {key: value for key, value in RAW.items() if key not in ("model_type", "architectures")}
+    named = {key: value for key, value in RAW.items() if key not in ("model_type", "architectures")}
     config = transformers.Gemma2Config(**named, attn_implementation="eager", attention_dropout=0.0)
     peer = transformers.Gemma2ForCausalLM._from_config(config, dtype=torch.float32).eval()
     state = dict(model.state_dict())

@@ -50,9 +50,9 @@ def documents(folder: Path) -> tuple[list[str], list[str]]:
 def train_tokenizer(texts: list[str], size: int) -> bytes:
     """A SentencePiece model whose first 473 ids are Gemma 2's own: specials, turn tags, newline and space runs,
     HTML tags and bytes stand where Gemma 2 has them, and only the merges differ."""
-    tags = "table caption thead tbody tfoot tr th td".split()
+    tags = ["table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td"]
     heads = [*(f"h{i}" for i in range(1, 7)), "blockquote"]
-    marks = "strong em b i u s sub sup code".split()
+    marks = ["strong", "em", "b", "i", "u", "s", "sub", "sup", "code"]
     html = [f"<{slash}{tag}>" for group in (tags, heads, marks) for slash in ("", "/") for tag in group]
     symbols = ["<mask>", "<2mass>", "[@BOS@]", *(f"<unused{i}>" for i in range(99))]
     symbols += ["<start_of_turn>", "<end_of_turn>"]
@@ -182,7 +182,9 @@ def main() -> None:
     stream = torch.tensor([token for text in trained for token in (bos, *pieces.encode(text), eos)])
     held_ids = [[*pieces.encode(text), eos] for text in held]
     nbytes = sum(len(text.encode()) for text in trained)
-    print(f"{config.parameter_count:,} parameters; {len(stream):,} training tokens of {nbytes:,} bytes; {len(held)} held")
+    print(
+        f"{config.parameter_count:,} parameters; {len(stream):,} training tokens of {nbytes:,} bytes; {len(held)} held"
+    )
 
     generator = torch.Generator().manual_seed(args.seed)
     model = Gemma2(config)

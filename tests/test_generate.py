@@ -163,7 +163,7 @@ def test_pieces_join_to_the_decoded_text_also_inside_multi_byte_characters(pocke
     pieces = [reply.push(token) for token in tokens]
     assert "".join(pieces) + reply.flush() == text
     assert not any("\ufffd" in piece for piece in pieces)
-    broken = tokens[:3] + [217 + 0xE6, 217 + 0x97] + tokens[3:] + [217 + 0xF0, 217 + 0x9F]
+    broken = [*tokens[:3], 217 + 0xE6, 217 + 0x97, *tokens[3:], 217 + 0xF0, 217 + 0x9F]
     reply = Reply(pocket.tokenizer, frozenset(), ())
     pieces = [reply.push(token) for token in broken]
     assert "".join(pieces) + reply.flush() == pocket.tokenizer.decode(broken)
@@ -210,7 +210,9 @@ def test_gradients_stay_enabled_for_the_caller_between_pieces(pocket: gemma2.Gem
 def test_stats_count_what_was_done(pocket: gemma2.Gemma) -> None:
     stats = gemma2.Stats()
     pocket.generate(["the king", "In the beginning God"], 10, stats=stats)
-    assert stats.prompt_tokens == sum(len(pocket.tokenizer.encode(text)) for text in ("the king", "In the beginning God"))
+    assert stats.prompt_tokens == sum(
+        len(pocket.tokenizer.encode(text)) for text in ("the king", "In the beginning God")
+    )
     assert (stats.new_tokens, stats.decoded_tokens) == (20, 18)
     assert stats.prefill_seconds > 0 and stats.decode_seconds > 0
 

@@ -88,7 +88,7 @@ def without_one_plus(model: Gemma2) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter -= 1
+                parameter.sub_(1)
 
 
 def without_embedding_scale(model: Gemma2) -> None:
@@ -125,7 +125,7 @@ def with_tiled_instead_of_grouped_heads(model: Gemma2) -> None:
         attend = layer.self_attn.attend
         original = attend.forward
 
-        def forward(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, original=original) -> Tensor:  # type: ignore[no-untyped-def]
+        def forward(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, original=original) -> Tensor:
             order = torch.arange(q.shape[2]).view(2, 2).T.flatten()
             z: Tensor = original(q[:, :, order], k, v, seen)
             return z[:, :, order.argsort()]
@@ -133,7 +133,9 @@ def with_tiled_instead_of_grouped_heads(model: Gemma2) -> None:
         attend.forward = forward
 
 
-def with_another_function(name: str, replacement: Callable[..., object]) -> Callable[[Gemma2, pytest.MonkeyPatch], None]:
+def with_another_function(
+    name: str, replacement: Callable[..., object]
+) -> Callable[[Gemma2, pytest.MonkeyPatch], None]:
     return lambda model, patch: patch.setattr(ops, name, replacement)
 
 

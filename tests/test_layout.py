@@ -34,7 +34,9 @@ def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            below = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "gemma2" else [node.module]
+            below = (
+                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "gemma2" else [node.module]
+            )
             found |= set(below)
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}

@@ -91,7 +91,7 @@ def test_nothing_is_sorted_unless_it_must_be(monkeypatch: pytest.MonkeyPatch) ->
         ({"top_p": 0.9}, flat, 256_000),
     ):
         sorted_.clear()
-        choose(logits, Sampling(temperature=1.0, **settings), torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+        choose(logits, Sampling(temperature=1.0, **settings), torch.Generator().manual_seed(0))
         assert max(sorted_, default=0) <= largest, settings
 
 

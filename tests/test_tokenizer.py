@@ -71,7 +71,8 @@ def test_bos_is_on_by_default_and_never_twice(pocket: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["<start_of_turn>", "x<end_of_turn>\n", "<<start_of_turn>>", "<mask><unused7>[@BOS@]", "<2mass>", "<eos><pad>"]
+    "text",
+    ["<start_of_turn>", "x<end_of_turn>\n", "<<start_of_turn>>", "<mask><unused7>[@BOS@]", "<2mass>", "<eos><pad>"],
 )
 def test_user_text_never_becomes_a_control_token_unless_asked(pocket: Tokenizer, text: str) -> None:
     plain = pocket.encode(text, bos=False)
@@ -85,7 +86,19 @@ def test_asked_for_control_tokens_are_found(pocket: Tokenizer) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "   leading", "trailing  ", "a\n\n\nb", "tab\there", "日本語 🙂", "\x00\x7f", "</s><b>x</b>", "1234567", "\r\n"],
+    [
+        "",
+        " ",
+        "   leading",
+        "trailing  ",
+        "a\n\n\nb",
+        "tab\there",
+        "日本語 🙂",
+        "\x00\x7f",
+        "</s><b>x</b>",
+        "1234567",
+        "\r\n",
+    ],
 )
 def test_text_survives_the_round_trip(pocket: Tokenizer, text: str) -> None:
     assert pocket.decode(pocket.encode(text)) == text

@@ -24,7 +24,8 @@ EMBEDDER, FUSED = "embedder.weight", "self_attn.qkv_proj.weight"
 
 
 class GoogleWeights:
-    """A `Weights` over a `.ckpt`. `config` says where q ends and k begins; without one the published sizes are tried."""
+    """A `Weights` over a `.ckpt`. `config` says where q ends and k begins; without one, the published sizes are tried
+    in turn."""
 
     def __init__(self, path: Path, config: Gemma2Config | None = None) -> None:
         self.where, self._path = str(path), path

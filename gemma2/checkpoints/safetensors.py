@@ -17,10 +17,19 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 REDUNDANT = ".rotary_emb.inv_freq"  # computed from the config; some exporters store it
 DTYPES = {
-    **{"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16},
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
     # Known only to be named in a refusal; any other is called uint8.
-    **{"F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64},
-    **{"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool},
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
 }
 
 

@@ -35,7 +35,10 @@ class Weights(Protocol):
     """An opened checkpoint. Tensors have Hugging Face's names and come a few rows at a time."""
 
     where: str
-    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and stored dtype
+
+    @property
+    def tensors(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name -> shape and stored dtype."""
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor's first axis; may be a view of the mapped file, valid until `release`."""

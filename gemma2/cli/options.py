@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser, new_tokens: int = MAX_NEW_TOKEN
     sampling.add_argument("--min-p", type=float, default=0.0, metavar="P")
     sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
     sampling.add_argument("--seed", type=int, metavar="S")
-    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable")
     parser.add_argument("--verbose", action="store_true", help="timings and memory on standard error")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
 

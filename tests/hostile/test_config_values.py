@@ -26,8 +26,19 @@ ABSENT = object()
 nan, inf = float("nan"), float("inf")
 # json.dumps writes NaN and Infinity as Python's parser reads them.
 BAD: dict[str, Any] = {
-    **{"absent": ABSENT, "null": None, "string": "8", "true": True, "false": False, "zero": 0, "negative": -1},
-    **{"NaN": nan, "infinity": inf, "negative infinity": -inf, "list": [8], "object": {"value": 8}, "empty": ""},
+    "absent": ABSENT,
+    "null": None,
+    "string": "8",
+    "true": True,
+    "false": False,
+    "zero": 0,
+    "negative": -1,
+    "NaN": nan,
+    "infinity": inf,
+    "negative infinity": -inf,
+    "list": [8],
+    "object": {"value": 8},
+    "empty": "",
     "of 400 digits": 10**400,
 }
 BAD_INTEGER = BAD | {"a half": 2.5, "a whole float": 8.0, "2^31": 2**31}
@@ -77,7 +88,10 @@ TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
     "more kv heads than heads": ({"num_key_value_heads": 8}, "num_key_value_heads 8 does not divide num_attention"),
     "odd head width": ({"head_dim": 5}, "head_dim must be even for rotary pairs, not 5"),
     "an epsilon like a share": ({"rms_norm_eps": 0.5}, "rms_norm_eps must be at most 0.1, not 0.5"),
-    "46 layers without heads": ({"num_hidden_layers": 46, "num_attention_heads": ABSENT}, "missing num_attention_heads"),
+    "46 layers without heads": (
+        {"num_hidden_layers": 46, "num_attention_heads": ABSENT},
+        "missing num_attention_heads",
+    ),
     "several missing": ({"head_dim": ABSENT, "rope_theta": ABSENT}, "missing head_dim, rope_theta; a shape or a scale"),
     "too many layers": ({"num_hidden_layers": 1025}, "1,025 layers of "),
     "layers that would fill memory": ({"num_hidden_layers": 2**31 - 1}, "2,147,483,647 layers of "),
@@ -86,7 +100,10 @@ TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
     "unknown activation": ({"hidden_activation": "swish"}, f"{ACTIVATION}swish"),
     "the exact gelu": ({"hidden_activation": "gelu"}, f"{ACTIVATION}gelu"),
     "activations that disagree": ({"hidden_act": "silu"}, f"{ACTIVATION}gelu_pytorch_tanh, silu"),
-    "an activation that is no name": ({"hidden_activation": 1, "hidden_act": "gelu_pytorch_tanh"}, f"{ACTIVATION}1, gelu"),
+    "an activation that is no name": (
+        {"hidden_activation": 1, "hidden_act": "gelu_pytorch_tanh"},
+        f"{ACTIVATION}1, gelu",
+    ),
     "layer types too few": ({"layer_types": [LOCAL]}, LAYERS),
     "layer types too many": ({"layer_types": [LOCAL, GLOBAL, LOCAL]}, LAYERS),
     "layer types of none": ({"layer_types": []}, LAYERS),

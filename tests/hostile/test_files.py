@@ -228,7 +228,10 @@ CONTENTS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]
     "an infinity": (other(NORM, with_values(inf)), f"{NORM} (1)"),
     "a negative infinity": (other(EMBED, with_values(-inf)), f"{EMBED} (1)"),
     "infinities that cancel": (other(EMBED, with_values(-inf, inf, nan)), f"{EMBED} (3)"),
-    "NaN everywhere": (lambda t: {k: v * nan for k, v in t.items()}, f"24 tensors hold NaN or infinity in float32: {EMBED} (32,768), "),
+    "NaN everywhere": (
+        lambda t: {k: v * nan for k, v in t.items()},
+        f"24 tensors hold NaN or infinity in float32: {EMBED} (32,768), ",
+    ),
     "two kinds of trouble": (lambda t: {**without(NORM)(t), "x": t[NORM]}, f"1 missing: {NORM}; 1 unknown: x"),
     "float16 throughout": (lambda t: {k: v.half() for k, v in t.items()}, "float16 is too narrow for Gemma 2"),
 }
@@ -265,7 +268,9 @@ def test_values_that_only_overflow_in_the_dtype_asked_for_are_refused_there(
 ) -> None:
     save_file(other(NORM, with_values(3.4e38))(good), folder / "large.safetensors")
     gemma2.load(folder / "large.safetensors", dtype="float32")
-    with pytest.raises(gemma2.BadModelFile, match=r"1 tensors hold NaN or infinity in bfloat16: model.norm.weight \(1\)"):
+    with pytest.raises(
+        gemma2.BadModelFile, match=r"1 tensors hold NaN or infinity in bfloat16: model.norm.weight \(1\)"
+    ):
         gemma2.load(folder / "large.safetensors", dtype="bfloat16")
     gemma2.load(folder / "large.safetensors", dtype="bfloat16", allow_nonfinite=True)
 

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the traces in shared/
 def traced() -> dict[str, torch.Tensor]:
     """Our float32 run under the names of Google's trace."""
     gemma = gemma2.load(DATA)
-    model, seen = gemma.model, {}
+    model = gemma.model
+    seen: dict[str, torch.Tensor] = {}
     places = {"hook_embed": model.model.embed_tokens, "ln_final": model.model.norm}
     places |= {f"blocks.{i}.hook_resid_post": layer for i, layer in enumerate(model.model.layers)}
     for name, module in places.items():

@@ -26,9 +26,7 @@ def reference(model: gemma2.Gemma2, raw: dict[str, Any], dtype: torch.dtype) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("size", SHAPES)
 @torch.no_grad()
-def test_logits_are_bit_equal_to_transformers_on_prompts_longer_than_the_window(
-    size: str, dtype: torch.dtype
-) -> None:
+def test_logits_are_bit_equal_to_transformers_on_prompts_longer_than_the_window(size: str, dtype: torch.dtype) -> None:
     model = tiny(size).to(dtype)
     peer = reference(model, raw_config(size), dtype)
     for batch, length in ((1, 1), (1, 15), (1, 16), (1, 17), (2, 77), (1, 200)):
