@@ -23,6 +23,8 @@ from gemma2.tokenizer import Tokenizer, check_ids, check_text
 PREFILL_CHUNK = 512  # positions a forward pass of the prompt takes: bounds the [b h t s] scores in memory
 MAX_NEW_TOKENS = 256
 
+Conversation = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}, see `chat_ids`
+
 
 @dataclass
 class Stats:
@@ -64,6 +66,8 @@ def generate_ids(
     config, sampling, stats = model.config, sampling or Sampling(), stats or Stats()
     finished = set() if finished is None else finished
     checked_count("max_new_tokens", max_new_tokens)
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, not {chunk!r}")
     rows = [check_ids(prompt, config.vocab_size) for prompt in prompts]
     if not rows or not all(rows):
         raise ValueError("nothing to continue: a prompt needs at least one id (the BOS)")
@@ -224,96 +228,59 @@ class Gemma:
     def generate(self, prompts: Sequence[str], max_new_tokens: int = ..., **options: Any) -> list[str]: ...
 
     def generate(
-        self,
-        prompts: str | Sequence[str],
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        *,
-        stop: str | Sequence[str] = (),
-        seed: int | torch.Generator | None = None,
-        stats: Stats | None = None,
-        **sampling: float,
+        self, prompts: str | Sequence[str], max_new_tokens: int = MAX_NEW_TOKENS, **options: Any
     ) -> str | list[str]:
-        """Continue a prompt, or each prompt of a list in one batch.
+        """Continue a prompt, or each prompt of a list in one batch. Returns the continuations without the prompts.
 
         Args:
             prompts: text; an empty one continues from the BOS alone.
             max_new_tokens: tokens at most; the prompt and these must fit the context.
-            stop: strings at which a row ends; they are not part of the text. `<eos>` and `<end_of_turn>` always end it.
-            seed: for sampling; the same seed gives the same tokens for the same batch.
-            sampling: temperature, top_k, top_p, min_p, repetition_penalty, see `Sampling`. Default: greedy.
-        Returns:
-            The continuations, without the prompts.
+        Options, here and in `stream`, `chat` and `stream_chat`:
+            stop: a string or several at which a row ends, not part of the text. `<eos>` and `<end_of_turn>` always do.
+            seed: an integer or a torch.Generator, for sampling; the same seed gives the same tokens for the same batch.
+            stats: a `Stats` to fill in.
+            temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`. Default: greedy.
         Raises:
             ValueError, ContextOverflow, NonFiniteError: see `generate_ids` and `Sampling`.
         """
-        several = not isinstance(prompts, str)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids = [self.tokenizer.encode(text) for text in texts]
-        written = [""] * len(ids)
-        for pieces in self._run(ids, max_new_tokens, stop, seed, stats, sampling):
+        written = [""] * len(texts)
+        for pieces in self._run([self.tokenizer.encode(text) for text in texts], max_new_tokens, **options):
             written = [text + piece for text, piece in zip(written, pieces, strict=True)]
-        return written if several else written[0]
+        return written[0] if isinstance(prompts, str) else written
 
-    def stream(
-        self,
-        prompt: str,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        *,
-        stop: str | Sequence[str] = (),
-        seed: int | torch.Generator | None = None,
-        stats: Stats | None = None,
-        **sampling: float,
-    ) -> Iterator[str]:
+    def stream(self, prompt: str, max_new_tokens: int = MAX_NEW_TOKENS, **options: Any) -> Iterator[str]:
         """`generate` for one prompt, piece by piece as it is written. Arguments are checked at once, not at the first
         piece; closing the iterator stops the computation and leaves the model as it was."""
-        pieces = self._run([self.tokenizer.encode(prompt)], max_new_tokens, stop, seed, stats, sampling)
+        pieces = self._run([self.tokenizer.encode(prompt)], max_new_tokens, **options)
         return (piece for (piece,) in pieces if piece)
 
-    def chat(
-        self,
-        messages: Sequence[Mapping[str, str]],
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        *,
-        stop: str | Sequence[str] = (),
-        seed: int | torch.Generator | None = None,
-        stats: Stats | None = None,
-        **sampling: float,
-    ) -> str:
+    def chat(self, messages: Conversation, max_new_tokens: int = MAX_NEW_TOKENS, **options: Any) -> str:
         """The model's answer to a conversation: {"role": "user" | "assistant", "content": text}, the user's last."""
-        return "".join(
-            self.stream_chat(messages, max_new_tokens, stop=stop, seed=seed, stats=stats, **sampling)
-        ).strip()
+        return "".join(self.stream_chat(messages, max_new_tokens, **options)).strip()
 
     def stream_chat(
-        self,
-        messages: Sequence[Mapping[str, str]],
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        *,
-        stop: str | Sequence[str] = (),
-        seed: int | torch.Generator | None = None,
-        stats: Stats | None = None,
-        **sampling: float,
+        self, messages: Conversation, max_new_tokens: int = MAX_NEW_TOKENS, **options: Any
     ) -> Iterator[str]:
         """`chat`, piece by piece."""
         if not self.chat_tuned:
-            warnings.warn(
-                "this checkpoint does not say that it was tuned for chat; its answers may ramble", stacklevel=2
-            )
-        pieces = self._run([chat_ids(messages, self.tokenizer)], max_new_tokens, stop, seed, stats, sampling)
+            warnings.warn("this checkpoint does not say that it was tuned for chat: it may ramble", stacklevel=2)
+        pieces = self._run([chat_ids(messages, self.tokenizer)], max_new_tokens, **options)
         return (piece for (piece,) in pieces if piece)
 
     def _run(
         self,
         prompts: list[list[int]],
         max_new_tokens: int,
-        stop: str | Sequence[str],
-        seed: int | torch.Generator | None,
-        stats: Stats | None,
-        sampling: Mapping[str, float],
+        *,
+        stop: str | Sequence[str] = (),
+        seed: int | torch.Generator | None = None,
+        stats: Stats | None = None,
+        **sampling: Any,
     ) -> Iterator[list[str]]:
         """Check everything, then return the iterator over each step's new text, one piece a row."""
         checked_count("max_new_tokens", max_new_tokens)
-        settings = Sampling(**sampling)  # type: ignore[arg-type]  # __post_init__ checks each
+        settings = Sampling(**sampling)
         generator = make_generator(seed, self.model.model.embed_tokens.weight.device)
         stops = [stop] if isinstance(stop, str) else list(stop)
         for text in stops:

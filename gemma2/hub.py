@@ -6,6 +6,7 @@ for large files, git's sha1 for small ones), and a blob whose bytes do not give 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from pathlib import Path
@@ -21,6 +22,8 @@ from gemma2.errors import BadModelFile
 NEEDED = ("config.json", "tokenizer.model")
 OPTIONAL = ("generation_config.json",)
 SHA256, SHA1 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
+SECRET = re.compile(r"Bearer [^'\"]*|hf_\w+")
+HTTPError = errors.HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2, whichever the client uses
 
 
 def download(name: str, revision: str | None = None) -> Path:
@@ -30,32 +33,53 @@ def download(name: str, revision: str | None = None) -> Path:
         BadModelFile: no such repository, no access, offline with an incomplete cache, or damaged downloads; one line
             that says what to do.
     """
-    for file in NEEDED:
-        found = _fetch(name, file, revision)
+    folder = _fetch(name, NEEDED[0], revision).parent
+    commit = folder.name  # of which all other files are, even if the branch moves meanwhile
+    for file in NEEDED[1:]:
+        _fetch(name, file, commit)
     for file in OPTIONAL:
-        _fetch(name, file, revision, required=False)
-    if index := _fetch(name, INDEX, revision, required=False):
+        _find(name, file, commit)
+    if index := _find(name, INDEX, commit):
         for shard in shard_names(read_json(index), f"{name}/{INDEX}"):
-            _fetch(name, shard, revision)
+            _fetch(name, shard, commit)
     else:
-        _fetch(name, SINGLE, revision)
-    return found.parent
+        _fetch(name, SINGLE, commit)
+    return folder
 
 
-def _fetch(name: str, file: str, revision: str | None, required: bool = True) -> Path:
-    """One verified file of the cache; an empty path when it is optional and the repository has none."""
-    for attempt in range(2):
+def _find(name: str, file: str, commit: str) -> Path | None:
+    """One verified file of the cache, or None when the repository has none or, offline, the cache."""
+    known = huggingface_hub.try_to_load_from_cache(name, file, revision=commit)
+    if known is huggingface_hub._CACHED_NO_EXIST:
+        return None
+    try:
+        return _fetch(name, file, commit)
+    except _Absent:
+        return None
+
+
+class _Absent(BadModelFile):
+    """A file that neither the cache nor the hub has, or the cache alone when the hub cannot be reached."""
+
+
+def _fetch(name: str, file: str, revision: str | None) -> Path:
+    """One verified file of the cache."""
+    for _ in range(2):
         try:
             path = Path(huggingface_hub.hf_hub_download(name, file, revision=revision))
-        except errors.EntryNotFoundError as error:
-            offline = isinstance(error, errors.LocalEntryNotFoundError)
-            if not required:
-                return Path()
-            if offline:
-                raise BadModelFile(
-                    f"{name}: {file} is not in the cache and the hub cannot be reached; connect, or give a folder"
-                ) from None
-            raise BadModelFile(f"{name}: the repository has no {file}") from None
+            if _verified(path, name, file):
+                return path
+            _discard(path)  # hf_hub_download fetches it anew
+        except errors.LocalEntryNotFoundError as error:
+            cause = error.__cause__ or error
+            if isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code < 500:
+                raise _failed(name, file, cause) from None
+            raise _Absent(
+                f"{name}: {file} is not in the cache and the hub cannot be reached ({_first_line(cause)}); "
+                "connect, or give a folder"
+            ) from None
+        except errors.EntryNotFoundError:
+            raise _Absent(f"{name}: the repository has no {file}") from None
         except errors.GatedRepoError:
             raise BadModelFile(
                 f"{name}: gated; accept its terms at {constants.ENDPOINT}/{name} and log in with `hf auth login`"
@@ -66,43 +90,65 @@ def _fetch(name: str, file: str, revision: str | None, required: bool = True) ->
             raise BadModelFile(
                 f"{name}: no such repository, or a private one: check the name, or log in with `hf auth login`"
             ) from None
-        except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-            raise BadModelFile(f"{name}: {file} could not be downloaded ({_first_line(error)})") from None
-        if _verified(path):
-            return path
-        path.resolve().unlink()  # the blob; hf_hub_download fetches it anew
-        if attempt == 0:
-            path.unlink(missing_ok=True)
+        except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: Xet's
+            raise _failed(name, file, error) from None
     raise BadModelFile(f"{name}: {file} arrived damaged twice (its hash is not the hub's); nothing was kept")
 
 
-def _verified(path: Path) -> bool:
-    """Whether a cached file's bytes give its blob's name. A good result is remembered by size and time of change."""
-    blob = path.resolve()
-    state = blob.stat()
+def _verified(path: Path, name: str, file: str) -> bool:
+    """Whether a cached file's bytes give its hash. A good result is remembered by size and time of change."""
+    state = path.stat()
     seen = f"{state.st_size} {state.st_mtime_ns}"
-    marker = Path(constants.HF_HUB_CACHE) / ".gemma2-verified" / blob.name
+    # The first link alone: the blob it names may itself link to a store that names files by Xet's hash.
+    blob = path.readlink().name if path.is_symlink() else ""
+    marker = Path(constants.HF_HUB_CACHE) / ".gemma2-verified" / (blob or f"{path.parent.name}-{file}")
     if marker.is_file() and marker.read_text() == seen:
         return True
-    if SHA256.fullmatch(blob.name):
+    stated = blob or _asked(name, file, path.parent.name)
+    if SHA256.fullmatch(stated):
         digest = hashlib.sha256()
-    elif SHA1.fullmatch(blob.name):
+    elif SHA1.fullmatch(stated):
         digest = hashlib.sha1(b"blob %d\0" % state.st_size, usedforsecurity=False)
     else:
         return True  # a server that gives no hash: nothing to compare with
     with (
-        blob.open("rb") as file,
+        path.open("rb") as data,
         tqdm(total=state.st_size, desc="verifying", unit="B", unit_scale=True, leave=False, disable=None) as bar,
     ):
-        while part := file.read(2**22):
+        while part := data.read(2**22):
             digest.update(part)
             bar.update(len(part))
-    if digest.hexdigest() != blob.name:
+    if digest.hexdigest() != stated:
         return False
-    marker.parent.mkdir(parents=True, exist_ok=True)
-    marker.write_text(seen)
+    with contextlib.suppress(OSError):  # a cache that is read-only is hashed every time
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.write_text(seen)
     return True
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _asked(name: str, file: str, commit: str) -> str:
+    """The hash as the hub states it, for a cache without symlinks, whose files do not bear it; offline, nothing."""
+    try:
+        return huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(name, file, revision=commit)).etag or ""
+    except (HTTPError, OSError):
+        return ""
+
+
+def _discard(path: Path) -> None:
+    """Delete a file of the cache with all the links that lead to it."""
+    while path.is_symlink():
+        target = path.parent / path.readlink()
+        path.unlink()
+        path = target
+    path.unlink(missing_ok=True)
+
+
+def _failed(name: str, file: str, error: BaseException) -> BadModelFile:
+    refused = isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403)
+    cure = "; the token is not taken: log in with `hf auth login`" if refused else ""
+    return BadModelFile(f"{name}: {file} could not be downloaded ({_first_line(error)}){cure}")
+
+
+def _first_line(error: BaseException) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return SECRET.sub("***", line)[:200]

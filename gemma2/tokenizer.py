@@ -51,7 +51,9 @@ class Tokenizer:
             if ids.get(f"<{name}>") != declared_id:
                 stated = "none" if declared_id < 0 else declared_id  # -1 also for a piece that is no control piece
                 found = ids.get(f"<{name}>", "none")
-                raise BadModelFile(f"{where}: <{name}> is piece {found}, but the model declares piece {stated} as {name}")
+                raise BadModelFile(
+                    f"{where}: <{name}> is piece {found}, but the model declares piece {stated} as {name}"
+                )
         missing = [byte for byte in range(256) if not self._is_byte(ids.get(f"<0x{byte:02X}>"))]
         if missing:
             raise BadModelFile(f"{where}: no byte piece for {len(missing)} of 256 bytes, first <0x{missing[0]:02X}>")

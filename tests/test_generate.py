@@ -114,9 +114,9 @@ def test_a_list_gives_a_list_and_equals_the_single_prompts(pocket: gemma2.Gemma)
 
 def test_a_stream_is_the_whole_in_pieces(pocket: gemma2.Gemma) -> None:
     for options in ({}, {"temperature": 1.2, "seed": 3}, {"temperature": 0.8, "top_p": 0.9, "seed": 4}):
-        pieces = list(pocket.stream(PROMPTS[0], 60, **options))  # type: ignore[arg-type]
+        pieces = list(pocket.stream(PROMPTS[0], 60, **options))
         assert len(pieces) > 20 and all(pieces)
-        assert "".join(pieces) == pocket.generate(PROMPTS[0], 60, **options)  # type: ignore[arg-type]
+        assert "".join(pieces) == pocket.generate(PROMPTS[0], 60, **options)
 
 
 def test_the_same_seed_writes_the_same_text_and_another_does_not(pocket: gemma2.Gemma) -> None:

@@ -1,0 +1,110 @@
+"""The command line prints what the library writes. Its errors are in tests/hostile."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+
+import pytest
+
+import gemma2
+from gemma2.cli import main
+
+
+@pytest.fixture(scope="module")
+def shipped() -> gemma2.Gemma:
+    return gemma2.load()
+
+
+def test_generate_prints_the_continuation_and_nothing_else(
+    shipped: gemma2.Gemma, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "In the beginning", "-n", "20"]) == 0
+    out, err = capsys.readouterr()
+    assert out == shipped.generate("In the beginning", 20) + "\n" and err == ""
+
+
+def test_echo_prints_the_prompt_first_and_options_reach_the_sampler(
+    shipped: gemma2.Gemma, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--temperature", "0.9", "--top-k", "20", "--top-p", "0.9", "--min-p", "0.01", "--seed", "5"]
+    assert main(["generate", "And the", "-n", "20", "--echo", "--repetition-penalty", "1.1", *options]) == 0
+    expected = shipped.generate(
+        "And the", 20, temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, seed=5, repetition_penalty=1.1
+    )
+    assert capsys.readouterr().out == f"And the{expected}\n"
+
+
+def test_a_dash_reads_the_prompt_from_standard_input(
+    shipped: gemma2.Gemma, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("In the beginning".encode())))
+    assert main(["generate", "-", "-n", "8"]) == 0
+    assert capsys.readouterr().out == shipped.generate("In the beginning", 8) + "\n"
+
+
+def test_verbose_puts_timings_and_memory_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "In the beginning", "-n", "8", "--verbose"]) == 0
+    err = capsys.readouterr().err
+    for pattern in (
+        r"load +[\d.]+ s, 5,773,568 parameters, bfloat16 on cpu",
+        r"prefill +\d+ tokens in [\d.]+ s, [\d.]+ tokens/s",
+        r"decode +7 tokens in [\d.]+ s, [\d.]+ tokens/s",
+        r"memory +\d+ MB peak",
+    ):
+        assert re.search(pattern, err), pattern
+
+
+def test_text_streams_as_it_is_made() -> None:
+    """The first piece is there long before the last: read from a pipe while the child still writes."""
+    command = [sys.executable, "-m", "gemma2", "generate", "In the beginning", "-n", "400"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+        assert child.stdout
+        first = child.stdout.read(1)
+        running = child.poll() is None
+        rest = child.stdout.read()
+    assert first and running and len(rest) > 100 and child.returncode == 0
+
+
+def test_no_progress_bar_in_a_pipe() -> None:
+    command = [sys.executable, "-m", "gemma2", "generate", "the " * 600, "-n", "2"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    assert done.stderr == b""
+
+
+def talk(lines: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    assert main(["chat", "-n", "6"]) == 0
+    return capsys.readouterr()
+
+
+def test_chat_keeps_the_history_until_reset(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[int] = []
+    original = gemma2.Gemma.stream_chat
+
+    def spy(self: gemma2.Gemma, messages: list[dict[str, str]], **options: object) -> object:
+        seen.append(len(messages))
+        return original(self, messages, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gemma2.Gemma, "stream_chat", spy)
+    out, err = talk("hello\n\nagain\n/reset\nafresh\n/unknown\n/quit\nnever\n", monkeypatch, capsys)
+    assert seen == [1, 3, 1]
+    assert out.count("\n") >= 3
+    assert "not say that it was tuned for chat" in err and "no command /unknown" in err
+
+
+def test_chat_ends_with_its_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = talk("", monkeypatch, capsys)
+    assert out == ""
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for argument in ("--version", "--help"):
+        with pytest.raises(SystemExit) as ended:
+            main([argument])
+        assert ended.value.code == 0
+    assert "gemma2 0.1.0" in capsys.readouterr().out

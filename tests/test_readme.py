@@ -1,0 +1,48 @@
+"""README and docs say only what is so: their code runs and prints what they show, their links and counts are right."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = (ROOT / "README.md").read_text()
+BLOCK = re.compile(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", re.DOTALL)
+
+
+def test_readmes_code_runs_and_prints_what_it_shows() -> None:
+    blocks, namespace = BLOCK.findall(README), dict[str, object]()
+    assert blocks and any(output for _, output in blocks)
+    for code, output in blocks:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(code, "README.md", "exec"), namespace)
+        if output:
+            assert printed.getvalue().strip() == output.strip()
+
+
+def test_the_reading_order_has_the_true_line_counts() -> None:
+    rows = re.findall(r"\| \[`(gemma2/\w+\.py)`\]\([^)]*\) \| (\d+) \|", README)
+    assert len(rows) >= 5
+    for name, lines in rows:
+        assert len((ROOT / name).read_text().splitlines()) == int(lines), name
+    total = re.search(r"\*\*(\d+) lines\*\*", README)
+    assert total and int(total[1]) == sum(int(lines) for _, lines in rows)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_that_pages_name_exist(page: Path) -> None:
+    names = {name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
+    for name in re.findall(r"`(test_[a-z_0-9]+)`", page.read_text()):
+        assert name in names, name
