@@ -26,6 +26,10 @@ SECRET = re.compile(r"Bearer [^'\"]*|hf_\w+")
 HTTPError = errors.HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2, whichever the client uses
 
 
+class _Absent(BadModelFile):
+    """A file that the repository does not have or, when the hub cannot be reached, the cache."""
+
+
 def download(name: str, revision: str | None = None) -> Path:
     """The folder with the checkpoint's files, downloaded as far as they are not in the cache yet.
 
@@ -45,21 +49,6 @@ def download(name: str, revision: str | None = None) -> Path:
     else:
         _fetch(name, SINGLE, commit)
     return folder
-
-
-def _find(name: str, file: str, commit: str) -> Path | None:
-    """One verified file of the cache, or None when the repository has none or, offline, the cache."""
-    known = huggingface_hub.try_to_load_from_cache(name, file, revision=commit)
-    if known is huggingface_hub._CACHED_NO_EXIST:
-        return None
-    try:
-        return _fetch(name, file, commit)
-    except _Absent:
-        return None
-
-
-class _Absent(BadModelFile):
-    """A file that neither the cache nor the hub has, or the cache alone when the hub cannot be reached."""
 
 
 def _fetch(name: str, file: str, revision: str | None) -> Path:
@@ -95,6 +84,17 @@ def _fetch(name: str, file: str, revision: str | None) -> Path:
     raise BadModelFile(f"{name}: {file} arrived damaged twice (its hash is not the hub's); nothing was kept")
 
 
+def _find(name: str, file: str, commit: str) -> Path | None:
+    """The same for a file that may be absent: then None."""
+    known = huggingface_hub.try_to_load_from_cache(name, file, revision=commit)
+    if known is huggingface_hub._CACHED_NO_EXIST:
+        return None
+    try:
+        return _fetch(name, file, commit)
+    except _Absent:
+        return None
+
+
 def _verified(path: Path, name: str, file: str) -> bool:
     """Whether a cached file's bytes give its hash. A good result is remembered by size and time of change."""
     state = path.stat()
@@ -102,7 +102,7 @@ def _verified(path: Path, name: str, file: str) -> bool:
     # The first link alone: the blob it names may itself link to a store that names files by Xet's hash.
     blob = path.readlink().name if path.is_symlink() else ""
     marker = Path(constants.HF_HUB_CACHE) / ".gemma2-verified" / (blob or f"{path.parent.name}-{file}")
-    if marker.is_file() and marker.read_text() == seen:
+    if marker.is_file():
         return True
     stated = blob or _asked(name, file, path.parent.name)
     if SHA256.fullmatch(stated):
@@ -145,7 +145,7 @@ def _discard(path: Path) -> None:
 
 def _failed(name: str, file: str, error: BaseException) -> BadModelFile:
     refused = isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403)
-    cure = "; the token is not taken: log in with `hf auth login`" if refused else ""
+    cure = "; it takes a token with access: log in with `hf auth login`" if refused else ""
     return BadModelFile(f"{name}: {file} could not be downloaded ({_first_line(error)}){cure}")
 
 

@@ -1,6 +1,6 @@
 """Draw the two pictures of docs/architecture.md: python scripts/draw_architecture.py
 
-`block.svg` is one block with the names of its sites; `masks.svg` is what `ops.visible` and `Gemma2Config.window` answer.
+`block.svg` is one block with the names of its sites, `masks.svg` what `ops.visible` and `Gemma2Config.window` answer.
 The same matplotlib writes the same bytes again.
 """
 
@@ -17,12 +17,11 @@ from gemma2 import ops
 from gemma2.config import PUBLISHED, Gemma2Config
 
 try:
-    import matplotlib
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
 except ImportError:
     sys.exit("drawing needs matplotlib: pip install 'gemma2[plots]'")
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 STYLE = {
@@ -34,6 +33,7 @@ STYLE = {
 INK, QUIET, LINE, SITE = "#1f2933", "#5f6c7b", "#52606d", "#b3261e"
 WEIGHTS, NORM, PLAIN = "#d6e4f5", "#dcefdc", "#ffffff"
 LOCAL, GLOBAL, BEYOND, NEVER = "#e08a1e", "#3b6fb6", "#f8e0bd", "#eceff2"
+TIMES = "\N{MULTIPLICATION SIGN}"
 WINDOW = 4  # of the masks drawn; the published models have 4096
 
 
@@ -41,7 +41,7 @@ class Page:
     """A figure whose coordinates are points from its top left corner."""
 
     def __init__(self, width: float, height: float) -> None:
-        self.figure = plt.figure(figsize=(width / 72, height / 72), facecolor="white")
+        self.figure = Figure(figsize=(width / 72, height / 72), facecolor="white")
         self.axes: Any = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set(xlim=(0, width), ylim=(height, 0))
         self.axes.axis("off")
@@ -71,12 +71,13 @@ class Page:
         self.rounded(left, top, right - left, bottom - top, **style)
         self.code(right - 8, top + 11, name, ha="right", color=QUIET)
 
-    def line(self, *points: tuple[float, float], head: bool = True) -> None:
+    def line(self, *points: tuple[float, float], head: bool = True, size: float = 1.0) -> None:
         """A path through the points, with an arrow head at the end."""
         xs, ys = zip(*points, strict=True)
         self.axes.plot(xs, ys, color=LINE, linewidth=1.1, zorder=2)
         if head:
-            style = {"arrowstyle": "-|>,head_width=0.22,head_length=0.4", "color": LINE, "shrinkA": 0, "shrinkB": 0}
+            style = {"arrowstyle": "-|>,head_width=0.22,head_length=0.4", "mutation_scale": 10 * size}
+            style |= {"color": LINE, "shrinkA": 0, "shrinkB": 0}
             self.axes.annotate("", points[-1], points[-2], arrowprops=style, zorder=2)
 
     def site(self, x: float, y: float, name: str, shape: str) -> None:
@@ -102,13 +103,14 @@ def draw_block() -> Page:
     gain = "x / rms(x) · (1 + w), float32 inside"
 
     page.text(spine - 14, 15, "One Gemma 2 block", size=12, weight="bold")
-    page.code(right, 15, "model.layers[i] · sites: blocks.{i}.", ha="right", color=QUIET)
-    page.rectangle(spine - 1.5, 30, 3, 900, facecolor=LINE, zorder=2)
+    page.code(right, 15, "model.layers[i] · sites blocks.{i}.", ha="right", color=QUIET)
+    page.rectangle(spine - 1.5, 30, 3, 905, facecolor=LINE, zorder=2)
+    page.line((spine, 935), (spine, 947), size=1.8)
     page.site(spine, 40, "hook_resid_pre", "[b t d]")
 
     page.line((spine, 66), (middle - 120, 66))
     page.box(middle, 66, 240, "input_layernorm", gain, NORM)
-    page.room(90, 90, right, 588, "self_attn · sites: attn.", "#f6f8fa")
+    page.room(90, 90, right, 588, "self_attn · sites blocks.{i}.attn.", "#f6f8fa")
     page.line((q, 113), (v, 113), head=False)
     page.line((middle, 81), (middle, 113), head=False)
     for x, letter, heads in ((q, "q", "h"), (k, "k", "g"), (v, "v", "g")):
@@ -127,36 +129,37 @@ def draw_block() -> Page:
     page.line((k, 261), (k, 294))
     page.line((v, 261), (v, 505), (middle + 8, 505))
     page.code(k + 7, 283, "[b s g c]", color=QUIET)
-    page.code(v + 7, 309, "[b s g c]", color=QUIET)
-    page.box(middle, 309, wide, "q kᵀ / √query_pre_attn_scalar", "head i reads key/value head i // (h/g)")
+    page.code(v + 7, 283, "[b s g c]", color=QUIET)
+    page.box(middle, 309, wide, "q @ kᵀ · query_pre_attn_scalar ** -0.5", "head i reads key/value head i // (h/g)")
     page.site(middle, 335, "hook_scores_raw", "[b h t s]")
     page.line((middle, 324), (middle, 347))
     page.box(middle, 362, wide, "softcap", "50 · tanh(x / 50)")
     page.line((middle, 377), (middle, 391))
     page.box(middle, 406, wide, "mask by ops.visible", "")
-    page.text(middle - 5, 413, "local: 0 ≤ q − k < window", ha="right", color="#a35c00")
-    page.text(middle + 12, 413, "global: 0 ≤ q − k", color=GLOBAL)
+    page.text(middle + 12, 413, "local: 0 ≤ q - k < window", ha="right", color="#a35c00")
+    page.text(middle + 34, 413, "global: 0 ≤ q - k", color=GLOBAL)
     page.site(middle, 432, "hook_attn_scores", "[b h t s]")
     page.line((middle, 421), (middle, 444))
     page.box(middle, 459, wide, "softmax", "over s, in float32")
     page.site(middle, 484, "hook_pattern", "[b h t s]")
     page.line((middle, 474), (middle, 497), head=False)
-    page.joint(middle, 505, "@")
+    page.joint(middle, 505, TIMES)
+    page.text(v - 8, 496, "pattern @ v", ha="right", color=QUIET)
     page.site(middle, 522, "hook_z", "[b t h c]")
     page.line((middle, 513), (middle, 544))
     page.box(middle, 559, 240, "o_proj", "h·c → d", WEIGHTS)
     page.line((middle, 574), (middle, 599))
     page.box(middle, 614, 240, "post_attention_layernorm", gain, NORM)
     page.line((middle - 120, 614), (spine + 8, 614))
-    page.site(spine + 20, 614, "", "")
-    page.code(spine + 12, 602, "hook_attn_out", color=SITE)
-    page.code(spine + 27, 626, "[b t d]", color=SITE)
+    page.site(spine + 37, 614, "", "")
+    page.code(spine + 14, 603, "hook_attn_out", color=SITE)
+    page.code(spine + 14, 625, "[b t d]", color=SITE)
     page.joint(spine, 614, "+")
 
     page.site(spine, 650, "hook_resid_mid", "[b t d]")
     page.line((spine, 676), (middle - 120, 676))
     page.box(middle, 676, 240, "pre_feedforward_layernorm", gain, NORM)
-    page.room(90, 700, right, 870, "mlp · sites: mlp.", "#f6f8fa")
+    page.room(90, 700, right, 870, "mlp · sites blocks.{i}.mlp.", "#f6f8fa")
     page.line((middle, 691), (middle, 719), head=False)
     page.line((q, 719), (k, 719), head=False)
     for x, name, site in ((q, "gate_proj", "hook_pre"), (k, "up_proj", "hook_pre_linear")):
@@ -168,19 +171,18 @@ def draw_block() -> Page:
     page.text(q, 794, "GELU, tanh form", ha="center")
     page.line((q + 50, 794), (middle - 8, 794))
     page.line((k, 761), (k, 794), (middle + 8, 794))
-    page.joint(middle, 794, "×")
+    page.joint(middle, 794, TIMES)
     page.site(middle, 814, "hook_post", "[b t f]")
     page.line((middle, 802), (middle, 826))
     page.box(middle, 841, 240, "down_proj", "f → d", WEIGHTS)
     page.line((middle, 856), (middle, 881))
     page.box(middle, 896, 240, "post_feedforward_layernorm", gain, NORM)
     page.line((middle - 120, 896), (spine + 8, 896))
-    page.site(spine + 20, 896, "", "")
-    page.code(spine + 12, 884, "hook_mlp_out", color=SITE)
-    page.code(spine + 27, 908, "[b t d]", color=SITE)
+    page.site(spine + 37, 896, "", "")
+    page.code(spine + 14, 885, "hook_mlp_out", color=SITE)
+    page.code(spine + 14, 907, "[b t d]", color=SITE)
     page.joint(spine, 896, "+")
-    page.line((spine, 926), (spine, 942))
-    page.site(spine, 926, "hook_resid_post", "[b t d]")
+    page.site(spine, 925, "hook_resid_post", "[b t d]")
 
     letters = "b batch · t query positions · s key positions · d model · h query heads · g key/value heads"
     page.text(spine - 14, 961, f"{letters} · c head width · f feed-forward", color=QUIET, size=8)
@@ -194,13 +196,13 @@ def draw_block() -> Page:
 
 def draw_masks() -> Page:
     """Three masks, cell by cell from `ops.visible`, and under them which layers have which."""
-    page = Page(672, 400)
+    page = Page(672, 386)
     page.text(16, 15, "The two masks", size=12, weight="bold")
     page.text(656, 15, "one row a query, one column a key, numbered by position", ha="right", color=QUIET)
     plain, padded = torch.arange(10), torch.arange(-2, 8)
-    draw_mask(page, 40, f"local layer, window {WINDOW}", f"0 ≤ q − k < {WINDOW}", plain, WINDOW)
-    draw_mask(page, 258, "global layer", "0 ≤ q − k", plain, None)
-    draw_mask(page, 476, "local layer, row padded on the left", f"k ≥ 0 and 0 ≤ q − k < {WINDOW}", padded, WINDOW)
+    draw_mask(page, 40, f"local layer, window {WINDOW}", f"0 ≤ q - k < {WINDOW}", plain, WINDOW)
+    draw_mask(page, 258, "global layer", "0 ≤ q - k", plain, None)
+    draw_mask(page, 476, "local layer, row padded on the left", f"k ≥ 0 and 0 ≤ q - k < {WINDOW}", padded, WINDOW)
     x = 40.0
     for color, hatch, meaning, room in (
         (LOCAL, "", "seen (local)", 90),
@@ -219,7 +221,7 @@ def draw_masks() -> Page:
         for layer in range(config.num_hidden_layers):
             color = GLOBAL if config.window(layer) is None else LOCAL
             page.rectangle(66 + 11 * layer, y, 10, 14, facecolor=color)
-        page.text(72 + 11 * config.num_hidden_layers, y + 7, f"{config.num_hidden_layers}", color=QUIET)
+        page.text(72 + 11 * config.num_hidden_layers, y + 7, f"{config.num_hidden_layers} layers", color=QUIET)
     return page
 
 
@@ -229,6 +231,7 @@ def draw_mask(page: Page, left: float, title: str, rule: str, positions: torch.T
     seen, without_window = ops.visible(row, row, window)[0, 0], ops.visible(row, row, None)[0, 0]
     page.text(left, 38, title, weight="bold")
     page.text(left, 51, rule, color=QUIET)
+    page.text(left - 5, top - 7, "q↓ k→", ha="right", color=QUIET, size=8)
     for i, query in enumerate(positions.tolist()):
         page.text(left - 5, top + (i + 0.5) * cell, f"{query}", ha="right", size=8)
         page.text(left + (i + 0.5) * cell, top - 7, f"{query}", ha="center", size=8)
@@ -243,7 +246,7 @@ def draw_mask(page: Page, left: float, title: str, rule: str, positions: torch.T
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     DOCS.mkdir(exist_ok=True)
-    with matplotlib.rc_context(STYLE):
+    with rc_context(STYLE):
         draw_block().write("block.svg")
         draw_masks().write("masks.svg")
 

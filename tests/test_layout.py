@@ -16,7 +16,7 @@ ROWS = [
     ["config", "ops", "sampling"],
     ["cache", "tokenizer"],
     ["model", "chat"],
-    ["generate", "checkpoints"],
+    ["generate", "checkpoints", "research"],
     ["hub"],
     ["load"],
     ["__init__"],
