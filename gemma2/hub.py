@@ -102,7 +102,7 @@ def _verified(path: Path, name: str, file: str) -> bool:
     # The first link alone: the blob it names may itself link to a store that names files by Xet's hash.
     blob = path.readlink().name if path.is_symlink() else ""
     marker = Path(constants.HF_HUB_CACHE) / ".gemma2-verified" / (blob or f"{path.parent.name}-{file}")
-    if marker.is_file():
+    if marker.is_file() and marker.read_text() == seen:
         return True
     stated = blob or _asked(name, file, path.parent.name)
     if SHA256.fullmatch(stated):

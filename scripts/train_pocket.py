@@ -28,6 +28,7 @@ from gemma2.model import Gemma2
 
 PACKAGE = Path(__file__).resolve().parent.parent / "gemma2"
 HELD_OUT_EVERY = 20  # every 20th chapter or scene-sized passage is never trained on
+DECAY_FROM = 0.25  # of the time: the learning rate is constant before, linear to nothing after
 SELECTION = 24  # held-out texts that choose the weights; the reported figure is from the others
 
 
@@ -115,16 +116,26 @@ class Objective(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
+def add_dropout(model: Gemma2, rate: float) -> None:
+    """Dropout on what enters the residual stream, as hooks: the model itself knows none. Active in training only."""
+    ends = ("embed_tokens", "post_attention_layernorm", "post_feedforward_layernorm")
+    for name, module in model.named_modules():
+        if name.endswith(ends):
+            module.register_forward_hook(lambda m, inputs, output: F.dropout(output, rate, m.training))
+
+
 @torch.no_grad()
 def held_out_loss(model: Gemma2, texts: list[list[int]], bos: int, context: int) -> tuple[float, int]:
     """(total nats, tokens) over texts, each on its own behind a BOS, cut at the context."""
     total, count = 0.0, 0
+    model.eval()
     for ids in texts:
         targets = torch.tensor([ids[: context - 1]])
         inputs = torch.cat((torch.tensor([[bos]]), targets[:, :-1]), dim=1)
         logits = model(inputs).float()
         total += F.cross_entropy(logits[0], targets[0], reduction="sum").item()
         count += targets.numel()
+    model.train()
     return total, count
 
 
@@ -161,6 +172,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens a row; the last tenth uses the full context")
     parser.add_argument("--rate", type=float, default=0.02, help="Muon's rate; AdamW's is a tenth of it")
     parser.add_argument("--decay", type=float, default=0.1)
+    parser.add_argument("--dropout", type=float, default=0.15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, metavar="PNG", help="only draw the curve of --out/training.json")
     args = parser.parse_args()
@@ -189,6 +201,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(args.seed)
     model = Gemma2(config)
     initialise(model, generator)
+    add_dropout(model, args.dropout)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
     optimizers: list[torch.optim.Optimizer] = [
@@ -215,7 +228,7 @@ def main() -> None:
             loss = objective(inputs, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scale = min(1.0, (step + 1) / 100) * (1.0 if done < 0.4 else max(0.02, (1 - done) / 0.6))
+        scale = min(1.0, (step + 1) / 100) * (1.0 if done < DECAY_FROM else max(0.02, (1 - done) / (1 - DECAY_FROM)))
         for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks, strict=True):
             group["lr"] = peak * scale
         for optimizer in optimizers:

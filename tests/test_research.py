@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from gemma2.research.heads import OutputByHead
@@ -12,7 +14,8 @@ from tests.conftest import ids, tiny
 def test_output_by_head_shows_each_heads_share_and_changes_nothing_else() -> None:
     model, tokens = tiny().double(), ids(2, 20)
     plain, names = model(tokens), set(model.state_dict())
-    attention, seen = model.model.layers[1].self_attn, {}
+    attention: Any = model.model.layers[1].self_attn
+    seen: dict[str, torch.Tensor] = {}
     attention.attend.hook_z.register_forward_hook(lambda m, i, output: seen.update(z=output))
     attention.o_proj = OutputByHead(attention.o_proj, heads=8)
     attention.o_proj.hook_result.register_forward_hook(lambda m, i, output: seen.update(result=output))

@@ -69,6 +69,21 @@ def test_a_ckpt_gives_the_tensors_of_the_safetensors_it_came_from(place: Path, g
         assert all(torch.equal(loaded[key], expected[key]) for key in expected)
 
 
+def test_a_ckpt_is_unpickled_in_the_one_safe_way(
+    place: Path, good: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"model_state_dict": google(good)}, place / "model.ckpt")
+    real, calls = torch.load, []
+
+    def recorded(path: Path, **options: Any) -> Any:
+        calls.append(options)
+        return real(path, **options)
+
+    monkeypatch.setattr(torch, "load", recorded)
+    gemma2.load(place / "model.ckpt")
+    assert calls and all(call["weights_only"] is True and call["mmap"] is True for call in calls)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_int8_ckpt_gives_rows_times_scales(dtype: torch.dtype, place: Path, good: dict[str, Tensor]) -> None:
     state = quantized({name: t.to(dtype) if name != "freqs_cis" else t for name, t in google(good).items()})

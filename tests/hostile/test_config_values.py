@@ -190,6 +190,7 @@ def test_what_says_the_same_in_other_words_is_read(write: Callable[..., Path]) -
 
 def test_the_constructor_checks_what_no_file_can_hold() -> None:
     good = gemma2.Gemma2Config.from_dict(raw_config())
-    for name, value in (("layer_types", None), ("layer_types", list(good.layer_types)), ("vocab_size", 512.0)):
+    odd: list[tuple[str, Any]] = [("layer_types", None), ("layer_types", list(good.layer_types)), ("vocab_size", 512.0)]
+    for name, value in odd:
         with pytest.raises(gemma2.BadModelFile, match=f"config: {name} must"):
             dataclasses.replace(good, **{name: value})

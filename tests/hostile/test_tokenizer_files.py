@@ -1,4 +1,4 @@
-"""SentencePiece models that must not load. The parser is C++, so each batch runs in a forked child: none may crash it."""
+"""SentencePiece models that must not load. The parser is C++, so they are read in a forked child: none may crash it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def varint(n: int) -> bytes:
 
 
 def parse(raw: bytes) -> list[Field]:
-    fields, at = [], 0
+    fields: list[Field] = []
+    at = 0
 
     def number() -> int:
         nonlocal at
@@ -121,11 +122,23 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "no <eos>": (lambda: at(1), "<eos> is piece none, but"),
     "no <bos>": (lambda: at(2), "<bos> is piece none, but"),
     "two unknowns": (lambda: at(4, piece(b"<unk2>", 0, 2)), NOT),
-    "<bos> an ordinary piece": (lambda: at(2, piece(b"<bos>", 0, 1)), "<bos> is piece 2, but the model declares piece none as bos"),
-    "<eos> typed by anyone": (lambda: at(1, piece(b"<eos>", 0, 4)), "<eos> is piece 1, but the model declares piece none as eos"),
+    "<bos> an ordinary piece": (
+        lambda: at(2, piece(b"<bos>", 0, 1)),
+        "<bos> is piece 2, but the model declares piece none as bos",
+    ),
+    "<eos> typed by anyone": (
+        lambda: at(1, piece(b"<eos>", 0, 4)),
+        "<eos> is piece 1, but the model declares piece none as eos",
+    ),
     "<bos> called <s>": (lambda: at(2, piece(b"<s>", 0, 3)), NOT),
-    "bos declared elsewhere": (lambda: trainer((46, 2, b"<eos>")), "<bos> is piece 2, but the model declares piece 1 as bos"),
-    "eos declared nowhere": (lambda: trainer((47, 2, b"</s>")), "<eos> is piece 1, but the model declares piece none as eos"),
+    "bos declared elsewhere": (
+        lambda: trainer((46, 2, b"<eos>")),
+        "<bos> is piece 2, but the model declares piece 1 as bos",
+    ),
+    "eos declared nowhere": (
+        lambda: trainer((47, 2, b"</s>")),
+        "<eos> is piece 1, but the model declares piece none as eos",
+    ),
     "a piece twice": (lambda: at(4000, piece(b"<mask>")), NOT),
     "a piece empty": (lambda: at(4000, piece(b"")), NOT),
     "a piece with a NUL": (lambda: at(4000, piece(b"a\0b")), NOT),
@@ -233,7 +246,11 @@ def with_odd_pieces(pieces: list[Field], rng: random.Random) -> list[Field]:
         match rng.randrange(6):
             case 0:
                 fields = parse(pieces[place][2])
-                fields[0] = (1, 2, rng.choice((rng.randbytes(3), "日本🙂".encode(), b"a" * 5000, b"<bos>", b" ", b"~~")))
+                fields[0] = (
+                    1,
+                    2,
+                    rng.choice((rng.randbytes(3), "日本🙂".encode(), b"a" * 5000, b"<bos>", b" ", b"~~")),
+                )
                 pieces[place] = (1, 2, write(fields))
             case 1:
                 pieces[place] = (1, 2, write([*parse(pieces[place][2])[:1], (2, 5, rng.randbytes(4))]))
