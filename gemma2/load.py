@@ -18,7 +18,7 @@ from gemma2.tokenizer import Tokenizer
 POCKET = Path(__file__).parent / "assets" / "pocket"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FLOAT16 = (
-    "float16 is too narrow for Gemma 2 (its activations pass 65,504, the largest float16, and become infinities): "
+    "float16 is too narrow for Gemma 2 (it holds nothing beyond 65,504, so activations can overflow to infinity): "
     "use bfloat16 or float32, or force it with force_float16=True (--force-float16)"
 )
 

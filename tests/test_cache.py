@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -67,14 +70,34 @@ def test_four_thousand_steps_around_the_ring_stay_as_exact_as_the_first() -> Non
     tokens = ids(1, length)
     whole = model(tokens)
     cache = cache_for(model, 1, length)
-    errors = []
+    errors, memory = [], [0, 0]
     for start in range(length):
+        if start in (1000, length - 1):
+            memory[start > 1000] = resident()
         step = model(tokens[:, start : start + 1], cache=cache)
         errors.append((step[0, 0] - whole[0, start]).abs().max())
     error = torch.stack(errors)
     assert error.max() <= 1e-5 * whole.abs().max()
     first, last = error[WINDOW : WINDOW + 410].max(), error[-410:].max()
     assert last <= 2 * first, f"the error grows: {first:.2e} after the first wraps, {last:.2e} at the end"
+    assert memory[1] - memory[0] <= 5e6, f"{memory} bytes resident after 1,000 and {length} steps"
+
+
+def resident() -> int:
+    """Bytes of this process in memory now; 0 where Linux's /proc is not there to tell."""
+    found = Path("/proc/self/statm")
+    return int(found.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if found.exists() else 0
+
+
+@torch.no_grad()
+def test_one_thread_and_two_agree() -> None:
+    model, tokens = tiny("9b").double(), ids(2, 100)
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        found.append(fed(model, tokens, [60, *[1] * 40], cache_for(model, 2, 100)))
+    torch.set_num_threads(threads)
+    assert (found[0] - found[1]).abs().max() <= 1e-10
 
 
 def test_a_local_layer_holds_exactly_window_slots_and_2b_takes_654_megabytes() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import re
 import subprocess
 import sys
@@ -40,7 +42,7 @@ def test_echo_prints_the_prompt_first_and_options_reach_the_sampler(
 def test_a_dash_reads_the_prompt_from_standard_input(
     shipped: gemma2.Gemma, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("In the beginning".encode())))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"In the beginning")))
     assert main(["generate", "-", "-n", "8"]) == 0
     assert capsys.readouterr().out == shipped.generate("In the beginning", 8) + "\n"
 
@@ -72,6 +74,25 @@ def test_no_progress_bar_in_a_pipe() -> None:
     command = [sys.executable, "-m", "gemma2", "generate", "the " * 600, "-n", "2"]
     done = subprocess.run(command, capture_output=True, check=True)
     assert done.stderr == b""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_sees_bars_for_loading_and_for_a_long_prompt() -> None:
+    import pty
+    import termios
+
+    terminal, end = pty.openpty()
+    termios.tcsetwinsize(end, (24, 80))  # a terminal of no width shows no bar
+    command = [sys.executable, "-m", "gemma2", "generate", "the " * 600, "-n", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=end) as child:
+        os.close(end)
+        seen = b""
+        with contextlib.suppress(OSError):  # Linux: the terminal's other end is gone
+            while part := os.read(terminal, 4096):
+                seen += part
+        assert child.stdout and child.stdout.read()
+    os.close(terminal)
+    assert child.returncode == 0 and b"loading:" in seen and b"prompt:" in seen
 
 
 def talk(lines: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:

@@ -15,7 +15,9 @@ from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
 from gemma2.model import Gemma2
 
-CHUNK_BYTES = 8 * 2**20  # of the destination, copied at once: bounds what is in memory beside the final weights
+# Of the destination. Together they bound what is in memory beside the final weights.
+CHUNK_BYTES = 8 * 2**20  # copied at once
+RELEASE_BYTES = 16 * 2**20  # copied before the file is unmapped and mapped anew
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what a Gemma 2 checkpoint may store
 # float64 also holds what any of them stores, and is the dtype of truth; float16 must be forced, see `load`.
 TARGETS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
@@ -71,6 +73,7 @@ def build(
     total = sum(parameter.numel() * dtype.itemsize for parameter in model.parameters())
     filled: dict[str, Tensor] = {}
     bad: dict[str, int] = {}
+    mapped = 0
     with tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=_hidden(progress), leave=False) as bar:
         for name, shape in shapes.items():
             filled[name] = torch.empty(shape, dtype=dtype, device=device)
@@ -80,7 +83,11 @@ def build(
                 if not place.sum().isfinite():  # one pass; a sum of huge finite numbers is looked at again
                     bad[name] = bad.get(name, 0) + int((~place.isfinite()).sum())
                 bar.update(place.nbytes)
-                weights.release()
+                mapped += place.nbytes
+                if mapped >= RELEASE_BYTES:
+                    weights.release()
+                    mapped = 0
+    weights.release()
     bad = {name: count for name, count in bad.items() if count}
     if bad and not allow_nonfinite:
         named = ", ".join(f"{name} ({count:,})" for name, count in list(bad.items())[:5])

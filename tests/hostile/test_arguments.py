@@ -21,7 +21,7 @@ from tests.conftest import tensors_of, tiny
 from tests.hostile.conftest import SMALL, Complaint, shell
 
 nan, inf = math.nan, math.inf
-NARROW = "float16 is too narrow for Gemma 2 (its activations pass 65,504"
+NARROW = "float16 is too narrow for Gemma 2 (it holds nothing beyond 65,504"
 SURROGATE = "text is not valid UTF-8: lone surrogate at character"
 
 

@@ -22,8 +22,8 @@ LINE = b"gemma2: error: "
 
 
 def environment(**more: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONIO", "LC_", "LANG"))}
-    return {**kept, "LC_ALL": "C.UTF-8", **more}
+    ours = ("PYTHONIO", "PYTHONUNBUFFERED", "LC_", "LANG")
+    return {**{k: v for k, v in os.environ.items() if not k.startswith(ours)}, "LC_ALL": "C.UTF-8", **more}
 
 
 def run(*argv: str | bytes, given: bytes = b"", **more: str) -> subprocess.CompletedProcess[bytes]:
