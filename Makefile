@@ -7,7 +7,7 @@ PROMPT ?= In the beginning
 .PHONY: demo test lint format types clean
 
 demo: $(VENV)/.installed
-	$(BIN)/gemma2 generate "$(PROMPT)" --echo -n 120 --temperature 0.7 --top-p 0.9 --seed 7 --verbose
+	$(BIN)/gemma2 generate "$(PROMPT)" --echo -n 120 --temperature 0.9 --top-p 0.95 --repetition-penalty 1.15 --seed 3 --verbose
 
 test: lint types
 	$(BIN)/pytest

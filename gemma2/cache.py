@@ -30,6 +30,7 @@ class LayerCache:
 
     def update(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Store t new columns; return the keys, values and positions that the t queries attend over."""
+        self._refuse_misfit(keys, positions)
         start, t = self.length, positions.shape[1]
         slots = (self.keys, self.values, self.positions)
         new = (keys, values, positions.to(self.positions.dtype))
@@ -46,6 +47,16 @@ class LayerCache:
         k, v, p = seen or [slot[:, : min(start + t, self.slots)] for slot in slots]
         return k, v, p
 
+    def _refuse_misfit(self, keys: Tensor, positions: Tensor) -> None:
+        """Before anything is written: what would fail halfway."""
+        if (keys.dtype, keys.device.type) != (self.keys.dtype, self.keys.device.type):
+            raise ValueError(
+                f"the cache is {self.keys.dtype} on {self.keys.device.type}, the model computes {keys.dtype} on "
+                f"{keys.device.type}: make it with the model's dtype and device"
+            )
+        if positions.shape != keys.shape[:2]:
+            raise ValueError(f"positions {list(positions.shape)} are not one for each token {list(keys.shape[:2])}")
+
     def truncate(self, length: int) -> None:
         self.positions[:, length:] = EMPTY
         self.length = length
@@ -54,10 +65,14 @@ class LayerCache:
 class HybridCache:
     """One `LayerCache` a layer: rings of `window` slots for local layers, `capacity` slots for global ones.
 
+    Padding goes on the left: a ring forgets by column, so padding after real tokens would push some of them out. What
+    is stored is detached: gradients flow through the tokens of one pass, not into earlier ones.
+
     Args:
         config: the model's architecture.
         batch: rows.
         capacity: most columns (tokens, padding included) that can be fed.
+        dtype, device: the model's.
     """
 
     def __init__(
@@ -79,7 +94,8 @@ class HybridCache:
 
     @property
     def length(self) -> int:
-        """Columns fed so far. Raises RuntimeError when an interrupted pass left the layers out of step."""
+        """Columns fed so far. Raises RuntimeError when an interrupted pass left the layers out of step; a pass that was
+        interrupted after its last layer has fed its columns, and they count here."""
         lengths = {layer.length for layer in self.layers}
         if len(lengths) > 1 or BROKEN in lengths:
             raise RuntimeError("the cache was left half-written by an interrupted forward pass: call reset()")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from gemma2.errors import BadModelFile
 from gemma2.tokenizer import TURNS, Tokenizer, check_text
 
 ROLES = {"user": "user", "assistant": "model", "model": "model"}
@@ -18,10 +19,13 @@ def chat_ids(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> lis
     Args:
         messages: {"role": "user" | "assistant", "content": text}, taking turns, the user first and last.
     Raises:
-        ValueError: a system role, another unknown role, turns out of order, or a vocabulary without turn tags.
+        ValueError: a system role, another unknown role, or turns out of order.
+        BadModelFile: a vocabulary without turn tags.
     """
     if not set(TURNS) <= set(tokenizer.special):
-        raise ValueError(f"{tokenizer.where}: the vocabulary has no <start_of_turn> and <end_of_turn>: chat needs them")
+        raise BadModelFile(
+            f"{tokenizer.where}: the vocabulary has no <start_of_turn> and <end_of_turn>: chat needs them"
+        )
     start, end = (tokenizer.special[name] for name in TURNS)
     newline = tokenizer.encode("\n", bos=False)
     ids = [tokenizer.special["bos"]]

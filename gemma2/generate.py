@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
@@ -35,6 +35,7 @@ class Stats:
     new_tokens: int = 0
     decode_seconds: float = 0.0  # from the first new token to the last
     decoded_tokens: int = 0  # tokens made in that time: all but each row's first
+    finish_reasons: list[str] = field(default_factory=list)  # a row each: "stop" or "length"
 
 
 def generate_ids(
@@ -60,7 +61,7 @@ def generate_ids(
         progress: a bar on standard error for prompts longer than a chunk; None shows it on a terminal only.
     Raises:
         ContextOverflow: the longest prompt and max_new_tokens exceed the context; raised before computing.
-        NonFiniteError: a row's logits are NaN.
+        NonFiniteError: a row's logits are not finite.
         ValueError: no prompt, an empty prompt, ids outside the vocabulary, a wrong count.
     """
     config, sampling, stats = model.config, sampling or Sampling(), stats or Stats()
@@ -106,12 +107,15 @@ def _steps(
     positions = torch.arange(width, device=device) - pads  # [b t], negative on padding
     logits = _prefill(model, tokens, positions, cache, chunk, progress)
     for step in range(max_new_tokens):
-        _refuse_non_finite(logits, finished, step)
+        if finished:
+            logits = logits.index_fill(0, torch.tensor(sorted(finished), device=device), 0.0)
+        _refuse_non_finite(logits, step)
         ids = choose(logits, sampling, generator, seen)
         chosen: list[int] = ids.tolist()
         now, live = time.perf_counter(), len(rows) - len(finished)
         if step == 0:
             stats.prompt_tokens, stats.prefill_seconds, clock = sum(map(len, rows)), now - clock, now
+            stats.new_tokens = stats.decoded_tokens = 0
         else:
             stats.decoded_tokens += live
         stats.new_tokens, stats.decode_seconds = stats.new_tokens + live, now - clock
@@ -150,12 +154,11 @@ def _seen(rows: list[list[int]], vocab_size: int, device: torch.device) -> Tenso
     return seen
 
 
-def _refuse_non_finite(logits: Tensor, finished: set[int], step: int) -> None:
+def _refuse_non_finite(logits: Tensor, step: int) -> None:
     finite = torch.isfinite(logits).all(dim=-1)
     if not bool(finite.all()):
-        rows = [row for row in (~finite).nonzero().flatten().tolist() if row not in finished]
-        if rows:
-            raise NonFiniteError(f"step {step}: the logits of row {rows[0]} are not finite; generation stops here")
+        row = int(finite.logical_not().nonzero()[0])
+        raise NonFiniteError(f"step {step}: the logits of row {row} are not finite; generation stops here")
 
 
 class Reply:
@@ -163,14 +166,12 @@ class Reply:
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: frozenset[int], stop: Sequence[str]) -> None:
         self.tokenizer, self.stop_ids, self.stop = tokenizer, stop_ids, stop
-        self.ids: list[int] = []
-        self.finish_reason: str | None = None  # "stop" or "length"
+        self.finish_reason: str | None = None  # "stop" once the row has ended
         self._undecoded: list[int] = []
         self._held = ""
 
     def push(self, token: int) -> str:
         """Take the next id, return the text it releases; sets finish_reason when the row ends."""
-        self.ids.append(token)
         if token in self.stop_ids:
             self.finish_reason = "stop"
             return self.flush()
@@ -239,20 +240,21 @@ class Gemma:
             stop: a string or several at which a row ends, not part of the text. `<eos>` and `<end_of_turn>` always do.
             seed: an integer or a torch.Generator, for sampling; the same seed gives the same tokens for the same batch.
             stats: a `Stats` to fill in.
+            special: let control tokens spelled in a prompt be control tokens, see `Tokenizer.encode`.
             temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`. Default: greedy.
         Raises:
             ValueError, ContextOverflow, NonFiniteError: see `generate_ids` and `Sampling`.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         written = [""] * len(texts)
-        for pieces in self._run([self.tokenizer.encode(text) for text in texts], max_new_tokens, **options):
+        for pieces in self._run(texts, max_new_tokens, **options):
             written = [text + piece for text, piece in zip(written, pieces, strict=True)]
         return written[0] if isinstance(prompts, str) else written
 
     def stream(self, prompt: str, max_new_tokens: int = MAX_NEW_TOKENS, **options: Any) -> Iterator[str]:
         """`generate` for one prompt, piece by piece as it is written. Arguments are checked at once, not at the first
         piece; closing the iterator stops the computation and leaves the model as it was."""
-        pieces = self._run([self.tokenizer.encode(prompt)], max_new_tokens, **options)
+        pieces = self._run([prompt], max_new_tokens, **options)
         return (piece for (piece,) in pieces if piece)
 
     def chat(self, messages: Conversation, max_new_tokens: int = MAX_NEW_TOKENS, **options: Any) -> str:
@@ -270,9 +272,10 @@ class Gemma:
 
     def _run(
         self,
-        prompts: list[list[int]],
+        prompts: Sequence[str | list[int]],
         max_new_tokens: int,
         *,
+        special: bool = False,
         stop: str | Sequence[str] = (),
         seed: int | torch.Generator | None = None,
         stats: Stats | None = None,
@@ -287,13 +290,15 @@ class Gemma:
             check_text(text)
             if not text:
                 raise ValueError("a stop string must not be empty")
+        ids = [self.tokenizer.encode(p, special=special) if isinstance(p, str) else p for p in prompts]
         replies = [Reply(self.tokenizer, self.stop_ids, stops) for _ in prompts]
         finished: set[int] = set()
-        steps = generate_ids(self.model, prompts, max_new_tokens, settings, generator, finished=finished, stats=stats)
-        return _texts(steps, replies, finished)
+        stats = stats or Stats()
+        steps = generate_ids(self.model, ids, max_new_tokens, settings, generator, finished=finished, stats=stats)
+        return _texts(steps, replies, finished, stats)
 
 
-def _texts(steps: Iterator[list[int]], replies: list[Reply], finished: set[int]) -> Iterator[list[str]]:
+def _texts(steps: Iterator[list[int]], replies: list[Reply], finished: set[int], stats: Stats) -> Iterator[list[str]]:
     for ids in steps:
         pieces = [""] * len(replies)
         for row, reply in enumerate(replies):
@@ -302,7 +307,5 @@ def _texts(steps: Iterator[list[int]], replies: list[Reply], finished: set[int])
                 if reply.finish_reason:
                     finished.add(row)
         yield pieces
-    for row, reply in enumerate(replies):
-        if row not in finished:
-            reply.finish_reason = "length"
+    stats.finish_reasons = [reply.finish_reason or "length" for reply in replies]
     yield [reply.flush() for reply in replies]

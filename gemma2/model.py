@@ -184,7 +184,7 @@ class Gemma2(nn.Module):
 
     Args of `forward`:
         tokens: ids [b t], int64 or int32.
-        positions: [b t]; negative marks padding. Default: 0, 1, 2 ... continuing the cache.
+        positions: [b t]; negative marks padding, which goes on the left. Default: 0, 1, 2 ... continuing the cache.
         cache: a `HybridCache` to read and extend, or None for one pass over `tokens` alone.
     Returns:
         Logits [b t v] in the weights' dtype, within +-final_logit_softcapping.

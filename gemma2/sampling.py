@@ -62,6 +62,8 @@ def checked_count(name: str, value: object, below: int = 2**63) -> None:
 def make_generator(seed: int | torch.Generator | None, device: torch.device) -> torch.Generator:
     """The one source of randomness: seeded, given, or freshly seeded when `seed` is None."""
     if isinstance(seed, torch.Generator):
+        if seed.device.type != device.type:
+            raise ValueError(f"the generator is for {seed.device.type}, the model is on {device.type}")
         return seed
     generator = torch.Generator(device)
     if seed is None:
@@ -77,7 +79,7 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator, seen:
     Args:
         seen: [b v] bool, the ids that repetition_penalty applies to; needed only when it is not 1.
     """
-    logits = logits.float()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     if sampling.repetition_penalty != 1.0 and seen is not None:
         penalty = sampling.repetition_penalty
         logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)

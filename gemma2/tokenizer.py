@@ -125,7 +125,7 @@ def check_text(text: str) -> None:
 def check_ids(ids: Iterable[int], size: int) -> list[int]:
     """`ids` as a list. Raises ValueError for anything but integers in [0, size)."""
     given = ids.tolist() if hasattr(ids, "tolist") else ids
-    if not isinstance(given, Iterable):
+    if isinstance(given, str | bytes | bytearray) or not isinstance(given, Iterable):  # bytes are integers, not ids
         raise ValueError(f"token ids must be a sequence of integers, not {ids!r}")
     given = list(given)
     for place, token in enumerate(given):

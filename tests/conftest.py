@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from safetensors.torch import save_file
 
 import gemma2
 from gemma2.load import POCKET
+
+# Two test processes share two cores: more threads than cores wait for each other longer than they compute.
+os.environ["OMP_NUM_THREADS"] = "1"  # for children
+torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -67,7 +72,7 @@ def tensors_of(model: gemma2.Gemma2) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="session")
 def pocket() -> gemma2.Gemma:
     """The model that ships with the package, in float32 so that tolerances are those of float32."""
-    return gemma2.load(dtype="float32")
+    return gemma2.load(dtype="float32", device="cpu")
 
 
 @pytest.fixture

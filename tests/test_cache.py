@@ -174,3 +174,16 @@ def test_gradients_flow_without_a_cache_and_none_are_kept_with_one() -> None:
     cache = cache_for(model, 1, 30)
     model(tokens, cache=cache)
     assert not any(layer.keys.requires_grad for layer in cache.layers)
+
+
+@torch.no_grad()
+def test_a_cache_of_another_dtype_or_misshapen_positions_are_refused_before_anything_is_written() -> None:
+    model = tiny()
+    cache = HybridCache(model.config, 2, 10, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"the cache is torch\.bfloat16 on cpu, the model computes torch\.float32"):
+        model(ids(2, 3), cache=cache)
+    assert cache.length == 0
+    cache = cache_for(model, 2, 10)
+    with pytest.raises(ValueError, match="not one for each token"):
+        model(ids(2, 1), torch.tensor([[0]]), cache)
+    assert cache.length == 0 and not cache.layers[0].keys.any()

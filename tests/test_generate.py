@@ -119,6 +119,18 @@ def test_a_stream_is_the_whole_in_pieces(pocket: gemma2.Gemma) -> None:
         pieces = list(pocket.stream(PROMPTS[0], 60, **options))
         assert len(pieces) > 20 and all(pieces)
         assert "".join(pieces) == pocket.generate(PROMPTS[0], 60, **options)
+    written = continuation(pocket.model, [pocket.tokenizer.encode(PROMPTS[0])], 60)[0]
+    end = next((i for i, token in enumerate(written) if token in pocket.stop_ids), 60)
+    assert "".join(pocket.stream(PROMPTS[0], 60)) == pocket.tokenizer.decode(written[:end])
+
+
+def test_control_tokens_in_a_prompt_are_text_unless_asked_for(pocket: gemma2.Gemma) -> None:
+    seen: list[Tensor] = []
+    hook = pocket.model.model.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+    for special in (False, True):
+        pocket.generate("<start_of_turn>user", 1, special=special)
+    hook.remove()
+    assert [106 in tokens for tokens in seen] == [False, True]
 
 
 def test_the_same_seed_writes_the_same_text_and_another_does_not(pocket: gemma2.Gemma) -> None:
@@ -127,20 +139,17 @@ def test_the_same_seed_writes_the_same_text_and_another_does_not(pocket: gemma2.
 
 
 DETERMINISM = """
-import torch, gemma2
-gemma = gemma2.load(dtype="float32")
-digest = 0.0
-def run_in(module, inputs, output):
-    global digest
-    digest = digest * 0.5 + output.double().sum().item()
-gemma.model.softcap.register_forward_hook(run_in)
+import hashlib, gemma2
+gemma = gemma2.load(dtype="float32", device="cpu")
+digest = hashlib.sha256()
+gemma.model.softcap.register_forward_hook(lambda m, i, output: digest.update(output.numpy().tobytes()))
 for seed in range(20):
-    print(repr(gemma.generate("And the", 64, temperature=1.0, top_p=0.95, seed=seed)), digest.hex())
+    print(repr(gemma.generate("And the", 64, temperature=1.0, top_p=0.95, seed=seed)), digest.hexdigest())
 """
 
 
 def test_twenty_seeds_give_the_same_logits_and_text_in_two_processes() -> None:
-    """Bit-equal logits: their sums, in float64, run into the digest printed behind every text."""
+    """Bit-equal logits: their bytes run into the digest printed behind every text."""
     runs = [subprocess.run([sys.executable, "-c", DETERMINISM], capture_output=True, check=True) for _ in range(2)]
     assert runs[0].stdout == runs[1].stdout and len(set(runs[0].stdout.splitlines())) == 20
 
@@ -234,7 +243,9 @@ def test_stats_count_what_was_done(pocket: gemma2.Gemma) -> None:
     assert stats.prompt_tokens == sum(
         len(pocket.tokenizer.encode(text)) for text in ("the king", "In the beginning God")
     )
-    assert (stats.new_tokens, stats.decoded_tokens) == (20, 18)
+    assert (stats.new_tokens, stats.decoded_tokens, stats.finish_reasons) == (20, 18, ["length", "length"])
+    pocket.generate("the king", 3, stats=stats, stop=" ")
+    assert stats.new_tokens <= 3 and stats.finish_reasons == ["stop"]
     assert stats.prefill_seconds > 0 and stats.decode_seconds > 0
 
 

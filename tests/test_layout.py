@@ -33,6 +33,7 @@ def room(path: Path) -> str:
 def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
+        assert not isinstance(node, ast.ImportFrom) or not node.level, f"{path}: a relative import"
         if isinstance(node, ast.ImportFrom) and node.module:
             below = (
                 [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "gemma2" else [node.module]
@@ -55,6 +56,7 @@ def test_imports_point_one_way(path: Path) -> None:
         parts = name.split(".")
         if parts[0] == "gemma2" and len(parts) > 1 and parts[1] in level and parts[1] != own:
             assert level[parts[1]] < level[own], f"{path} imports {name}"
+        assert parts[0] != "gemma2" or (len(parts) > 1 and parts[1] in level), f"{path}: {name}"
         assert parts[0] not in OPTIONAL, f"{path} needs {name}, which is optional"
 
 

@@ -96,7 +96,7 @@ def test_the_dtype_is_the_checkpoints_own_unless_asked(folder: Folder, stored: t
     assert gemma2.load(place).model.model.norm.weight.dtype == stored
     for name, wanted in {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}.items():
         for spelling in (name, wanted):
-            loaded = gemma2.load(place, dtype=spelling)
+            loaded = gemma2.load(place, dtype=spelling, device="cpu")
             assert same(loaded, {name: tensor.to(wanted) for name, tensor in tensors.items()})
 
 
@@ -131,7 +131,7 @@ def test_missing_extra_misshapen_and_non_finite_tensors_are_named_first_five(fol
     with pytest.raises(gemma2.BadModelFile, match=r"1 misshapen: model.norm.weight \[287\] instead of \[288\]"):
         gemma2.load(folder("bent", tensors=bent))
     whole = tensors | {"model.norm.weight": torch.ones(288, dtype=torch.int32)}
-    with pytest.raises(gemma2.BadModelFile, match=r"model\.norm\.weight \(int32\)|model.norm.weight .*"):
+    with pytest.raises(gemma2.BadModelFile, match=r"1 not float32, bfloat16 or float16: model\.norm\.weight \(int32\)"):
         gemma2.load(folder("whole", tensors=whole))
     sick = {name: tensor.clone() for name, tensor in tensors.items()}
     sick["model.norm.weight"][3] = torch.nan
@@ -187,7 +187,7 @@ import gemma2
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 before = peak()
-gemma = gemma2.load(sys.argv[1], dtype=sys.argv[2], tokenizer=sys.argv[3])
+gemma = gemma2.load(sys.argv[1], dtype=sys.argv[2], device="cpu", tokenizer=sys.argv[3])
 print(before, peak(), sum(p.nbytes for p in gemma.model.parameters()))
 """
 

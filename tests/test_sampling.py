@@ -81,10 +81,12 @@ def test_nothing_is_sorted_unless_it_must_be(monkeypatch: pytest.MonkeyPatch) ->
         return original(self, k, dim=dim)
 
     monkeypatch.setattr(torch.Tensor, "topk", topk)
+    monkeypatch.setattr(torch, "topk", None)
     monkeypatch.setattr(torch, "sort", None)
     monkeypatch.setattr(torch.Tensor, "sort", None)
     peaked, flat = some_logits(1, 256_000) * 4, torch.zeros(1, 256_000)
     for settings, logits, largest in (
+        ({}, peaked, 0),
         ({"min_p": 0.1}, peaked, 0),
         ({"top_k": 40}, peaked, 40),
         ({"top_p": 0.9}, peaked, 256),

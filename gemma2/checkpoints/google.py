@@ -18,7 +18,7 @@ from gemma2.checkpoints.weights import refuse_foreign
 from gemma2.config import PUBLISHED, Gemma2Config
 from gemma2.errors import BadModelFile
 
-REDUNDANT = ("freqs_cis", "local_freqs_cis", "global_freqs_cis")  # rotary tables, computed from the config
+REDUNDANT = "freqs_cis"  # the rotary table, computed from the config
 SCALER = "_scaler"  # int8: weight * weight_scaler[:, None], one scale a row
 EMBEDDER, FUSED = "embedder.weight", "self_attn.qkv_proj.weight"
 
@@ -37,7 +37,7 @@ class GoogleWeights:
         self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._place: dict[str, tuple[str, int]] = {}  # Hugging Face's name -> Google's name and first row
         for name, tensor in state.items():
-            if name.endswith(SCALER) or name.split(".")[-1] in REDUNDANT:
+            if name.endswith(SCALER) or name.split(".")[-1] == REDUNDANT:
                 continue
             scale = self._scale(state, name, tensor)
             dtype = tensor.dtype if scale is None else scale.dtype

@@ -145,7 +145,7 @@ def _check_head(weights: Weights, shape: tuple[int, ...], dtype: torch.dtype) ->
     if HEAD not in weights.tensors:
         return
     for start, stop in _chunks(shape, dtype):
-        if not torch.equal(weights.rows(HEAD, start, stop), weights.rows(EMBEDDING, start, stop)):
+        if not torch.equal(weights.rows(HEAD, start, stop).float(), weights.rows(EMBEDDING, start, stop).float()):
             raise BadModelFile(f"{weights.where}: lm_head.weight differs from the embedding; Gemma 2's head is tied")
         weights.release()
 

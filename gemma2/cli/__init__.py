@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import signal
@@ -42,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(args)
     except KeyboardInterrupt:
-        print()  # what was written so far stays, on a line of its own
+        with contextlib.suppress(OSError):  # in a pipeline, Ctrl-C ends the reader too
+            print(flush=True)  # what was written so far stays, on a line of its own
+            return INTERRUPTED
+        _drop_stdout()
         return INTERRUPTED
     except BrokenPipeError:
         _drop_stdout()

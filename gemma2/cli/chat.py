@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
                     print(piece, end="", flush=True)
                     reply += piece
             except ContextOverflow as error:
-                print(f"gemma2: error: {error}; /reset, or a smaller -n", file=sys.stderr)
+                print(f"gemma2: error: {error}; /reset forgets the history", file=sys.stderr)
                 continue
             print()
             history = [*turn, {"role": "assistant", "content": reply}]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 import time
 from typing import Any
@@ -19,10 +18,12 @@ from gemma2.tokenizer import check_text
 def add_options(parser: argparse.ArgumentParser, new_tokens: int = MAX_NEW_TOKENS) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="M", help="hub name, folder or file; default: the pocket model inside")
+    model.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.model elsewhere than beside the weights")
     model.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub name")
     model.add_argument("--device", metavar="D", help="cuda, mps or cpu; default: the best present")
     model.add_argument("--dtype", metavar="T", help="bfloat16, float32 or float64; default: the checkpoint's own")
     model.add_argument("--force-float16", action="store_true", help="allow --dtype float16, which overflows")
+    model.add_argument("--allow-nonfinite", action="store_true", help="take weights with NaN or infinity in them")
     sampling = parser.add_argument_group("sampling (greedy without --temperature)")
     sampling.add_argument("-n", "--max-new-tokens", type=int, default=new_tokens, metavar="N", help=f"[{new_tokens}]")
     sampling.add_argument("--temperature", type=float, default=0.0, metavar="T")
@@ -59,7 +60,9 @@ def load_model(args: argparse.Namespace) -> Gemma:
         args.model,
         device=args.device,
         dtype=args.dtype,
+        tokenizer=args.tokenizer,
         revision=args.revision,
+        allow_nonfinite=args.allow_nonfinite,
         force_float16=args.force_float16,
     )
     if args.verbose:
@@ -80,6 +83,11 @@ def report(stats: Stats) -> None:
     for name, tokens, seconds in rows:
         rate = f"{tokens / seconds:.1f} tokens/s" if tokens and seconds else "-"
         print(f"{name:8} {tokens} tokens in {seconds:.3f} s, {rate}", file=sys.stderr)
+    print(f"ended    {', '.join(stats.finish_reasons)}", file=sys.stderr)
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, kilobytes elsewhere
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     device = f", {torch.cuda.max_memory_allocated() / 1e6:.0f} MB on the device" if torch.cuda.is_initialized() else ""

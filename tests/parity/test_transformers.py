@@ -23,17 +23,23 @@ def reference(model: gemma2.Gemma2, raw: dict[str, Any], dtype: torch.dtype) -> 
     return peer
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("size", SHAPES)
 @torch.no_grad()
-def test_logits_are_bit_equal_to_transformers_on_prompts_longer_than_the_window(size: str, dtype: torch.dtype) -> None:
+def test_logits_are_bit_equal_to_transformers_on_prompts_longer_than_the_window(
+    size: str, dtype: torch.dtype, threads: int
+) -> None:
     model = tiny(size).to(dtype)
     peer = reference(model, raw_config(size), dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     for batch, length in ((1, 1), (1, 15), (1, 16), (1, 17), (2, 77), (1, 200)):
         tokens = ids(batch, length, seed=length)
         ours, theirs = model(tokens), peer(tokens, use_cache=False).logits
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs), f"{size} {dtype} {batch}x{length}: {(ours - theirs).abs().max()}"
+    torch.set_num_threads(before)
 
 
 @torch.no_grad()
@@ -71,7 +77,7 @@ def test_cached_decoding_agrees_with_transformers_past_the_window() -> None:
 @torch.no_grad()
 def test_float64_runs_in_float64_where_transformers_drops_to_float32() -> None:
     """Against a float64 run, transformers' float64 carries float32 noise; ours must be its own truth: two orders of
-    summation (cached and not) agree to 1e-12, which float32 norms or softmax could not."""
+    summation (cached and not) agree to 1e-10, which float32 norms or softmax could not."""
     model = tiny("27b").double()
     tokens = ids(1, 60)
     whole = model(tokens)
