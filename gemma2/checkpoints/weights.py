@@ -15,9 +15,9 @@ from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
 from gemma2.model import Gemma2
 
-# Of the destination. Together they bound what is in memory beside the final weights.
-CHUNK_BYTES = 8 * 2**20  # copied at once
-RELEASE_BYTES = 16 * 2**20  # copied before the file is unmapped and mapped anew
+# Together they bound what is in memory beside the final weights. Mapping a file anew takes milliseconds: not too often.
+CHUNK_BYTES = 8 * 2**20  # of the final weights, copied at once
+RELEASE_BYTES = 48 * 2**20  # of the file, read before it is unmapped
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what a Gemma 2 checkpoint may store
 # float64 also holds what any of them stores, and is the dtype of truth; float16 must be forced, see `load`.
 TARGETS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
@@ -79,12 +79,14 @@ def build(
             filled[name] = torch.empty(shape, dtype=dtype, device=device)
             for start, stop in _chunks(shape, dtype):
                 place = filled[name][start:stop]
-                place.copy_(weights.rows(name, start, stop))
+                stored = weights.rows(name, start, stop)
+                place.copy_(stored)
                 if not place.sum().isfinite():  # one pass; a sum of huge finite numbers is looked at again
                     bad[name] = bad.get(name, 0) + int((~place.isfinite()).sum())
                 bar.update(place.nbytes)
-                mapped += place.nbytes
+                mapped += stored.nbytes
                 if mapped >= RELEASE_BYTES:
+                    del stored
                     weights.release()
                     mapped = 0
     weights.release()
