@@ -125,8 +125,6 @@ def _steps(
         if seen is not None:
             seen.scatter_(1, ids[:, None], True)
         here = torch.full_like(pads, width + step) - pads
-        if finished:
-            here[sorted(finished)] = -1  # an ended row's tokens are padding: nothing sees them
         logits = model.unembed(model.model(ids[:, None], here, cache)[:, -1])
 
 

@@ -129,6 +129,7 @@ def test_rolling_back_is_exact_while_no_ring_has_wrapped_and_refused_after() -> 
     cache = cache_for(model, 1, 60)
     model(tokens[:, :WINDOW], cache=cache)
     cache.rollback(9)
+    assert all((layer.positions[:, 9:] == -1).all() and (layer.positions[:, :9] >= 0).all() for layer in cache.layers)
     again = model(tokens[:, 9:30], cache=cache)
     assert (again - model(tokens[:, :30])[:, 9:]).abs().max() <= 1e-10
     with pytest.raises(ValueError, match="wrapped the local layers' ring of 16"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -176,3 +178,11 @@ def test_a_state_dict_carries_the_whole_model() -> None:
     copy.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert torch.equal(copy.eval()(ids(1, 20)), model(ids(1, 20)))
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="torch.compile needs a C++ compiler on CPU")
+@torch.no_grad()
+def test_the_compiled_model_computes_what_the_eager_one_does() -> None:
+    model = tiny(num_hidden_layers=2).double()
+    tokens = ids(1, 40)
+    assert (torch.compile(model.model)(tokens) - model.model(tokens)).abs().max() <= 1e-10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -102,12 +103,13 @@ def test_a_reader_that_leaves_ends_the_run_quietly(endless: Path) -> None:
         assert process.stderr.read() == b""
 
 
-def test_an_interrupt_keeps_what_was_written_and_exits_with_130(endless: Path) -> None:
+@pytest.mark.parametrize("after", sorted(random.Random(0).sample(range(1, 3000), 10)))
+def test_an_interrupt_keeps_what_was_written_and_exits_with_130(endless: Path, after: int) -> None:
     with writing(endless) as process:
         assert process.stdout is not None
         first = b""
-        while len(first) < 64:
-            first += process.stdout.read(64)
+        while len(first) < after:
+            first += process.stdout.read(1)
         process.send_signal(signal.SIGINT)
         rest, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, b"")
