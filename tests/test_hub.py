@@ -519,19 +519,51 @@ def test_a_token_that_cannot_be_sent_is_not_printed_either(
     assert TOKEN not in "".join(capfd.readouterr())
 
 
-def test_the_command_ends_in_one_line_that_says_what_to_do(hub: Hub, tmp_path: Path) -> None:
-    hub.refusal = (401, "GatedRepo", f"Access to model {NAME} is restricted.")
-    environment = {key: value for key, value in os.environ.items() if "HUB_CACHE" not in key} | {
+def environment(hub: Hub, home: Path) -> dict[str, str]:
+    """For a child that finds this hub, with a cache of its own below `home`."""
+    return {key: value for key, value in os.environ.items() if "HUB_CACHE" not in key} | {
         "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "home"),
+        "HF_HOME": str(home),
         "HF_TOKEN": TOKEN,
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "NO_PROXY": "*",
     }
+
+
+def downloading(hub: Hub, home: Path) -> subprocess.Popen[bytes]:
+    code = f"from gemma2.hub import download; print(download({NAME!r}), end='')"
+    return subprocess.Popen([sys.executable, "-c", code], env=environment(hub, home), stdout=subprocess.PIPE)
+
+
+def test_two_processes_at_once_both_get_the_whole_repository(hub: Hub, tmp_path: Path) -> None:
+    children = [downloading(hub, tmp_path / "home") for _ in range(2)]
+    for child in children:
+        out, _ = child.communicate(timeout=120)
+        assert child.returncode == 0
+        assert content(Path(out.decode())).items() <= FILES.items()
+
+
+@pytest.mark.parametrize("gets", [1, 2, 3])
+def test_a_process_killed_while_downloading_leaves_nothing_that_a_later_one_takes_for_good(
+    hub: Hub, tmp_path: Path, gets: int
+) -> None:
+    child = downloading(hub, tmp_path / "home")
+    hub.after = lambda file: child.kill() if len(hub.got()) >= gets else None
+    child.communicate(timeout=120)
+    assert child.returncode == -9 and len(hub.got()) >= gets
+    hub.after = lambda file: None
+    again = downloading(hub, tmp_path / "home")
+    out, _ = again.communicate(timeout=120)
+    found = content(Path(out.decode()))
+    assert again.returncode == 0 and "model.safetensors" in found and found.items() <= FILES.items()
+
+
+def test_the_command_ends_in_one_line_that_says_what_to_do(hub: Hub, tmp_path: Path) -> None:
+    hub.refusal = (401, "GatedRepo", f"Access to model {NAME} is restricted.")
     command = [sys.executable, "-m", "gemma2", "generate", "Hello", "--model", NAME]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment(hub, tmp_path / "home"), capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and not done.stdout
     lines = done.stderr.splitlines()
     assert len(lines) == 1 and f"{hub.url}/{NAME}" in lines[0] and "`hf auth login`" in lines[0]
