@@ -159,6 +159,16 @@ def _refuse_non_finite(logits: Tensor, step: int) -> None:
         raise NonFiniteError(f"step {step}: the logits of row {row} are not finite; generation stops here")
 
 
+def checked_stops(stop: str | Sequence[str]) -> list[str]:
+    """One stop string or several as a list. Raises ValueError for one that is empty or no text."""
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    for text in stops:
+        check_text(text)
+        if not text:
+            raise ValueError("a stop string must not be empty")
+    return stops
+
+
 class Reply:
     """One row's text as it grows: holds back unfinished characters and what may become a stop string."""
 
@@ -283,11 +293,7 @@ class Gemma:
         checked_count("max_new_tokens", max_new_tokens)
         settings = Sampling(**sampling)
         generator = make_generator(seed, self.model.model.embed_tokens.weight.device)
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        for text in stops:
-            check_text(text)
-            if not text:
-                raise ValueError("a stop string must not be empty")
+        stops = checked_stops(stop)
         ids = [self.tokenizer.encode(p, special=special) if isinstance(p, str) else p for p in prompts]
         replies = [Reply(self.tokenizer, self.stop_ids, stops) for _ in prompts]
         finished: set[int] = set()

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from gemma2.generate import MAX_NEW_TOKENS, Gemma, Stats
+from gemma2.generate import MAX_NEW_TOKENS, Gemma, Stats, checked_stops
 from gemma2.load import check_device, check_dtype, load
 from gemma2.sampling import Sampling, checked_count
-from gemma2.tokenizer import check_text
 
 
 def add_options(parser: argparse.ArgumentParser, new_tokens: int = MAX_NEW_TOKENS) -> None:
@@ -45,10 +44,7 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     checked_count("max_new_tokens", args.max_new_tokens)
     if args.seed is not None:
         checked_count("seed", args.seed)
-    for text in args.stop:
-        check_text(text)
-        if not text:
-            raise ValueError("a stop string must not be empty")
+    checked_stops(args.stop)
     return {**chosen, "max_new_tokens": args.max_new_tokens, "seed": args.seed, "stop": args.stop}
 
 
