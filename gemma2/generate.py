@@ -219,10 +219,13 @@ class Gemma:
         model: the `Gemma2` module: tokens [b t] -> logits [b t v].
         tokenizer: text to ids and back.
         chat_tuned: whether the checkpoint says it was tuned for chat; None when it says nothing.
+        notes: a line for everything that the checkpoint does not state and that was filled in (GGUF only).
     """
 
-    def __init__(self, model: Gemma2, tokenizer: Tokenizer, chat_tuned: bool | None = None) -> None:
-        self.model, self.tokenizer, self.chat_tuned = model, tokenizer, chat_tuned
+    def __init__(
+        self, model: Gemma2, tokenizer: Tokenizer, chat_tuned: bool | None = None, notes: Sequence[str] = ()
+    ) -> None:
+        self.model, self.tokenizer, self.chat_tuned, self.notes = model, tokenizer, chat_tuned, tuple(notes)
         names = ("eos", "end_of_turn")
         self.stop_ids = frozenset(tokenizer.special[name] for name in names if name in tokenizer.special)
 

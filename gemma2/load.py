@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from gemma2.checkpoints import google, safetensors
-from gemma2.checkpoints.weights import EMBEDDING, TARGETS, Weights, build
+from gemma2.checkpoints import gguf, gguf_tokenizer, gguf_weights, google, safetensors
+from gemma2.checkpoints.weights import TARGETS, Weights, build
 from gemma2.config import Gemma2Config, read_json
 from gemma2.errors import BadModelFile
 from gemma2.generate import Gemma
@@ -37,10 +37,12 @@ def load(
     """Load a Gemma 2.
 
     Args:
-        source: None for the pocket model inside this package; a Hugging Face folder; a `.safetensors` file or Google's
-            `.ckpt` (its `config.json` and `tokenizer.model` beside it); or a hub name such as `google/gemma-2-2b`.
+        source: None for the pocket model inside this package; a Hugging Face folder; a `.gguf` file, or any part of a
+            split one; a `.safetensors` file or Google's `.ckpt` (its `config.json` and `tokenizer.model` beside it); or
+            a hub name such as `google/gemma-2-2b`, or `owner/repo:file.gguf`.
         device: default the best present: cuda, mps, cpu.
-        dtype: float32, bfloat16 or float64; default the dtype the checkpoint stores.
+        dtype: float32, bfloat16 or float64; default the dtype the checkpoint stores, and bfloat16 for a GGUF other than
+            F32.
         tokenizer: a `tokenizer.model` elsewhere, or a ready one.
         revision: branch, tag or commit, for a hub name.
         force_float16: run in float16 all the same.
@@ -54,15 +56,22 @@ def load(
     wanted = check_dtype(dtype, force_float16)
     path = _locate(source, revision)
     folder = path if path.is_dir() else path.parent
-    config, weights = _open(path, folder)
-    words = _tokenizer(tokenizer, folder, config)
-    chat_tuned = _chat_tuned(folder, words)
-    # Without an embedding the file is refused below, whatever the dtype.
-    final = wanted or (weights.tensors[EMBEDDING][1] if EMBEDDING in weights.tensors else torch.float32)
+    if path.is_file() and path.suffix == ".gguf":
+        header = gguf.read_parts(path)
+        config, notes = gguf_weights.config_of(header)
+        weights: Weights = gguf_weights.GGUFWeights(header)
+        words = _checked(_given(tokenizer) or gguf_tokenizer.build_tokenizer(header), config)
+        notes += gguf_tokenizer.notes(header)
+        chat_tuned = gguf_tokenizer.chat_tuned(header)
+    else:
+        config, weights = _open(path, folder)
+        words = _checked(_given(tokenizer) or _beside(folder), config)
+        notes, chat_tuned = [], _chat_tuned(folder, words)
+    final = wanted or weights.dtype
     if final == torch.float16 and not force_float16:
         raise BadModelFile(f"{path}: {FLOAT16}")
     model = build(weights, config, where, final, allow_nonfinite=allow_nonfinite, progress=progress)
-    return Gemma(model, words, chat_tuned)
+    return Gemma(model, words, chat_tuned, notes)
 
 
 def check_device(device: str | torch.device | None) -> torch.device:
@@ -117,14 +126,23 @@ def _open(path: Path, folder: Path) -> tuple[Gemma2Config, Weights]:
     return config, safetensors.open_folder(path) if path.is_dir() else safetensors.open_file(path)
 
 
-def _tokenizer(given: str | Path | Tokenizer | None, folder: Path, config: Gemma2Config) -> Tokenizer:
-    if isinstance(given, Tokenizer):
-        words = given
-    else:
-        path = folder / "tokenizer.model" if given is None else Path(given)
-        if not path.is_file():
-            raise BadModelFile(f"{path}: no such file; put the tokenizer.model there or name one with tokenizer=")
-        words = Tokenizer.from_file(path)
+def _given(tokenizer: str | Path | Tokenizer | None) -> Tokenizer | None:
+    if tokenizer is None or isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    path = Path(tokenizer)
+    if not path.is_file():
+        raise BadModelFile(f"{path}: no such file")
+    return Tokenizer.from_file(path)
+
+
+def _beside(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.model"
+    if not path.is_file():
+        raise BadModelFile(f"{path}: no such file; put the tokenizer.model there or name one with tokenizer=")
+    return Tokenizer.from_file(path)
+
+
+def _checked(words: Tokenizer, config: Gemma2Config) -> Tokenizer:
     if len(words) != config.vocab_size:
         raise BadModelFile(f"{words.where}: {len(words)} pieces, but the embedding has {config.vocab_size} rows")
     return words

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma2.checkpoints.weights import refuse_foreign
+from gemma2.checkpoints.weights import EMBEDDING, refuse_foreign
 from gemma2.config import PUBLISHED, Gemma2Config
 from gemma2.errors import BadModelFile
 
@@ -49,21 +49,30 @@ class GoogleWeights:
                 for letter, first, rows in (("q", 0, q), ("k", q, kv), ("v", q + kv, kv)):
                     self._add(name.replace("qkv_proj", f"{letter}_proj"), name, first, (rows, *tensor.shape[1:]), dtype)
             else:
-                own = "model.embed_tokens.weight" if name == EMBEDDER else name
+                own = EMBEDDING if name == EMBEDDER else name
                 self._add(own, name, 0, tuple(tensor.shape), dtype)
         stray = sorted(name for name in state if name.endswith(SCALER) and name.removesuffix(SCALER) not in state)
         if stray:
             raise BadModelFile(f"{path}: scales without weights: {', '.join(stray[:5])}")
         self.release()
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors[EMBEDDING][1] if EMBEDDING in self.tensors else torch.float32
+
+    def dtype_for(self, name: str, wanted: torch.dtype) -> torch.dtype:
+        return wanted
+
+    def in_file(self, name: str) -> str:
+        return name
+
+    def read(self, name: str, start: int, place: Tensor) -> None:
         google, first = self._place[name]
         state = self._tensors()
-        part = state[google][first + start : first + stop]
+        rows = slice(first + start, first + start + len(place))
         scale = self._scale(state, google, state[google])
-        if scale is None:
-            return part
-        return part.to(scale.dtype) * scale[first + start : first + stop, None]
+        part = state[google][rows]
+        place.copy_(part if scale is None else part.to(scale.dtype) * scale[rows, None])
 
     def release(self) -> None:
         self._state = None  # the mapping goes with its last tensor
@@ -85,9 +94,10 @@ class GoogleWeights:
         return scale
 
     def _tensors(self) -> dict[str, Tensor]:
-        if self._state is None:
-            self._state = _read(self._path)
-        return self._state
+        state = self._state  # another thread may release it meanwhile, but not what is held here
+        if state is None:
+            state = self._state = _read(self._path)
+        return state
 
 
 def _read(path: Path) -> dict[str, Tensor]:

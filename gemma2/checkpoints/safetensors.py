@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gemma2.checkpoints.weights import refuse_foreign
+from gemma2.checkpoints.weights import EMBEDDING, refuse_foreign
 from gemma2.config import read_json
 from gemma2.errors import BadModelFile
 
@@ -53,9 +53,19 @@ class SafetensorsWeights:
                 self.tensors[name] = (tuple(part.get_shape()), DTYPES.get(part.get_dtype(), torch.uint8))
         self.release()
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        tensor: Tensor = self._handle(self._file[name]).get_slice(name)[start:stop]
-        return tensor
+    @property
+    def dtype(self) -> torch.dtype:
+        # Without an embedding the file is refused, whatever the dtype.
+        return self.tensors[EMBEDDING][1] if EMBEDDING in self.tensors else torch.float32
+
+    def dtype_for(self, name: str, wanted: torch.dtype) -> torch.dtype:
+        return wanted
+
+    def in_file(self, name: str) -> str:
+        return name
+
+    def read(self, name: str, start: int, place: Tensor) -> None:
+        place.copy_(self._handle(self._file[name]).get_slice(name)[start : start + len(place)])
 
     def release(self) -> None:
         # Closing unmaps the file; pages that stay mapped would count as memory beside the weights.
@@ -65,15 +75,16 @@ class SafetensorsWeights:
         return {name for name, file in self._file.items() if file == path}
 
     def _handle(self, path: Path) -> Any:
-        if path not in self._open:
+        handle = self._open.get(path)  # another thread may release it meanwhile, but not what is held here
+        if handle is None:
             try:
-                self._open[path] = safe_open(path, framework="pt", device="cpu").__enter__()
+                handle = self._open[path] = safe_open(path, framework="pt", device="cpu").__enter__()
             except FileNotFoundError:
                 raise BadModelFile(f"{path}: no such file") from None
             except (SafetensorError, TypeError, AttributeError, ValueError, OSError) as error:
                 refuse_foreign(path)
                 raise BadModelFile(f"{path}: not a whole safetensors file ({error})") from None
-        return self._open[path]
+        return handle
 
 
 def open_folder(folder: Path) -> SafetensorsWeights:
@@ -82,8 +93,9 @@ def open_folder(folder: Path) -> SafetensorsWeights:
         return _open_shards(folder)
     if (folder / SINGLE).is_file():
         return SafetensorsWeights([folder / SINGLE], str(folder / SINGLE))
-    others = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.gguf"))
-    seen = f"; it holds {', '.join(others[:3])}, which is not read here" if others else ""
+    quantized, pickled = (sorted(path.name for path in folder.glob(f"*.{kind}")) for kind in ("gguf", "bin"))
+    seen = f"; it holds {', '.join(quantized[:3])}: give that file itself" if quantized else ""
+    seen += f"; it holds {', '.join(pickled[:3])}, a pickle, which is not read" if pickled else ""
     raise BadModelFile(f"{folder}: neither {SINGLE} nor {INDEX}{seen}")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -16,8 +18,8 @@ from gemma2.errors import BadModelFile
 from gemma2.model import Gemma2
 
 # Together they bound what is in memory beside the final weights. Mapping a file anew takes milliseconds: not too often.
-CHUNK_BYTES = 8 * 2**20  # of the final weights, copied at once
-RELEASE_BYTES = 48 * 2**20  # of the file, read before it is unmapped
+CHUNK_BYTES = 4 * 2**20  # of the final weights, copied at once
+RELEASE_BYTES = 32 * 2**20  # of the file, read before it is unmapped
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what a Gemma 2 checkpoint may store
 # float64 also holds what any of them stores, and is the dtype of truth; float16 must be forced, see `load`.
 TARGETS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
@@ -34,7 +36,7 @@ class _Uninitialised(TorchFunctionMode):
 
 
 class Weights(Protocol):
-    """An opened checkpoint. Tensors have Hugging Face's names and come a few rows at a time."""
+    """An opened checkpoint. Tensors have Hugging Face's names and come a few rows at a time, from several threads."""
 
     where: str
 
@@ -42,8 +44,18 @@ class Weights(Protocol):
     def tensors(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name -> shape and stored dtype."""
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor's first axis; may be a view of the mapped file, valid until `release`."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to run in unless another is asked for."""
+
+    def dtype_for(self, name: str, wanted: torch.dtype) -> torch.dtype:
+        """The dtype for one tensor of a model in `wanted`: that, unless it cannot hold what the file states."""
+
+    def in_file(self, name: str) -> str:
+        """What the file calls a tensor, for error messages."""
+
+    def read(self, name: str, start: int, place: Tensor) -> None:
+        """Fill `place` with as many rows of a tensor's first axis, from row `start` on."""
 
     def release(self) -> None:
         """Let go of the mapped pages read so far."""
@@ -60,8 +72,8 @@ def build(
 ) -> Gemma2:
     """A model with every tensor of the checkpoint in its place, and nothing left over.
 
-    The model is built on the meta device; each tensor then goes once, in chunks, from the file to memory of its final
-    dtype on its final device, and is checked to be finite on the way.
+    The model is built on the meta device; each tensor then goes once, in chunks and on all cores, from the file to
+    memory of its final dtype on its final device, and is checked to be finite on the way.
 
     Raises:
         BadModelFile: missing, extra, misshapen or non-finite tensors, by name (the first five).
@@ -70,59 +82,87 @@ def build(
         model = Gemma2(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     check_names(weights, shapes)
-    total = sum(parameter.numel() * dtype.itemsize for parameter in model.parameters())
     filled: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        kind = weights.dtype_for(name, dtype)
+        if kind == torch.float64 and device.type == "mps":
+            raise BadModelFile(f"{weights.where}: {weights.in_file(name)} needs float64, which mps has not: use cpu")
+        filled[name] = torch.empty(shape, dtype=kind, device=device)
+
+    def fill(name: str, start: int, stop: int) -> tuple[str, int, int]:
+        place = filled[name][start:stop]
+        weights.read(name, start, place)
+        # One pass; a sum of huge finite numbers is looked at again.
+        sick = 0 if place.sum().isfinite() else int((~place.isfinite()).sum())
+        return name, place.nbytes, sick
+
+    total = sum(tensor.nbytes for tensor in filled.values())
     bad: dict[str, int] = {}
     mapped = 0
-    with tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=_hidden(progress), leave=False) as bar:
-        for name, shape in shapes.items():
-            filled[name] = torch.empty(shape, dtype=dtype, device=device)
-            for start, stop in _chunks(shape, dtype):
-                place = filled[name][start:stop]
-                stored = weights.rows(name, start, stop)
-                place.copy_(stored)
-                if not place.sum().isfinite():  # one pass; a sum of huge finite numbers is looked at again
-                    bad[name] = bad.get(name, 0) + int((~place.isfinite()).sum())
-                bar.update(place.nbytes)
-                mapped += stored.nbytes
-                if mapped >= RELEASE_BYTES:
-                    del stored
-                    weights.release()
-                    mapped = 0
+    with (
+        tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=_hidden(progress), leave=False) as bar,
+        _a_thread_a_core() as pool,
+    ):
+        places = [(name, *part) for name, tensor in filled.items() for part in _chunks(tensor.shape, tensor.dtype)]
+        for name, done, sick in pool.map(fill, *zip(*places, strict=True)):
+            bad[name] = bad.get(name, 0) + sick
+            bar.update(done)
+            mapped += done * weights.tensors[name][1].itemsize // filled[name].itemsize
+            if mapped >= RELEASE_BYTES:
+                weights.release()
+                mapped = 0
     weights.release()
     bad = {name: count for name, count in bad.items() if count}
     if bad and not allow_nonfinite:
-        named = ", ".join(f"{name} ({count:,})" for name, count in list(bad.items())[:5])
+        named = ", ".join(f"{weights.in_file(name)} ({count:,})" for name, count in list(bad.items())[:5])
         raise BadModelFile(
             f"{weights.where}: {len(bad)} tensors hold NaN or infinity in {str(dtype).removeprefix('torch.')}: {named}"
         )
-    _check_head(weights, shapes[EMBEDDING], dtype)
+    _check_head(weights, shapes[EMBEDDING])
     model.load_state_dict(filled, strict=True, assign=True)
     return model.requires_grad_(True).eval()
 
 
+@contextlib.contextmanager
+def _a_thread_a_core() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as PyTorch would use, each of which computes alone: chunks are independent, operations small.
+
+    PyTorch's setting is the process's, so other threads that begin to compute meanwhile also get one core. An error or
+    Ctrl-C ends the work at once rather than after all that was asked for.
+    """
+    count = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, "gemma2-load", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(count)
+
+
 def check_names(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Every tensor asked for is there in its shape and a float dtype, and every tensor there is asked for."""
-    found = weights.tensors
+    found, said = weights.tensors, weights.in_file
     problems = {
-        "missing": [name for name in shapes if name not in found],
-        "unknown": [name for name in found if name not in shapes and name != HEAD],
+        "missing": [said(name) for name in shapes if name not in found],
+        "unknown": [said(name) for name in found if name not in shapes and name != HEAD],
         "misshapen": [
-            f"{name} {list(found[name][0])} instead of {list(shape)}"
+            f"{said(name)} {list(found[name][0])} instead of {list(shape)}"
             for name, shape in ({HEAD: shapes[EMBEDDING]} | dict(shapes)).items()
             if name in found and found[name][0] != shape
         ],
         "not float32, bfloat16 or float16": [
-            f"{name} ({str(dtype).removeprefix('torch.')})" for name, (_, dtype) in found.items() if dtype not in FLOATS
+            f"{said(name)} ({str(dtype).removeprefix('torch.')})"
+            for name, (_, dtype) in found.items()
+            if dtype not in FLOATS
         ],
     }
-    said = [
+    lines = [
         f"{len(names)} {kind}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
         for kind, names in problems.items()
         if names
     ]
-    if said:
-        raise BadModelFile(f"{weights.where}: tensors do not fit the config: {'; '.join(said)}")
+    if lines:
+        raise BadModelFile(f"{weights.where}: tensors do not fit the config: {'; '.join(lines)}")
 
 
 def refuse_foreign(path: Path) -> None:
@@ -135,20 +175,25 @@ def refuse_foreign(path: Path) -> None:
         "an empty file": lambda h: not h,
         "a Git LFS pointer, not the weights: run `git lfs pull`": lambda h: h.startswith(b"version https://git-lfs"),
         "an HTML page, perhaps a saved error": lambda h: h.lstrip().lower().startswith((b"<!doctype", b"<html")),
-        "a GGUF file, which this version does not read": lambda h: h.startswith(b"GGUF"),
+        "a GGUF file: its name must end in .gguf": lambda h: h.startswith(b"GGUF") and path.suffix != ".gguf",
     }
     for what, holds in known.items():
         if holds(head):
             raise BadModelFile(f"{path}: {what}")
 
 
-def _check_head(weights: Weights, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def _check_head(weights: Weights, shape: tuple[int, ...]) -> None:
     """An `lm_head.weight` is redundant in Gemma 2: allowed only when it is the embedding, value for value."""
     if HEAD not in weights.tensors:
         return
-    for start, stop in _chunks(shape, dtype):
-        if not torch.equal(weights.rows(HEAD, start, stop).float(), weights.rows(EMBEDDING, start, stop).float()):
-            raise BadModelFile(f"{weights.where}: lm_head.weight differs from the embedding; Gemma 2's head is tied")
+    for start, stop in _chunks(shape, torch.float32):
+        head, embedding = torch.empty(2, stop - start, *shape[1:])
+        weights.read(HEAD, start, head)
+        weights.read(EMBEDDING, start, embedding)
+        if not torch.equal(head, embedding):
+            raise BadModelFile(
+                f"{weights.where}: {weights.in_file(HEAD)} differs from the embedding; Gemma 2's head is tied"
+            )
         weights.release()
 
 

@@ -184,7 +184,7 @@ FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda raw: b"", "an empty file"),
     "HTML": (lambda raw: b"<!DOCTYPE html><html>", "an HTML page, perhaps a saved error"),
     "LFS pointer": (lambda raw: b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer, not the weights"),
-    "GGUF": (lambda raw: b"GGUF" + bytes(60), "a GGUF file, which this version does not read"),
+    "GGUF": (lambda raw: b"GGUF" + bytes(60), "a GGUF file: its name must end in .gguf"),
     "one byte": (lambda raw: b"P", NOT),
     "zeros": (lambda raw: bytes(4096), NOT),
     "noise": (lambda raw: bytes(range(256)) * 16, NOT),

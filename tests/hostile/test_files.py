@@ -425,7 +425,7 @@ def test_folders_and_files_of_other_kinds_are_refused(
     bare = shell(tmp_path / "bare")
     refused(bare, "neither model.safetensors nor model.safetensors.index.json")
     (bare / "pytorch_model.bin").write_bytes(b"")
-    refused(bare, "it holds pytorch_model.bin, which is not read here")
+    refused(bare, "it holds pytorch_model.bin, a pickle, which is not read")
     for name in ("x.gguf", "x.bin", "x.pt", "x.pth", "x.npz", "x.h5", "x"):
         (bare / name).write_bytes(b"x")
         refused(bare / name, "give a folder, a .safetensors file or Google's .ckpt")

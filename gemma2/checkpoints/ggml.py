@@ -1,0 +1,136 @@
+"""ggml's blocks, the quantized weights inside a GGUF file, back to numbers.
+
+A tensor is rows of blocks, a block is a few scales and many small integers. However the bits are packed, the value is
+one of `scale * q` and `scale * q - minimum`; so each format has one function that unpacks q, scale and minimum, and
+`dequantize_into` does the arithmetic once for all. float32 results have the bits of gguf-py's
+`gguf.quants.dequantize`, whose layouts these are, and which follow ggml's `ggml-quants.c`; signs of zero included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from gemma2.checkpoints import ggml_blocks, ggml_grids
+from gemma2.checkpoints.ggml_blocks import Parts
+
+# Values unpacked at once. On a CPU a call costs microseconds, so a piece must be long, and its 3 MB of temporaries
+# should stay in the cache; elsewhere a call costs as much and there is no cache to keep to.
+CPU_PIECE, DEVICE_PIECE = 2**19, 2**24
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """A ggml type.
+
+    Attributes:
+        id: ggml's number for it, as in a GGUF file.
+        name: ggml's name for it, as "Q4_K".
+        values: weights in a block.
+        bytes: bytes of a block.
+    """
+
+    id: int
+    name: str
+    values: int
+    bytes: int
+
+
+def dequantize(raw: Tensor, kind: BlockType) -> Tensor:
+    """Blocks as the float32 numbers they stand for, on the same device.
+
+    Args:
+        raw: uint8 [..., n * kind.bytes], little-endian as in a file.
+        kind: one of `TYPES`.
+
+    Returns:
+        float32 [..., n * kind.values].
+
+    Raises:
+        ValueError: the last axis of `raw` is no whole number of blocks.
+    """
+    out = torch.empty((*raw.shape[:-1], _values(raw, kind)), dtype=torch.float32, device=raw.device)
+    dequantize_into(raw, kind, out)
+    return out
+
+
+def dequantize_into(raw: Tensor, kind: BlockType, out: Tensor) -> None:
+    """Like `dequantize`, rounded once from float32 to the dtype of `out`, in pieces that need little memory.
+
+    Args:
+        raw: uint8 [..., n * kind.bytes], little-endian as in a file.
+        kind: one of `TYPES`.
+        out: [..., n * kind.values] of any float dtype; overwritten.
+
+    Raises:
+        ValueError: the last axis of `raw` is no whole number of blocks, or `out` does not fit.
+    """
+    wanted = (*raw.shape[:-1], _values(raw, kind))
+    if tuple(out.shape) != wanted or not out.is_floating_point():
+        raise ValueError(f"out is {list(out.shape)} of {out.dtype}: {kind.name} needs {list(wanted)} of a float dtype")
+    if raw.ndim > 1 and not (raw.is_contiguous() and out.is_contiguous()):
+        for some, place in zip(raw, out, strict=True):
+            dequantize_into(some, kind, place)
+        return
+    blocks, rows = raw.reshape(-1, kind.bytes), out.unflatten(-1, (-1, kind.values)).flatten(0, -2)
+    step = max(1, (CPU_PIECE if raw.device.type == "cpu" else DEVICE_PIECE) // kind.values)
+    direct = out.dtype == torch.float32 and out.device == raw.device
+    scratch = torch.empty(0 if direct else min(step, len(blocks)), kind.values, device=raw.device)
+    for start in range(0, len(blocks), step):
+        piece, place = blocks[start : start + step], rows[start : start + step]
+        q, scale, minimum = _UNPACK[kind.name](piece)
+        values = place if direct else scratch[: len(piece)]
+        values.view(q.shape).copy_(q)
+        if scale is not None:
+            values.unflatten(-1, (scale.shape[-1], -1)).mul_(scale.unsqueeze(-1))
+        if minimum is not None:
+            values.unflatten(-1, (minimum.shape[-1], -1)).sub_(minimum.unsqueeze(-1))
+        if not direct:
+            place.copy_(values)
+
+
+def _values(raw: Tensor, kind: BlockType) -> int:
+    """Numbers in a row of `raw`."""
+    if raw.dtype != torch.uint8 or raw.ndim == 0 or raw.shape[-1] % kind.bytes:
+        raise ValueError(
+            f"raw is {list(raw.shape)} of {raw.dtype}: {kind.name} needs uint8 with whole blocks of {kind.bytes} bytes "
+            "in the last axis"
+        )
+    return raw.shape[-1] // kind.bytes * kind.values
+
+
+# ggml's enum ggml_type, and what unpacks each.
+_FORMATS: tuple[tuple[BlockType, Callable[[Tensor], Parts]], ...] = (
+    (BlockType(0, "F32", 1, 4), ggml_blocks.f32),
+    (BlockType(1, "F16", 1, 2), ggml_blocks.f16),
+    (BlockType(2, "Q4_0", 32, 18), ggml_blocks.q4_0),
+    (BlockType(3, "Q4_1", 32, 20), ggml_blocks.q4_1),
+    (BlockType(6, "Q5_0", 32, 22), ggml_blocks.q5_0),
+    (BlockType(7, "Q5_1", 32, 24), ggml_blocks.q5_1),
+    (BlockType(8, "Q8_0", 32, 34), ggml_blocks.q8_0),
+    (BlockType(10, "Q2_K", 256, 84), ggml_blocks.q2_k),
+    (BlockType(11, "Q3_K", 256, 110), ggml_blocks.q3_k),
+    (BlockType(12, "Q4_K", 256, 144), ggml_blocks.q4_k),
+    (BlockType(13, "Q5_K", 256, 176), ggml_blocks.q5_k),
+    (BlockType(14, "Q6_K", 256, 210), ggml_blocks.q6_k),
+    (BlockType(16, "IQ2_XXS", 256, 66), ggml_grids.iq2_xxs),
+    (BlockType(17, "IQ2_XS", 256, 74), ggml_grids.iq2_xs),
+    (BlockType(18, "IQ3_XXS", 256, 98), ggml_grids.iq3_xxs),
+    (BlockType(19, "IQ1_S", 256, 50), ggml_grids.iq1_s),
+    (BlockType(20, "IQ4_NL", 32, 18), ggml_grids.iq4_nl),
+    (BlockType(21, "IQ3_S", 256, 110), ggml_grids.iq3_s),
+    (BlockType(22, "IQ2_S", 256, 82), ggml_grids.iq2_s),
+    (BlockType(23, "IQ4_XS", 256, 136), ggml_grids.iq4_xs),
+    (BlockType(29, "IQ1_M", 256, 56), ggml_grids.iq1_m),
+    (BlockType(30, "BF16", 1, 2), ggml_blocks.bf16),
+    (BlockType(34, "TQ1_0", 256, 54), ggml_blocks.tq1_0),
+    (BlockType(35, "TQ2_0", 256, 66), ggml_blocks.tq2_0),
+    (BlockType(39, "MXFP4", 32, 17), ggml_grids.mxfp4),
+    (BlockType(40, "NVFP4", 64, 36), ggml_grids.nvfp4),
+)
+_UNPACK = {kind.name: unpack for kind, unpack in _FORMATS}
+TYPES: Mapping[int, BlockType] = MappingProxyType({kind.id: kind for kind, _ in _FORMATS})
