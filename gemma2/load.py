@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 
-from gemma2.checkpoints import gguf, gguf_tokenizer, gguf_weights, google, safetensors
-from gemma2.checkpoints.weights import TARGETS, Weights, build
-from gemma2.config import Gemma2Config, read_json
+from gemma2.checkpoints.checkpoint import open_checkpoint
+from gemma2.checkpoints.weights import TARGETS, build
 from gemma2.errors import BadModelFile
 from gemma2.generate import Gemma
 from gemma2.hub import download
 from gemma2.tokenizer import Tokenizer
 
 POCKET = Path(__file__).parent / "assets" / "pocket"
+SUFFIXES = (".safetensors", ".gguf", ".ckpt")  # of files, so never taken for a hub name
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FLOAT16 = (
     "float16 is too narrow for Gemma 2 (it holds nothing beyond 65,504, so activations can overflow to infinity): "
@@ -54,24 +54,12 @@ def load(
     """
     where = check_device(device)
     wanted = check_dtype(dtype, force_float16)
-    path = _locate(source, revision)
-    folder = path if path.is_dir() else path.parent
-    if path.is_file() and path.suffix == ".gguf":
-        header = gguf.read_parts(path)
-        config, notes = gguf_weights.config_of(header)
-        weights: Weights = gguf_weights.GGUFWeights(header)
-        words = _checked(_given(tokenizer) or gguf_tokenizer.build_tokenizer(header), config)
-        notes += gguf_tokenizer.notes(header)
-        chat_tuned = gguf_tokenizer.chat_tuned(header)
-    else:
-        config, weights = _open(path, folder)
-        words = _checked(_given(tokenizer) or _beside(folder), config)
-        notes, chat_tuned = [], _chat_tuned(folder, words)
-    final = wanted or weights.dtype
+    opened = open_checkpoint(locate(source, revision), tokenizer)
+    final = wanted or opened.weights.dtype
     if final == torch.float16 and not force_float16:
-        raise BadModelFile(f"{path}: {FLOAT16}")
-    model = build(weights, config, where, final, allow_nonfinite=allow_nonfinite, progress=progress)
-    return Gemma(model, words, chat_tuned, notes)
+        raise BadModelFile(f"{opened.path}: {FLOAT16}")
+    model = build(opened.weights, opened.config, where, final, allow_nonfinite=allow_nonfinite, progress=progress)
+    return Gemma(model, opened.tokenizer, opened.chat_tuned, opened.notes)
 
 
 def check_device(device: str | torch.device | None) -> torch.device:
@@ -100,7 +88,8 @@ def check_dtype(dtype: str | torch.dtype | None, force_float16: bool = False) ->
     return found
 
 
-def _locate(source: str | Path | None, revision: str | None) -> Path:
+def locate(source: str | Path | None, revision: str | None = None) -> Path:
+    """A local path for a name, folder or file, downloaded if need be; None is the pocket model."""
     if source is None:
         return POCKET
     path = Path(source).expanduser()
@@ -108,52 +97,10 @@ def _locate(source: str | Path | None, revision: str | None) -> Path:
         return path
     if path.exists():
         raise BadModelFile(f"{source}: neither a file nor a folder")
-    if isinstance(source, str) and REPOSITORY.fullmatch(source) and path.suffix not in (".safetensors", ".ckpt"):
+    if (
+        isinstance(source, str)
+        and REPOSITORY.fullmatch(source)
+        and path.suffix not in (".safetensors", ".ckpt", ".gguf")
+    ):
         return download(source, revision)
     raise BadModelFile(f"{source}: no such file or folder, nor a hub name like google/gemma-2-2b")
-
-
-def _open(path: Path, folder: Path) -> tuple[Gemma2Config, Weights]:
-    stated = folder / "config.json"
-    config = Gemma2Config.from_file(stated) if stated.is_file() else None
-    if path.is_file() and path.suffix == ".ckpt":
-        opened = google.GoogleWeights(path, config)
-        return opened.config, opened
-    if path.is_file() and path.suffix != ".safetensors":
-        raise BadModelFile(f"{path}: give a folder, a .safetensors file or Google's .ckpt, not a {path.suffix!r} file")
-    if config is None:
-        raise BadModelFile(f"{folder}: no config.json, and the shapes and scales of a model are never guessed")
-    return config, safetensors.open_folder(path) if path.is_dir() else safetensors.open_file(path)
-
-
-def _given(tokenizer: str | Path | Tokenizer | None) -> Tokenizer | None:
-    if tokenizer is None or isinstance(tokenizer, Tokenizer):
-        return tokenizer
-    path = Path(tokenizer)
-    if not path.is_file():
-        raise BadModelFile(f"{path}: no such file")
-    return Tokenizer.from_file(path)
-
-
-def _beside(folder: Path) -> Tokenizer:
-    path = folder / "tokenizer.model"
-    if not path.is_file():
-        raise BadModelFile(f"{path}: no such file; put the tokenizer.model there or name one with tokenizer=")
-    return Tokenizer.from_file(path)
-
-
-def _checked(words: Tokenizer, config: Gemma2Config) -> Tokenizer:
-    if len(words) != config.vocab_size:
-        raise BadModelFile(f"{words.where}: {len(words)} pieces, but the embedding has {config.vocab_size} rows")
-    return words
-
-
-def _chat_tuned(folder: Path, words: Tokenizer) -> bool | None:
-    """Google's -it checkpoints stop at <end_of_turn>; the pre-trained ones stop at <eos> alone."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return None
-    stated = read_json(path)
-    stops = stated.get("eos_token_id") if isinstance(stated, dict) else None
-    end = words.special.get("end_of_turn")
-    return end is not None and end in (stops if isinstance(stops, list) else [stops])

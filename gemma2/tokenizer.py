@@ -65,6 +65,10 @@ class Tokenizer:
         """Read a `tokenizer.model`."""
         return cls(Path(path).read_bytes(), where=str(path))
 
+    def to_proto(self) -> bytes:
+        """The SentencePiece model, as `tokenizer.model` holds it."""
+        return bytes(self._pieces.serialized_model_proto())
+
     def __len__(self) -> int:
         """Pieces in the vocabulary."""
         return int(self._pieces.vocab_size())

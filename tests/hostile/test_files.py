@@ -426,9 +426,12 @@ def test_folders_and_files_of_other_kinds_are_refused(
     refused(bare, "neither model.safetensors nor model.safetensors.index.json")
     (bare / "pytorch_model.bin").write_bytes(b"")
     refused(bare, "it holds pytorch_model.bin, a pickle, which is not read")
-    for name in ("x.gguf", "x.bin", "x.pt", "x.pth", "x.npz", "x.h5", "x"):
+    (bare / "x.gguf").write_bytes(b"x")
+    refused(bare, "it holds x.gguf: give that file itself; it holds pytorch_model.bin, a pickle, which is not read")
+    refused(bare / "x.gguf", "x.gguf: byte 0: 1 bytes are no GGUF file")
+    for name in ("x.bin", "x.pt", "x.pth", "x.npz", "x.h5", "x"):
         (bare / name).write_bytes(b"x")
-        refused(bare / name, "give a folder, a .safetensors file or Google's .ckpt")
+        refused(bare / name, "give a folder, a .gguf, a .safetensors file or Google's .ckpt")
     (bare / SINGLE).mkdir()
     refused(bare, "neither model.safetensors nor model.safetensors.index.json")
     refused(bare / SINGLE, "no config.json, and the shapes and scales of a model are never guessed")
