@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma2.checkpoints import gguf, gguf_tokenizer, gguf_weights, google, safetensors
-from gemma2.checkpoints.weights import Weights
+from gemma2.checkpoints.weights import Weights, check_names, shapes_of
 from gemma2.config import Gemma2Config, read_json
 from gemma2.errors import BadModelFile
 from gemma2.tokenizer import Tokenizer
@@ -66,6 +66,7 @@ def _open_gguf(path: Path, tokenizer: str | Path | Tokenizer | None) -> Checkpoi
     header = gguf.read_parts(path)
     config, notes = gguf_weights.config_of(header)
     weights = gguf_weights.GGUFWeights(header)
+    check_names(weights, shapes_of(config))  # milliseconds; a tokenizer of 256,000 pieces takes a second
     words = _given(tokenizer)
     if words is None:
         words, notes = gguf_tokenizer.build_tokenizer(header), notes + gguf_tokenizer.notes(header)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +25,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what a Gemma 2 checkp
 # float64 also holds what any of them stores, and is the dtype of truth; float16 must be forced, see `load`.
 TARGETS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FIRST_LAYER = "model.layers.0."
 
 
 class _Uninitialised(TorchFunctionMode):
@@ -78,10 +80,9 @@ def build(
     Raises:
         BadModelFile: missing, extra, misshapen or non-finite tensors, by name (the first five).
     """
-    with torch.device("meta"), _Uninitialised():
-        model = Gemma2(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = shapes_of(config)
     check_names(weights, shapes)
+    model = _empty(config)
     filled: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         kind = weights.dtype_for(name, dtype)
@@ -137,6 +138,30 @@ def _a_thread_a_core() -> Iterator[ThreadPoolExecutor]:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(count)
+
+
+def shapes_of(config: Gemma2Config) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter, in the model's order.
+
+    One layer is built and stands for all, since a file may claim a thousand: building those takes seconds.
+    """
+    one = _empty(replace(config, num_hidden_layers=1, layer_types=config.layer_types[:1]))
+    own = {name: tuple(parameter.shape) for name, parameter in one.named_parameters()}
+    inside = {name: shape for name, shape in own.items() if name.startswith(FIRST_LAYER)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in own.items():
+        if name not in inside:
+            shapes[name] = shape
+        elif name not in shapes:
+            for layer in range(config.num_hidden_layers):
+                prefix = FIRST_LAYER.replace("0", str(layer))
+                shapes |= {prefix + part.removeprefix(FIRST_LAYER): size for part, size in inside.items()}
+    return shapes
+
+
+def _empty(config: Gemma2Config) -> Gemma2:
+    with torch.device("meta"), _Uninitialised():
+        return Gemma2(config)
 
 
 def check_names(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None:
