@@ -7,7 +7,8 @@ tensors and plain containers.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,15 @@ class GoogleWeights:
         if state is None:
             state = self._state = _read(self._path)
         return state
+
+
+def fused(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Google's names, in order, each with the Hugging Face names whose rows it holds one after the other."""
+    grouped: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        own = EMBEDDER if name == EMBEDDING else re.sub(r"self_attn\.[qkv]_proj", "self_attn.qkv_proj", name)
+        grouped[own] = (*grouped.get(own, ()), name)
+    return grouped
 
 
 def _read(path: Path) -> dict[str, Tensor]:
