@@ -93,18 +93,16 @@ def build(
     def fill(name: str, start: int, stop: int) -> tuple[str, int, int]:
         place = filled[name][start:stop]
         weights.read(name, start, place)
-        # One pass; a sum of huge finite numbers is looked at again.
-        sick = 0 if place.sum().isfinite() else int((~place.isfinite()).sum())
-        return name, place.nbytes, sick
+        return name, place.nbytes, _nonfinite(place)
 
     total = sum(tensor.nbytes for tensor in filled.values())
     bad: dict[str, int] = {}
     mapped = 0
     with (
-        tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=_hidden(progress), leave=False) as bar,
-        _a_thread_a_core() as pool,
+        tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=hidden(progress), leave=False) as bar,
+        a_thread_a_core() as pool,
     ):
-        places = [(name, *part) for name, tensor in filled.items() for part in _chunks(tensor.shape, tensor.dtype)]
+        places = [(name, *part) for name, tensor in filled.items() for part in chunks(tensor.shape, tensor.dtype)]
         for name, done, sick in pool.map(fill, *zip(*places, strict=True)):
             bad[name] = bad.get(name, 0) + sick
             bar.update(done)
@@ -124,8 +122,36 @@ def build(
     return model.requires_grad_(True).eval()
 
 
+def count_nonfinite(weights: Weights, *, progress: bool | None = None) -> dict[str, int]:
+    """Name -> how many values are NaN or infinite, for tensors that have any. Reads everything and keeps nothing."""
+
+    def count(name: str, start: int, stop: int) -> tuple[str, int, int]:
+        values = torch.empty(stop - start, *weights.tensors[name][0][1:])
+        weights.read(name, start, values)
+        return name, values.numel(), _nonfinite(values)
+
+    bad: dict[str, int] = {}
+    total = sum(torch.Size(shape).numel() for shape, _ in weights.tensors.values())
+    with (
+        tqdm(total=total, desc="checking", unit_scale=True, disable=hidden(progress), leave=False) as bar,
+        a_thread_a_core() as pool,
+    ):
+        shapes = {name: shape for name, (shape, _) in weights.tensors.items()}
+        places = [(name, *part) for name, shape in shapes.items() for part in chunks(shape, torch.float32)]
+        for name, done, sick in pool.map(count, *zip(*places, strict=True)):
+            bad[name] = bad.get(name, 0) + sick
+            bar.update(done)
+            weights.release()
+    return {name: count for name, count in bad.items() if count}
+
+
+def _nonfinite(values: Tensor) -> int:
+    """One pass; a sum of huge finite numbers is looked at again."""
+    return 0 if values.sum().isfinite() else int((~values.isfinite()).sum())
+
+
 @contextlib.contextmanager
-def _a_thread_a_core() -> Iterator[ThreadPoolExecutor]:
+def a_thread_a_core() -> Iterator[ThreadPoolExecutor]:
     """As many threads as PyTorch would use, each of which computes alone: chunks are independent, operations small.
 
     PyTorch's setting is the process's, so other threads that begin to compute meanwhile also get one core. An error or
@@ -211,7 +237,7 @@ def _check_head(weights: Weights, shape: tuple[int, ...]) -> None:
     """An `lm_head.weight` is redundant in Gemma 2: allowed only when it is the embedding, value for value."""
     if HEAD not in weights.tensors:
         return
-    for start, stop in _chunks(shape, torch.float32):
+    for start, stop in chunks(shape, torch.float32):
         head, embedding = torch.empty(2, stop - start, *shape[1:])
         weights.read(HEAD, start, head)
         weights.read(EMBEDDING, start, embedding)
@@ -222,11 +248,11 @@ def _check_head(weights: Weights, shape: tuple[int, ...]) -> None:
         weights.release()
 
 
-def _chunks(shape: tuple[int, ...], dtype: torch.dtype) -> list[tuple[int, int]]:
+def chunks(shape: tuple[int, ...], dtype: torch.dtype) -> list[tuple[int, int]]:
     row = max(1, torch.Size(shape[1:]).numel() * dtype.itemsize)
     step = max(1, CHUNK_BYTES // row)
     return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
-def _hidden(progress: bool | None) -> bool | None:
+def hidden(progress: bool | None) -> bool | None:
     return None if progress is None else not progress  # tqdm: None hides the bar unless on a terminal

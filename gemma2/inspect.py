@@ -1,0 +1,241 @@
+"""What a checkpoint is, what it states and leaves out, and everything that is wrong with it; nothing is guessed.
+
+Headers, names, shapes and tokenizer are always looked at; values only on request, since that reads the whole file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gemma2.checkpoints import gguf, gguf_tokenizer, gguf_weights, safetensors
+from gemma2.checkpoints.checkpoint import open_checkpoint
+from gemma2.checkpoints.gguf_weights import GGUFWeights
+from gemma2.checkpoints.weights import TARGETS, Weights, check_names, count_nonfinite, shapes_of
+from gemma2.config import PUBLISHED, Gemma2Config
+from gemma2.errors import BadModelFile
+from gemma2.load import locate
+from gemma2.tokenizer import Tokenizer
+
+SHOWN = 3  # elements of an array
+
+
+@dataclass(frozen=True)
+class TensorLine:
+    """One tensor as the file has it."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    bytes: int
+
+    @property
+    def parameters(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass
+class Inspection:
+    """What `inspect` found. Sizes are in bytes.
+
+    Attributes:
+        model: the published model whose shape this is, or None.
+        metadata: what the file states: key -> (type, value), arrays cut to their length and first elements.
+        filled: a line for everything that the file leaves out and that was filled in, and why.
+        memory: dtype -> weights, and the cache of one row at full context.
+        problems: why the file cannot be loaded; none if it can.
+    """
+
+    path: str
+    form: str
+    bytes: int
+    version: int | None = None
+    architecture: str | None = None
+    model: str | None = None
+    chat_tuned: bool | None = None
+    config: dict[str, Any] | None = None
+    metadata: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    filled: list[str] = field(default_factory=list)
+    tensors: list[TensorLine] = field(default_factory=list)
+    tokenizer: dict[str, Any] | None = None
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    values_checked: bool = False
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.parameters for tensor in self.tensors)
+
+    @property
+    def types(self) -> dict[str, dict[str, float]]:
+        """Type -> tensors, parameters, bytes and bits per weight, the largest first."""
+        found: dict[str, dict[str, float]] = {}
+        for tensor in self.tensors:
+            line = found.setdefault(tensor.type, {"tensors": 0, "parameters": 0, "bytes": 0})
+            line["tensors"] += 1
+            line["parameters"] += tensor.parameters
+            line["bytes"] += tensor.bytes
+        for line in found.values():
+            line["bits_per_weight"] = round(8 * line["bytes"] / line["parameters"], 4)
+        return dict(sorted(found.items(), key=lambda item: -item[1]["bytes"]))
+
+    def to_dict(self, tensors: bool = False) -> dict[str, Any]:
+        """For machines: everything, the list of tensors only when asked for."""
+        plain = dataclasses.asdict(self)
+        listed = plain.pop("tensors")
+        plain |= {"parameters": self.parameters, "types": self.types}
+        return plain | ({"tensors": listed} if tensors else {})
+
+
+def inspect(
+    source: str | Path | None,
+    *,
+    values: bool = False,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+    progress: bool | None = None,
+) -> Inspection:
+    """Look at a folder or file as `load` would, and go on where it would stop.
+
+    Args:
+        source, tokenizer, revision, progress: as in `load`.
+        values: also read every weight, and count those that are not finite.
+    Raises:
+        BadModelFile: nothing can be said about it at all: not there, or its header is damaged.
+    """
+    path = locate(source, revision)
+    if path.is_file() and path.suffix == ".gguf":
+        found, weights = _inspect_gguf(path, tokenizer)
+    else:
+        found, weights = _inspect_other(path, tokenizer)
+    if weights is not None and values and not found.problems:
+        bad = count_nonfinite(weights, progress=progress)
+        for name, count in bad.items():
+            found.problems.append(f"{weights.in_file(name)}: {count:,} values are NaN or infinite")
+        found.values_checked = True
+    return found
+
+
+def _inspect_gguf(path: Path, tokenizer: str | Path | None) -> tuple[Inspection, Weights | None]:
+    header = gguf.read_parts(path)
+    stated = header.metadata.get("general.architecture")
+    found = Inspection(str(path), "gguf", header.bytes, header.version)
+    found.architecture = str(stated.value) if stated is not None else None
+    found.metadata = {key: (value.type, _shortened(value.value)) for key, value in header.metadata.items()}
+    found.tensors = [TensorLine(name, info.shape, info.kind.name, info.bytes) for name, info in header.tensors.items()]
+    weights: Weights | None = None
+    config: Gemma2Config | None = None
+    try:
+        config, found.filled = gguf_weights.config_of(header)
+    except BadModelFile as error:
+        found.problems.append(_reason(error, path))
+        if found.architecture != gguf_weights.ARCHITECTURE:
+            return found, None  # another model: what it lacks of a Gemma 2 is no news
+    try:
+        weights = GGUFWeights(header)
+    except BadModelFile as error:
+        found.problems.append(_reason(error, path))
+    words: Tokenizer | None = None
+    try:
+        words = Tokenizer.from_file(tokenizer) if tokenizer else gguf_tokenizer.build_tokenizer(header)
+        found.filled += [] if tokenizer else gguf_tokenizer.notes(header)
+        found.chat_tuned = gguf_tokenizer.chat_tuned(header)
+    except BadModelFile as error:
+        found.problems.append(_reason(error, path))
+    _complete(found, path, config, weights, words)
+    return found, weights
+
+
+def _inspect_other(path: Path, tokenizer: str | Path | None) -> tuple[Inspection, Weights | None]:
+    folder = path if path.is_dir() else path.parent
+    form = "ckpt" if path.suffix == ".ckpt" else "safetensors"
+    files = [path] if path.is_file() else sorted(folder.glob("*.safetensors"))
+    found = Inspection(str(path), form, sum(file.stat().st_size for file in files))
+    stated = folder / "config.json"
+    config: Gemma2Config | None = None
+    weights: Weights | None = None
+    words: Tokenizer | None = None
+    try:
+        opened = open_checkpoint(path, tokenizer)
+    except BadModelFile as error:
+        # Each part on its own, to find all that is wrong with it.
+        found.problems.append(_reason(error, path))
+        if form == "ckpt":
+            return found, None
+        for part in ("config", "weights", "tokenizer"):
+            try:
+                if part == "config":
+                    config = Gemma2Config.from_file(stated) if stated.is_file() else None
+                elif part == "weights":
+                    weights = safetensors.open_folder(path) if path.is_dir() else safetensors.open_file(path)
+                else:
+                    model = Path(tokenizer or folder / "tokenizer.model")
+                    words = Tokenizer.from_file(model) if model.is_file() else None
+            except BadModelFile as other:
+                if _reason(other, path) not in found.problems:
+                    found.problems.append(_reason(other, path))
+    else:
+        config, weights, words, found.chat_tuned = opened.config, opened.weights, opened.tokenizer, opened.chat_tuned
+    found.architecture = "gemma2" if config is not None else None
+    if weights is not None:
+        for name, (shape, dtype) in weights.tensors.items():
+            type_name = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}.get(dtype, str(dtype))
+            size = torch.Size(shape).numel() * dtype.itemsize
+            found.tensors.append(TensorLine(weights.in_file(name), shape, type_name, size))
+    _complete(found, path, config, weights, words)
+    return found, weights
+
+
+def _complete(
+    found: Inspection, path: Path, config: Gemma2Config | None, weights: Weights | None, words: Tokenizer | None
+) -> None:
+    """What follows from the parts, and whether they fit each other."""
+    if config is not None:
+        found.config = config.to_dict()
+        found.model = next((name for name in PUBLISHED if _same_shape(Gemma2Config.published(name), config)), None)
+        found.memory = {
+            name: {"weights": config.parameter_count * dtype.itemsize, "cache": _cache_bytes(config, dtype)}
+            for name, dtype in TARGETS.items()
+            if name != "float16"
+        }
+        if weights is not None:
+            try:
+                check_names(weights, shapes_of(config))
+            except BadModelFile as error:
+                if _reason(error, path) not in found.problems:
+                    found.problems.append(_reason(error, path))
+    if words is not None:
+        found.tokenizer = {"pieces": len(words), "special": dict(words.special)}
+        if config is not None and len(words) != config.vocab_size:
+            problem = f"{len(words)} pieces, but the embedding has {config.vocab_size} rows"
+            if not any(problem in known for known in found.problems):
+                found.problems.append(problem)
+
+
+def _same_shape(published: Gemma2Config, config: Gemma2Config) -> bool:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return all(getattr(published, name) == getattr(config, name) for name in (*names, "head_dim", "vocab_size"))
+
+
+def _cache_bytes(config: Gemma2Config, dtype: torch.dtype) -> int:
+    """Keys and values of one row at full context, local layers in rings (see `HybridCache`)."""
+    context = config.max_position_embeddings
+    slots = sum(min(config.window(i) or context, context) for i in range(config.num_hidden_layers))
+    return 2 * slots * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+def _shortened(value: Any) -> Any:
+    """A metadata value for people and JSON: arrays as their length and first elements."""
+    if isinstance(value, np.ndarray | list):
+        first = value[:SHOWN].tolist() if isinstance(value, np.ndarray) else value[:SHOWN]
+        return {"length": len(value), "first": first}
+    return value
+
+
+def _reason(error: BadModelFile, path: Path) -> str:
+    return str(error).removeprefix(f"{path}: ")
