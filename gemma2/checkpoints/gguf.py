@@ -8,6 +8,7 @@ before it ends.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import struct
@@ -17,15 +18,17 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
-from torch import Size
 
 from gemma2.checkpoints.ggml import TYPES, BlockType
 from gemma2.checkpoints.weights import refuse_foreign
 from gemma2.errors import BadModelFile
 
 VERSIONS = (2, 3)
-MOST_HEADER = 256 * 2**20  # bytes; Gemma's 256,000 pieces need 6 MB
+# What a header may cost: the worst that these allow takes a second and 150 MB. Gemma's 256,000 pieces need 6 MB.
+MOST_HEADER = 24 * 2**20  # bytes
 MOST_ENTRIES, MOST_ELEMENTS = 2**16, 2**22  # key/value pairs or tensors; values of one array
+MOST_STRINGS = 2**20  # in all arrays together
+CHUNK = 2**20  # bytes, read at once of an array of strings
 MOST_KEY, MOST_TEXT, MOST_PIECE, MOST_NAME = 2**16 - 1, 2**24, 2**16, 63  # bytes
 MOST_DIMENSION, MOST_ALIGNMENT = 2**40, 2**20
 ALIGNMENT = "general.alignment"
@@ -44,6 +47,7 @@ NUMBERS = {  # GGUF's number of a value type -> its name here, and numpy's
     11: ("i64", "<i8"),
     12: ("f64", "<f8"),
 }
+INTEGER, FLOAT = ("u8", "i8", "u16", "i16", "u32", "i32", "u64", "i64"), ("f32", "f64")
 # ggml types that hold no weights of a model, or that no file has any more: known only to be named in a refusal.
 REFUSED = {
     4: "Q4_2",
@@ -74,6 +78,11 @@ class Value:
     type: str
     value: Any
 
+    def __str__(self) -> str:
+        """For a message: short, and in one line."""
+        shown = f"an array of {len(self.value):,}" if self.type.endswith("[]") else repr(self.value)[:80]
+        return f"{shown} ({self.type})"
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -91,7 +100,7 @@ class TensorInfo:
 
     @property
     def bytes(self) -> int:
-        return Size(self.shape[:-1]).numel() * self.row_bytes
+        return math.prod(self.shape[:-1]) * self.row_bytes  # in Python's integers: no size wraps around
 
 
 @dataclass(frozen=True)
@@ -114,8 +123,8 @@ def read_header(path: str | Path) -> GGUF:
             names the byte and the field, what stands there and what may.
     """
     path = Path(path)
-    refuse_foreign(path)
     try:
+        refuse_foreign(path)
         with path.open("rb") as file:
             return _Header(path, file, os.fstat(file.fileno()).st_size).read()
     except OSError as error:
@@ -132,7 +141,7 @@ def read_parts(path: str | Path) -> GGUF:
     named = PART.fullmatch(path.name)
     if named is None:
         whole = read_header(path)
-        count = _number(whole, "split.count", 1)
+        count = _stated(whole, "split.count", 1)
         if count > 1:
             raise BadModelFile(
                 f"{path}: one of {count} parts, so its name must end in -00001-of-{count:05d}.gguf, as the others' do"
@@ -148,33 +157,38 @@ def read_parts(path: str | Path) -> GGUF:
     parts = [read_header(part) for part in paths]
     tensors: dict[str, TensorInfo] = {}
     for number, part in enumerate(parts):
-        stated = _number(part, "split.count", None), _number(part, "split.no", None)
-        if stated != (count, number):
-            raise BadModelFile(
-                f"{part.path}: named part {number + 1} of {count}, but it states split.count {stated[0]} and "
-                f"split.no {stated[1]} (counted from 0)"
-            )
+        for key, expected in (("split.count", count), ("split.no", number)):  # split.no counts from 0
+            found = _stated(part, key, -1)
+            if found != expected:
+                shown = found if key in part.metadata else "missing"
+                raise BadModelFile(
+                    f"{part.path}: named part {number + 1} of {count}, but {key} is {shown} and not {expected}"
+                )
         twice = tensors.keys() & part.tensors.keys()
         if twice:
             raise BadModelFile(f"{part.path}: tensor {min(twice)} is also in an earlier part")
         tensors.update(part.tensors)
-    total = _number(parts[0], "split.tensors.count", len(tensors))
+    total = _stated(parts[0], "split.tensors.count", len(tensors))
     if total != len(tensors):
         raise BadModelFile(f"{path}: its parts hold {len(tensors)} tensors, split.tensors.count states {total}")
     first = parts[0]
     return GGUF(paths[0], first.version, first.alignment, first.metadata, tensors, sum(part.bytes for part in parts))
 
 
-def _number(header: GGUF, key: str, absent: int | None) -> Any:
-    found = header.metadata.get(key)
-    return absent if found is None else found.value
+def _stated(header: GGUF, key: str, absent: int) -> int:
+    found = header.metadata.get(key, Value("i32", absent))
+    if found.type not in INTEGER:
+        raise BadModelFile(f"{header.path}: {key} is {found}, and must be an integer")
+    return int(found.value)
 
 
 class _Header:
-    """One pass over a header. `at` is the place in the file, named by every refusal."""
+    """One pass over a header. `at` is the place in the file, `field` where the field read last begins, which every
+    refusal names."""
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
-        self.path, self.file, self.size, self.at = path, file, size, 0
+        self.path, self.file, self.size, self.at, self.field = path, file, size, 0, 0
+        self.strings = 0  # in arrays, so far
 
     def read(self) -> GGUF:
         version = self._preamble()
@@ -193,22 +207,23 @@ class _Header:
         start = self._padding(alignment)
         tensors: dict[str, TensorInfo] = {}
         end = 0  # of the tensor before, from `start`
-        for name, shape, kind, offset in described:
+        for name, shape, kind, offset, self.field in described:
             if name in tensors:
                 self._refuse(f"tensor {name!r} stands twice")
             # The one place where the data may be: no overlap, no hole, no misalignment, no shuffled rows.
             expected = -(-end // alignment) * alignment
             if offset != expected:
-                self._refuse(f"tensor {name!r} has offset {offset}, and it can only be {expected}, where the last ends")
+                self._refuse(f"tensor {name!r} has offset {offset:,}, and only {expected:,} can be right")
             tensors[name] = TensorInfo(shape, kind, self.path, start + offset)
             end = offset + tensors[name].bytes
             if start + end > self.size:
                 self._refuse(
-                    f"tensor {name!r} ends at byte {start + end}, but the file ends at {self.size}: "
+                    f"tensor {name!r} ends at byte {start + end:,}, but the file ends at {self.size:,}: "
                     "cut short, so download or copy it again"
                 )
-        if self.size - (start + end) >= alignment:
-            self._refuse(f"{self.size - start - end} bytes after the last tensor, which no tensor accounts for")
+        self.field = start + end
+        if self.size - self.field >= alignment:
+            self._refuse(f"{self.size - self.field:,} bytes after the last tensor, which no tensor accounts for")
         return GGUF(self.path, version, alignment, metadata, tensors, self.size)
 
     def _preamble(self) -> int:
@@ -238,8 +253,7 @@ class _Header:
         if element == ARRAY:
             self._refuse(f"{what} is an array of arrays, which no model file has")
         if element == STRING:
-            count = self._count(f"length of {what}", MOST_ELEMENTS, 8)
-            return Value("str[]", [self._text(f"element {i} of {what}", 0, MOST_PIECE) for i in range(count)])
+            return Value("str[]", self._texts(self._count(f"length of {what}", MOST_STRINGS, 8), what))
         count = self._u64(f"length of {what}")
         name, array = self._numbers(element, count, what)
         return Value(f"{name}[]", array.astype(bool) if name == "bool" else array)
@@ -260,21 +274,22 @@ class _Header:
             return 32
         fits = stated.type == "u32" and 1 <= stated.value <= MOST_ALIGNMENT and stated.value & (stated.value - 1) == 0
         if not fits:
-            shown = f"{stated.value!r:.80} of type {stated.type}"
-            self._refuse(f"{ALIGNMENT} is {shown}; it must be a u32 power of two up to {MOST_ALIGNMENT:,}")
+            self._refuse(f"{ALIGNMENT} is {stated}; it must be a u32 power of two up to {MOST_ALIGNMENT:,}")
         return int(stated.value)
 
-    def _tensor(self) -> tuple[str, tuple[int, ...], BlockType, int]:
+    def _tensor(self) -> tuple[str, tuple[int, ...], BlockType, int, int]:
+        """Name, shape, type, offset and where the offset stands."""
         name = self._text("tensor name", 1, MOST_NAME)
         if "\0" in name:
             self._refuse(f"tensor name {name!r} has a NUL in it")
-        n = self._u32(f"dimensions of {name!r}")
+        n = self._u32("number of dimensions")
         if not 1 <= n <= 4:
             self._refuse(f"tensor {name!r} has {n} dimensions, and ggml has 1 to 4")
-        sizes = struct.unpack(f"<{n}Q", self._take(8 * n, f"shape of {name!r}"))
+        described = self._take(8 * n + 12, f"shape, type and offset of {name!r}")
+        *sizes, number, offset = struct.unpack(f"<{n}QIQ", described)
         if not all(1 <= size <= MOST_DIMENSION for size in sizes):
-            self._refuse(f"tensor {name!r} has shape {list(sizes)}; each size must be 1 to 2^40")
-        number = self._u32(f"type of {name!r}")
+            self._refuse(f"tensor {name!r} has shape {sizes}; each size must be 1 to 2^40")
+        self.field = self.at - 12
         if number not in TYPES:
             known = REFUSED.get(number)
             self._refuse(
@@ -286,7 +301,7 @@ class _Header:
             self._refuse(
                 f"tensor {name!r} has rows of {sizes[0]}, no whole number of {kind.name} blocks of {kind.values}"
             )
-        return name, tuple(reversed(sizes)), kind, self._u64(f"offset of {name!r}")
+        return name, tuple(reversed(sizes)), kind, offset, self.at - 8
 
     def _padding(self, alignment: int) -> int:
         """Where tensor data begins. The bytes up to there are zero, unless the header counts too few tensors."""
@@ -307,6 +322,36 @@ class _Header:
         except UnicodeDecodeError:
             self._refuse(f"{what} is not UTF-8: {raw[:40]!r}")
 
+    def _texts(self, count: int, what: str) -> list[str]:
+        """The strings of an array. A vocabulary has 256,000, so each is named only where it is refused."""
+        self.strings += count
+        if self.strings > MOST_STRINGS:
+            self._refuse(f"{what} makes {self.strings:,} strings in arrays, and {MOST_STRINGS:,} are taken")
+        texts: list[str] = []
+        end, unpack = min(self.size, MOST_HEADER), struct.Struct("<Q").unpack_from
+        chunk, place, near_end = b"", 0, -1
+        for i in range(count):
+            if place > near_end:  # the next string may go beyond this chunk
+                self.at += place
+                self.file.seek(self.at)
+                chunk, place = self.file.read(min(CHUNK, end - self.at)), 0
+                near_end = len(chunk) - (8 + MOST_PIECE if self.at + len(chunk) < end else 0)
+            try:
+                (size,) = unpack(chunk, place)
+                stop = place + 8 + size
+                if size > MOST_PIECE or stop > len(chunk):
+                    raise ValueError
+                texts.append(chunk[place + 8 : stop].decode())
+                place = stop
+            except (ValueError, struct.error):
+                self.at += place
+                self.file.seek(self.at)
+                self._text(f"element {i} of {what}", 0, MOST_PIECE)  # says what is wrong with it
+                self._refuse("the file has changed while it was read")
+        self.at += place
+        self.file.seek(self.at)
+        return texts
+
     def _count(self, what: str, most: int, least_bytes: int) -> int:
         """A count of things that take at least so many bytes each, so the file's size bounds it."""
         found = self._u64(what)
@@ -321,6 +366,7 @@ class _Header:
         return int.from_bytes(self._take(8, what), "little")
 
     def _take(self, size: int, what: str) -> bytes:
+        self.field = self.at
         if size > self.size - self.at:
             self._refuse(f"{what} needs {size:,} bytes, and {self.size - self.at:,} are left: cut short or damaged")
         if self.at + size > MOST_HEADER:
@@ -332,4 +378,4 @@ class _Header:
         return raw
 
     def _refuse(self, why: str) -> NoReturn:
-        raise BadModelFile(f"{self.path}: byte {self.at:,}: {why}")
+        raise BadModelFile(f"{self.path}: byte {self.field:,}: {why}")
