@@ -1,77 +1,101 @@
-"""Gemma's tokenizer out of a GGUF's metadata: the SentencePiece model that the file was made from, rebuilt.
+"""Gemma's tokenizer out of a GGUF's metadata, the SentencePiece model that the file was made from rebuilt; and back.
 
 A GGUF lists pieces, scores and types, and leaves out the settings of the SentencePiece model; for Gemma 2 those are
 constants. Its types cannot be taken at their word: llama.cpp's converter marks `<start_of_turn>` and the like as
 CONTROL when a tokenizer_config.json lies beside the model, as NORMAL when none does, and SentencePiece matches neither
-in text. So what is one symbol whatever surrounds it (USER_DEFINED) is decided by place and spelling.
+in text. So what is one symbol whatever surrounds it (USER_DEFINED) is decided by spelling and by place.
 """
 
 from __future__ import annotations
 
 import re
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from gemma2.checkpoints.gguf import GGUF
+import numpy as np
+
+from gemma2.checkpoints.gguf import GGUF, Value
+from gemma2.checkpoints.sentencepiece_proto import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Vocabulary,
+    read_proto,
+    write_proto,
+)
 from gemma2.errors import BadModelFile
 from gemma2.tokenizer import CONTROL as STEERING
-from gemma2.tokenizer import NAMES, Tokenizer
+from gemma2.tokenizer import Tokenizer, check_text
 
-# The same numbers in GGUF (llama.cpp's llama_token_type) and in SentencePiece (ModelProto.SentencePiece.Type).
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-ARRAYS = {"tokens": "str[]", "scores": "f32[]", "token_type": "i32[]"}
+PREFIX = "tokenizer.ggml."
+ARRAYS = {"tokens": "str[]", "scores": "f32[]", "token_type": "i32[]"}  # types are numbered as in SentencePiece
 # GGUF's name of a special token -> the piece that Gemma 2 uses for it.
-DECLARED = {"bos": "<bos>", "eos": "<eos>", "unknown": "<unk>", "padding": "<pad>", "eot": "<end_of_turn>"}
+DECLARED = {"bos": "<bos>", "eos": "<eos>", "unknown": "<unk>", "eot": "<end_of_turn>"}
+SPECIAL = {"<pad>": CONTROL, "<eos>": CONTROL, "<bos>": CONTROL, "<unk>": UNKNOWN}
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
-RUN = re.compile(r"\n+|\t+")
-SPACE = "▁"  # U+2581, how SentencePiece writes a space
-ADDED = (0.0, -1000.0)  # scores of pieces that no merge makes, as written without and with a tokenizer_config.json
+# Gemma's own symbols: what steers, whitespace in runs, and HTML tags. `</s>` is one of those, and no end of anything.
+TAGS = "table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code"
+SYMBOL = re.compile(rf"{STEERING.pattern}|\n+|\t+|[ {SPACE}]{{2,}}|</?(?:{TAGS})>")
+ADDED = -1000.0  # the score that llama.cpp's converter gives to what a tokenizer_config.json adds to the pieces
+ELSEWHERE = "name a tokenizer.model with tokenizer="
 
 
 def build_tokenizer(header: GGUF) -> Tokenizer:
-    """The tokenizer of a GGUF. Ids of ordinary text are those of the `tokenizer.model` it was converted from.
+    """The tokenizer of a GGUF. Its ids are those of the `tokenizer.model` the file was converted from.
 
     Raises:
         BadModelFile: no vocabulary, arrays of unequal length or another type, special tokens that are not Gemma's, or
             what `Tokenizer` refuses.
     """
-    where, metadata = str(header.path), header.metadata
-    model = metadata.get("tokenizer.ggml.model")
-    if model is None:
-        raise BadModelFile(f"{where}: no tokenizer in it (tokenizer.ggml.model is missing); name one with tokenizer=")
-    if model.value != "llama":
-        raise BadModelFile(f"{where}: tokenizer.ggml.model is {model.value!r:.80}, and Gemma 2's is 'llama' (SPM)")
-    arrays = [_array(metadata, name, kind, where) for name, kind in ARRAYS.items()]
-    pieces, scores, types = (list(array) for array in arrays)
-    if not len(pieces) == len(scores) == len(types):
-        raise BadModelFile(
-            f"{where}: tokenizer.ggml has {len(pieces)} tokens, {len(scores)} scores and {len(types)} token types"
-        )
-    wrong = next((i for i, kind in enumerate(types) if not NORMAL <= kind <= BYTE), None)
-    if wrong is not None:
-        raise BadModelFile(f"{where}: token_type {types[wrong]} of token {wrong}; there are types 1 to 6")
-    _check_declared(metadata, pieces, where)
-    symbols = [
-        _symbol(i, *symbol) for i, symbol in enumerate(zip(pieces, scores, types, _below_bytes(pieces), strict=True))
-    ]
-    return Tokenizer(_model_proto(symbols, bool(_flag(header, "add_space_prefix", True))), where)
+    found = _vocabulary(header)
+    without_prefix = write_proto(Vocabulary(found.pieces, found.scores, found.kinds))
+    try:
+        return (SpaceFirst if found.space_prefix else Tokenizer)(without_prefix, str(header.path))
+    except BadModelFile as error:
+        raise BadModelFile(f"{error}; {ELSEWHERE}") from None
+
+
+def tokenizer_model(header: GGUF) -> bytes:
+    """The bytes of a `tokenizer.model` for the tokenizer of a GGUF. Raises BadModelFile as `build_tokenizer`."""
+    return write_proto(_vocabulary(header))
 
 
 def notes(header: GGUF) -> list[str]:
     """What the file does not state about its tokenizer, or states against Gemma 2, and what is done about it."""
-    said = []
-    if "tokenizer.ggml.add_space_prefix" not in header.metadata:
-        said.append("add_space_prefix is not stated: a space is put before the text, as llama.cpp does")
-    if "tokenizer.ggml.add_bos_token" not in header.metadata:
-        said.append("add_bos_token is not stated: <bos> is put in front, as llama.cpp does")
+    metadata, said = header.metadata, []
+    if PREFIX + "add_space_prefix" not in metadata:
+        said.append(
+            "add_space_prefix is not stated: a space is put before every text, as by llama.cpp, though Gemma 2 was "
+            f"trained without; if that is not wanted, {ELSEWHERE}"
+        )
+    elif _flag(header, "add_space_prefix", True):
+        said.append("add_space_prefix is true: a space is put before every text, though Gemma 2 was trained without")
+    if PREFIX + "add_bos_token" not in metadata:
+        said.append("add_bos_token is not stated: <bos> is put in front, as by llama.cpp")
     elif not _flag(header, "add_bos_token", True):
         said.append("add_bos_token is false, but Gemma 2 needs <bos>: it is put in front all the same")
-    if "tokenizer.ggml.eot_token_id" not in header.metadata:
+    if _flag(header, "add_eos_token", False):
+        said.append("add_eos_token is true, but Gemma 2 was trained without: no <eos> is put behind a prompt")
+    tokens, types = (metadata.get(PREFIX + name) for name in ("tokens", "token_type"))
+    pieces = tokens.value if tokens is not None and tokens.type == ARRAYS["tokens"] else []
+    if PREFIX + "eot_token_id" not in metadata and DECLARED["eot"] in pieces:
         said.append("no end-of-turn id is stated: it is that of the piece <end_of_turn>, as llama.cpp finds it")
-    unstated = [name for name in ("bos", "eos") if f"tokenizer.ggml.{name}_token_id" not in header.metadata]
+    unstated = [name for name in ("bos", "eos") if f"{PREFIX}{name}_token_id" not in metadata]
     if unstated:
-        said.append(f"no id is stated for {' and '.join(unstated)}: those of the pieces <bos> and <eos> are taken")
+        said.append(
+            f"no {' or '.join(unstated)} id is stated: "
+            f"{' and '.join(DECLARED[name] for name in unstated)} as spelled, where llama.cpp takes Llama's"
+        )
+    if types is not None and types.type == ARRAYS["token_type"] and len(types.value) == len(pieces):
+        control = [pieces[i] for i in np.flatnonzero(types.value == CONTROL)]
+        foreign = [piece for piece in control if piece not in SPECIAL and not SYMBOL.fullmatch(piece)]
+        if foreign:
+            listed = ", ".join(map(repr, foreign[:3])) + (", ..." if foreign[3:] else "")
+            said.append(f"control pieces that Gemma 2 does not have ({listed:.200}): no text is read as one of them")
     return said
 
 
@@ -79,100 +103,146 @@ def chat_tuned(header: GGUF) -> bool | None:
     """Whether the file says it was tuned for chat: it has a chat template (which is never run) or ends with a turn."""
     if "tokenizer.chat_template" in header.metadata:
         return True
-    pieces, eos = (header.metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "eos_token_id"))
-    ends = pieces is not None and eos is not None and pieces.value[eos.value] == DECLARED["eot"]
-    return True if ends else None
+    pieces, eos = (header.metadata.get(PREFIX + name) for name in ("tokens", "eos_token_id"))
+    if pieces is None or eos is None or pieces.type != "str[]" or eos.type != "u32" or eos.value >= len(pieces.value):
+        return None
+    return True if pieces.value[eos.value] == DECLARED["eot"] else None
 
 
-def _below_bytes(pieces: Sequence[str]) -> list[bool]:
-    """For each piece whether it stands before the first byte piece, where Gemma keeps what no merge makes."""
-    first = next((i for i, piece in enumerate(pieces) if BYTE_PIECE.fullmatch(piece)), 0)
-    return [i < first for i in range(len(pieces))]
+def tokenizer_metadata(proto: bytes, where: str = "tokenizer.model") -> dict[str, Value]:
+    """The tokenizer's part of a GGUF, key for key and in the order of llama.cpp's converter for Gemma 2.
+
+    Args:
+        proto: the bytes of a `tokenizer.model`.
+        where: its name, for error messages.
+    Raises:
+        BadModelFile: what `Tokenizer` refuses, and settings other than Gemma's, which a GGUF could not hold.
+    """
+    special = Tokenizer(proto, where).special
+    found = read_proto(proto, where)
+    pieces, scores, types = list(found.pieces), found.scores.copy(), found.kinds.astype("<i4")
+    for i in np.flatnonzero((types != NORMAL) & (types != BYTE) & (types != UNUSED)).tolist():
+        steers = STEERING.fullmatch(pieces[i]) and pieces[i] != "[toxicity=0]"
+        scores[i] = ADDED
+        types[i] = USER_DEFINED if types[i] == USER_DEFINED and not steers else CONTROL
+        if types[i] == USER_DEFINED:
+            pieces[i] = pieces[i].replace(SPACE, " ")
+    return {
+        PREFIX + "model": Value("str", "llama"),
+        PREFIX + "pre": Value("str", "default"),
+        PREFIX + "tokens": Value("str[]", pieces),
+        PREFIX + "scores": Value("f32[]", scores),
+        PREFIX + "token_type": Value("i32[]", types),
+        PREFIX + "bos_token_id": Value("u32", special["bos"]),
+        PREFIX + "eos_token_id": Value("u32", special["eos"]),
+        PREFIX + "unknown_token_id": Value("u32", special["unk"]),
+        PREFIX + "padding_token_id": Value("u32", special["pad"]),
+        PREFIX + "add_bos_token": Value("bool", True),
+        PREFIX + "add_sep_token": Value("bool", False),
+        PREFIX + "add_eos_token": Value("bool", False),
+        PREFIX + "add_space_prefix": Value("bool", found.space_prefix),
+    }
 
 
-def _symbol(i: int, piece: str, score: float, kind: int, below_bytes: bool) -> tuple[str, float, int]:
-    """A piece as the SentencePiece model has it."""
-    if piece in ("<pad>", "<eos>", "<bos>"):
-        return piece, 0.0, CONTROL
-    if piece == "<unk>":
-        return piece, 0.0, UNKNOWN
+class SpaceFirst(Tokenizer):
+    """A tokenizer that puts a space before every text, and takes none away again: a reply is decoded in pieces."""
+
+    def encode(self, text: str, *, bos: bool = True, special: bool = False) -> list[int]:
+        check_text(text)
+        return super().encode(f" {text}" if text else text, bos=bos, special=special)
+
+
+def _vocabulary(header: GGUF) -> Vocabulary:
+    """Pieces, scores and kinds as the SentencePiece model had them."""
+    where, metadata = str(header.path), header.metadata
+    model = metadata.get(PREFIX + "model")
+    if model is None:
+        raise BadModelFile(f"{where}: no tokenizer in it ({PREFIX}model is missing); {ELSEWHERE}")
+    if model.type != "str" or model.value != "llama":
+        raise BadModelFile(
+            f"{where}: {PREFIX}model is {model.value!r:.80}, and Gemma 2's is 'llama' (SentencePiece); {ELSEWHERE}"
+        )
+    tokens, scores, types = (_array(metadata, name, kind, where) for name, kind in ARRAYS.items())
+    if not len(tokens) == len(scores) == len(types):
+        raise BadModelFile(
+            f"{where}: {PREFIX}tokens has {len(tokens)} entries, scores {len(scores)} and token_type {len(types)}; "
+            f"{ELSEWHERE}"
+        )
+    unknown = np.flatnonzero((types < NORMAL) | (types > BYTE))
+    if unknown.size:
+        i = int(unknown[0])
+        raise BadModelFile(f"{where}: {PREFIX}token_type {types[i]} of token {i}; there are types 1 to 6; {ELSEWHERE}")
+    _check_declared(metadata, tokens, where)
+    pieces, own_scores, kinds = list(tokens), scores.copy(), types.copy()
+    # Before the bytes Gemma keeps what no merge makes.
+    first_byte = pieces.index("<0x00>") if "<0x00>" in pieces else 0
+    for i in np.flatnonzero((types != NORMAL) | (scores == 0) | (scores == ADDED)).tolist():
+        kinds[i] = _kind(pieces[i], int(types[i]), i < first_byte)
+        if kinds[i] == USER_DEFINED:
+            pieces[i] = pieces[i].replace(" ", SPACE)  # the converter writes the spaces of such pieces bare
+        if kinds[i] not in (NORMAL, UNUSED):
+            own_scores[i] = 0
+    merges = np.flatnonzero(kinds == NORMAL)
+    if merges.size and merges[0] < first_byte:
+        i = int(merges[0])
+        raise BadModelFile(
+            f"{where}: token {i} ({pieces[i]!r:.80}) stands before the byte tokens, where Gemma keeps what no merge "
+            f"makes, but has the score {scores[i]:g} of a merge; {ELSEWHERE}"
+        )
+    if merges.size > 1 and (own_scores[merges] == own_scores[merges[0]]).all():
+        raise BadModelFile(
+            f"{where}: all merged tokens have the score {own_scores[merges[0]]:g}, so the order of merges is lost; "
+            f"{ELSEWHERE}"
+        )
+    return Vocabulary(pieces, own_scores, kinds, _flag(header, "add_space_prefix", True))
+
+
+def _kind(piece: str, stated: int, below_bytes: bool) -> int:
+    """The kind of a piece in Gemma's SentencePiece model, where it is not a merge.
+
+    What a file calls CONTROL and Gemma does not have stays CONTROL, so that no text is read as one.
+    """
+    if piece in SPECIAL:
+        return SPECIAL[piece]
     if BYTE_PIECE.fullmatch(piece):
-        return piece, 0.0, BYTE
-    apart = (
-        kind in (CONTROL, USER_DEFINED)
-        or (kind == NORMAL and below_bytes and score in ADDED)
-        or (kind == NORMAL and (STEERING.fullmatch(piece) or RUN.fullmatch(piece)))
-    )
-    if not apart:
-        return piece, float(score), kind
-    # The converter writes the spaces of such pieces bare ("pre-normalize user-defined spaces").
-    return piece.replace(" ", SPACE), 0.0, USER_DEFINED
+        return BYTE
+    if SYMBOL.fullmatch(piece) or (stated == NORMAL and below_bytes):
+        return USER_DEFINED
+    return stated
 
 
-def _check_declared(metadata: Mapping[str, Any], pieces: Sequence[str], where: str) -> None:
+def _check_declared(metadata: Mapping[str, Value], pieces: list[str], where: str) -> None:
     """Every id that the file states is the piece that Gemma 2 uses for it."""
     for name, piece in DECLARED.items():
-        key = f"tokenizer.ggml.{name}_token_id"
+        key = f"{PREFIX}{name}_token_id"
         if key not in metadata:
             continue
         stated = metadata[key]
         token = stated.value
-        if stated.type not in ("u32", "i32", "u64", "i64") or not 0 <= token < len(pieces):
-            raise BadModelFile(f"{where}: {key} is {token!r:.80} ({stated.type}), no id below {len(pieces)}")
+        if stated.type != "u32" or token >= len(pieces):
+            raise BadModelFile(
+                f"{where}: {key} is {token!r:.80} ({stated.type}), no u32 below {len(pieces)}; {ELSEWHERE}"
+            )
         # Chat models made by others often state the end of a turn as the end of everything.
         if pieces[token] != piece and not (name == "eos" and pieces[token] == DECLARED["eot"]):
-            raise BadModelFile(f"{where}: {key} is {token}, which is {pieces[token]!r:.80} and not {piece}")
+            raise BadModelFile(
+                f"{where}: {key} is {token}, which is {pieces[token]!r:.80} and not {piece}; {ELSEWHERE}"
+            )
 
 
-def _array(metadata: Mapping[str, Any], name: str, kind: str, where: str) -> Any:
-    key = f"tokenizer.ggml.{name}"
+def _array(metadata: Mapping[str, Value], name: str, kind: str, where: str) -> Any:
+    key = PREFIX + name
     if key not in metadata:
-        raise BadModelFile(f"{where}: {key} is missing, so the tokenizer cannot be rebuilt")
+        raise BadModelFile(f"{where}: {key} is missing, so its tokenizer cannot be rebuilt; {ELSEWHERE}")
     if metadata[key].type != kind:
-        raise BadModelFile(f"{where}: {key} is of type {metadata[key].type}, and must be {kind}")
-    found = metadata[key].value
-    return found if kind == "str[]" else found.tolist()
+        raise BadModelFile(f"{where}: {key} is of type {metadata[key].type}, and must be {kind}; {ELSEWHERE}")
+    return metadata[key].value
 
 
 def _flag(header: GGUF, name: str, absent: bool) -> bool:
-    key = f"tokenizer.ggml.{name}"
-    stated = header.metadata.get(key)
+    stated = header.metadata.get(PREFIX + name)
     if stated is None:
         return absent
     if stated.type != "bool":
-        raise BadModelFile(f"{header.path}: {key} is of type {stated.type}, and must be bool")
+        raise BadModelFile(f"{header.path}: {PREFIX}{name} is of type {stated.type}, and must be bool; {ELSEWHERE}")
     return bool(stated.value)
-
-
-def _model_proto(symbols: Sequence[tuple[str, float, int]], space_prefix: bool) -> bytes:
-    """A serialised sentencepiece.ModelProto; field numbers are those of sentencepiece_model.proto."""
-    names = {text: i for i, (text, _, _) in enumerate(symbols)}
-    pieces = b"".join(
-        _bytes(1, _bytes(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _integer(3, kind))
-        for text, score, kind in symbols
-    )
-    bpe = 2
-    trainer = _integer(3, bpe) + _integer(4, len(symbols)) + _integer(24, 0) + _integer(25, 1) + _integer(26, 1)
-    trainer += _integer(35, 1)  # byte fallback
-    for number, name in ((40, "unk"), (41, "bos"), (42, "eos"), (43, "pad")):
-        assert name in NAMES
-        trainer += _integer(number, names.get(f"<{name}>", -1)) + _bytes(number + 5, f"<{name}>".encode())
-    normalizer = _bytes(1, b"identity") + _integer(3, int(space_prefix)) + _integer(4, 0) + _integer(5, 1)
-    return pieces + _bytes(2, trainer) + _bytes(3, normalizer)
-
-
-def _integer(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(value % 2**64)
-
-
-def _bytes(field: int, value: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(value)) + value
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
