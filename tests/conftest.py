@@ -19,6 +19,7 @@ from gemma2.load import POCKET
 os.environ["OMP_NUM_THREADS"] = "1"  # for children
 torch.set_num_threads(1)
 
+pytest_plugins = ("tests.hub_server",)  # its fixtures
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 # Like the three sizes scaled down: q width below (2B), above (9B) and below (27B) the model width, window 16, and for
