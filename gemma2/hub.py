@@ -9,18 +9,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants, errors
 from tqdm import tqdm
 
+from gemma2.checkpoints.gguf import PART
 from gemma2.checkpoints.safetensors import INDEX, SINGLE, shard_names
 from gemma2.config import read_json
 from gemma2.errors import BadModelFile
 
 NEEDED = ("config.json", "tokenizer.model")
 OPTIONAL = ("generation_config.json",)
+TAG = re.compile(r"[\w.-]*")  # such as Q4_K_M
+MOST_NAMES, MOST_PATH = 20, 1000  # files in one message; characters
 SHA256, SHA1 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 SECRET = re.compile(r"Bearer [^'\"]*|hf_\w+")
 HTTPError = errors.HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2, whichever the client uses
@@ -30,13 +34,44 @@ class _Absent(BadModelFile):
     """A file that the repository does not have or, when the hub cannot be reached, the cache."""
 
 
+class _Unreached(_Absent):
+    """The latter."""
+
+
 def download(name: str, revision: str | None = None) -> Path:
     """The folder with the checkpoint's files, downloaded as far as they are not in the cache yet.
 
     Raises:
         BadModelFile: no such repository, no access, offline with an incomplete cache, or damaged downloads; one line
-            that says what to do.
+            that says what to do. If the repository has GGUF files instead, it names them.
     """
+    try:
+        return _checkpoint(name, revision)
+    except _Absent as absent:
+        raise _with_choice(absent, name, revision) from None
+
+
+def download_gguf(name: str, file: str, revision: str | None = None) -> Path:
+    """A repository's GGUF file, with all other parts of a split one beside it. `file` is its path in the repository, or
+    a part of that path between dashes or dots, such as Q4_K_M, if one model alone has it (llama.cpp's shorthand).
+
+    Raises:
+        BadModelFile: as `download`; or a part that is missing, named so; or no file that is meant, with the names of
+            those there are.
+    """
+    exact = file.endswith(".gguf")
+    if not (_plain(file) if exact else TAG.fullmatch(file)):
+        raise BadModelFile(
+            f"{name}: {file!r:.200} is neither the path of a .gguf file inside a repository nor a tag such as Q4_K_M"
+        )
+    try:
+        return _parts(name, file if exact else _tagged(name, file, revision), revision)
+    except _Absent as absent:
+        raise _with_choice(absent, name, revision) from None
+
+
+def _checkpoint(name: str, revision: str | None) -> Path:
+    """The files of a Hugging Face folder."""
     folder = _fetch(name, NEEDED[0], revision).parent
     commit = folder.name  # of which all other files are, even if the branch moves meanwhile
     for file in NEEDED[1:]:
@@ -51,37 +86,155 @@ def download(name: str, revision: str | None = None) -> Path:
     return folder
 
 
+def _parts(name: str, file: str, revision: str | None) -> Path:
+    """A GGUF file and, if it is one part of several, the others; all of one commit."""
+    stem, count = _split(file)
+    others = [part for n in range(count) if (part := f"{stem}-{n + 1:05}-of-{count:05}.gguf") != file]
+    if others:
+        try:
+            there = {*_listed(name, revision)}
+        except BadModelFile:  # then the cache may have all parts, or the first one fetched says what is wrong
+            there = {file, *others}
+        absent = [part for part in sorted([file, *others]) if part not in there]
+        if 0 < len(absent) < count:  # known beforehand, an incomplete model costs no gigabytes
+            raise BadModelFile(
+                f"{name}: {len(absent)} of {count} parts missing in the repository: {', '.join(absent[:5])}"
+            )
+    path = _fetch(name, file, revision)
+    for part in others:
+        _fetch(name, part, _commit(path, file))
+    return path
+
+
+def _tagged(name: str, tag: str, revision: str | None) -> str:
+    """The one GGUF file with this tag; of a split one, any part."""
+    sizes = _listed(name, revision)
+    has = re.compile(rf"(?:^|[-./]){re.escape(tag)}(?:[-./]|$)", re.IGNORECASE)
+    fits = {file: sizes[file] for file in sizes if tag and has.search(_split(file)[0])}
+    models = {_split(file) for file in fits}
+    if len(models) == 1:
+        return min(fits)
+    why = f"{len(models) or 'no'} GGUF files are tagged {tag!r:.200}" if tag else "no GGUF file is named"
+    raise BadModelFile(f"{name}: {why}; {_choice(name, fits or sizes)}")
+
+
+def _split(file: str) -> tuple[str, int]:
+    """A GGUF file's path without its ending and, for one part of several, without its number; and how many there are,
+    0 for a file that is no part."""
+    if named := PART.fullmatch(file):
+        stem, number, count = named["stem"], int(named["number"]), int(named["count"])
+        if 1 <= number <= count and file == f"{stem}-{number:05}-of-{count:05}.gguf":
+            return stem, count
+    return file.removesuffix(".gguf"), 0
+
+
+def _plain(file: str) -> bool:
+    """Whether this is a path down from a repository's root to a GGUF file. It comes from outside."""
+    steps = file.split("/")
+    return (
+        file.endswith(".gguf")
+        and len(file) <= MOST_PATH
+        and file.isprintable()
+        and not {"\\", ":"} & {*file}
+        and all(step.strip(". ") for step in steps)
+        and steps[-1] != ".gguf"
+    )
+
+
+def _listed(name: str, revision: str | None) -> dict[str, int]:
+    """The repository's GGUF files and how many bytes they have, 0 if it does not say."""
+    with _explained(name, "list of files", revision):
+        try:
+            info = huggingface_hub.HfApi().model_info(
+                name, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+            )
+            return {file.rfilename: file.size or 0 for file in info.siblings or [] if _plain(file.rfilename)}
+        except (HTTPError, OSError) as error:
+            if _answered(error):
+                raise
+            raise errors.LocalEntryNotFoundError(str(error)) from error  # as the client does for a file
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError("the answer is none of a hub's") from None
+
+
+def _cached(name: str, revision: str | None) -> dict[str, int]:
+    """The same for the cache."""
+    try:
+        folder = huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
+    except (OSError, ValueError) as error:
+        folder = getattr(error, "snapshot_path", "")  # of a snapshot that is known to be incomplete
+    files = [path for path in Path(folder).rglob("*.gguf") if path.is_file()] if folder else []
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _with_choice(absent: _Absent, name: str, revision: str | None) -> BadModelFile:
+    """The same refusal with the GGUF files that could be had instead."""
+    if isinstance(absent, _Unreached):
+        cached = _cached(name, revision)
+        return BadModelFile(f"{absent}, or {_choice(name, cached, ' of the cache')}") if cached else absent
+    try:
+        sizes = _listed(name, revision)
+    except BadModelFile:
+        return absent
+    return BadModelFile(f"{absent}; {_choice(name, sizes)}") if sizes else absent
+
+
+def _choice(name: str, sizes: Mapping[str, int], where: str = "") -> str:
+    """The files by name, a split one once, and how to name one."""
+    models: dict[tuple[str, int], list[str]] = {}
+    for file in sorted(sizes):
+        models.setdefault(_split(file), []).append(file)
+    shown = []
+    for (_, count), files in list(models.items())[:MOST_NAMES]:
+        size = sum(sizes[file] for file in files)
+        parts = f"{count} parts" if count == len(files) else f"{len(files)} of {count} parts" if count else ""
+        bulk = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB" if size else ""
+        about = ", ".join(filter(None, [parts, bulk]))
+        shown.append(f"{files[0]} ({about})" if about else files[0])
+    if not shown:
+        return "the repository has no GGUF files"
+    more = f" and {len(models) - MOST_NAMES} more" if len(models) > MOST_NAMES else ""
+    return f"choose one{where} as {name}:FILE.gguf: {', '.join(shown)}{more}"
+
+
 def _fetch(name: str, file: str, revision: str | None) -> Path:
     """One verified file of the cache."""
     for _ in range(2):
-        try:
+        with _explained(name, file, revision):
             path = Path(huggingface_hub.hf_hub_download(name, file, revision=revision))
             if _verified(path, name, file):
                 return path
             _discard(path)  # hf_hub_download fetches it anew
-        except errors.LocalEntryNotFoundError as error:
-            cause = error.__cause__ or error
-            if isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code < 500:
-                raise _failed(name, file, cause) from None
-            raise _Absent(
-                f"{name}: {file} is not in the cache and the hub cannot be reached ({_first_line(cause)}); "
-                "connect, or give a folder"
-            ) from None
-        except errors.EntryNotFoundError:
-            raise _Absent(f"{name}: the repository has no {file}") from None
-        except errors.GatedRepoError:
-            raise BadModelFile(
-                f"{name}: gated; accept its terms at {constants.ENDPOINT}/{name} and log in with `hf auth login`"
-            ) from None
-        except errors.RevisionNotFoundError:
-            raise BadModelFile(f"{name}: no revision {revision!r}") from None
-        except errors.RepositoryNotFoundError:
-            raise BadModelFile(
-                f"{name}: no such repository, or a private one: check the name, or log in with `hf auth login`"
-            ) from None
-        except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: Xet's
-            raise _failed(name, file, error) from None
     raise BadModelFile(f"{name}: {file} arrived damaged twice (its hash is not the hub's); nothing was kept")
+
+
+@contextlib.contextmanager
+def _explained(name: str, file: str, revision: str | None) -> Iterator[None]:
+    """Turns what the client raises into one line that says what to do."""
+    try:
+        yield
+    except errors.LocalEntryNotFoundError as error:
+        cause = error.__cause__ or error
+        if _answered(cause):
+            raise _failed(name, file, cause) from None
+        raise _Unreached(
+            f"{name}: {file} is not in the cache and the hub cannot be reached ({_first_line(cause)}); "
+            "connect, or give a folder or a file"
+        ) from None
+    except errors.EntryNotFoundError:
+        raise _Absent(f"{name}: the repository has no {file}") from None
+    except errors.GatedRepoError:
+        raise BadModelFile(
+            f"{name}: gated; accept its terms at {constants.ENDPOINT}/{name} and log in with `hf auth login`"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise BadModelFile(f"{name}: no revision {revision!r}") from None
+    except errors.RepositoryNotFoundError:
+        raise BadModelFile(
+            f"{name}: no such repository, or a private one: check the name, or log in with `hf auth login`"
+        ) from None
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: Xet's
+        raise _failed(name, file, error) from None
 
 
 def _find(name: str, file: str, commit: str) -> Path | None:
@@ -101,10 +254,11 @@ def _verified(path: Path, name: str, file: str) -> bool:
     seen = f"{state.st_size} {state.st_mtime_ns}"
     # The first link alone: the blob it names may itself link to a store that names files by Xet's hash.
     blob = path.readlink().name if path.is_symlink() else ""
-    marker = Path(constants.HF_HUB_CACHE) / ".gemma2-verified" / (blob or f"{path.parent.name}-{file}")
+    commit = _commit(path, file)
+    marker = Path(constants.HF_HUB_CACHE) / ".gemma2-verified" / (blob or f"{commit}-{file}")
     if marker.is_file() and marker.read_text() == seen:
         return True
-    stated = blob or _asked(name, file, path.parent.name)
+    stated = blob or _asked(name, file, commit)
     if SHA256.fullmatch(stated):
         digest = hashlib.sha256()
     elif SHA1.fullmatch(stated):
@@ -126,6 +280,11 @@ def _verified(path: Path, name: str, file: str) -> bool:
     return True
 
 
+def _commit(path: Path, file: str) -> str:
+    """The commit that a file of the cache belongs to: the name of the folder that `file` is a path in."""
+    return path.parents[file.count("/")].name
+
+
 def _asked(name: str, file: str, commit: str) -> str:
     """The hash as the hub states it, for a cache without symlinks, whose files do not bear it; offline, nothing."""
     try:
@@ -141,6 +300,11 @@ def _discard(path: Path) -> None:
         path.unlink()
         path = target
     path.unlink(missing_ok=True)
+
+
+def _answered(error: BaseException) -> bool:
+    """Whether this is the hub's own answer, and not that it cannot be reached or is out of order."""
+    return isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500
 
 
 def _failed(name: str, file: str, error: BaseException) -> BadModelFile:

@@ -11,7 +11,7 @@ from gemma2.checkpoints.checkpoint import open_checkpoint
 from gemma2.checkpoints.weights import TARGETS, build
 from gemma2.errors import BadModelFile
 from gemma2.generate import Gemma
-from gemma2.hub import download
+from gemma2.hub import download, download_gguf
 from gemma2.tokenizer import Tokenizer
 
 POCKET = Path(__file__).parent / "assets" / "pocket"
@@ -39,7 +39,8 @@ def load(
     Args:
         source: None for the pocket model inside this package; a Hugging Face folder; a `.gguf` file, or any part of a
             split one; a `.safetensors` file or Google's `.ckpt` (its `config.json` and `tokenizer.model` beside it); or
-            a hub name such as `google/gemma-2-2b`, or `owner/repo:file.gguf`.
+            a hub name such as `google/gemma-2-2b`, `owner/repo:file.gguf`, or `owner/repo:Q4_K_M` if one GGUF alone
+            has that in its name.
         device: default the best present: cuda, mps, cpu.
         dtype: float32, bfloat16 or float64; default the dtype the checkpoint stores, and bfloat16 for a GGUF other than
             F32.
@@ -97,10 +98,12 @@ def locate(source: str | Path | None, revision: str | None = None) -> Path:
         return path
     if path.exists():
         raise BadModelFile(f"{source}: neither a file nor a folder")
-    if (
-        isinstance(source, str)
-        and REPOSITORY.fullmatch(source)
-        and path.suffix not in (".safetensors", ".ckpt", ".gguf")
-    ):
-        return download(source, revision)
-    raise BadModelFile(f"{source}: no such file or folder, nor a hub name like google/gemma-2-2b")
+    name, colon, file = str(source).partition(":")
+    if isinstance(source, str) and REPOSITORY.fullmatch(name):
+        if colon:
+            return download_gguf(name, file, revision)
+        if path.suffix not in SUFFIXES:
+            return download(name, revision)
+    raise BadModelFile(
+        f"{source}: no such file or folder, nor a hub name like google/gemma-2-2b or owner/repo:file.gguf"
+    )

@@ -16,7 +16,11 @@ from gemma2.sampling import Sampling, checked_count
 
 def add_options(parser: argparse.ArgumentParser, new_tokens: int = MAX_NEW_TOKENS) -> None:
     model = parser.add_argument_group("model")
-    model.add_argument("--model", metavar="M", help="hub name, folder or file; default: the pocket model inside")
+    model.add_argument(
+        "--model",
+        metavar="M",
+        help="hub name (owner/repo, or owner/repo:FILE.gguf), folder or file; default: the pocket model inside",
+    )
     model.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.model elsewhere than beside the weights")
     model.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub name")
     model.add_argument("--device", metavar="D", help="cuda, mps or cpu; default: the best present")
