@@ -158,10 +158,8 @@ def _vocabulary(header: GGUF) -> Vocabulary:
     model = metadata.get(PREFIX + "model")
     if model is None:
         raise BadModelFile(f"{where}: no tokenizer in it ({PREFIX}model is missing); {ELSEWHERE}")
-    if model.type != "str" or model.value != "llama":
-        raise BadModelFile(
-            f"{where}: {PREFIX}model is {model.value!r:.80}, and Gemma 2's is 'llama' (SentencePiece); {ELSEWHERE}"
-        )
+    if model != Value("str", "llama"):
+        raise BadModelFile(f"{where}: {PREFIX}model is {model}, and Gemma 2's is 'llama' (SentencePiece); {ELSEWHERE}")
     tokens, scores, types = (_array(metadata, name, kind, where) for name, kind in ARRAYS.items())
     if not len(tokens) == len(scores) == len(types):
         raise BadModelFile(
@@ -172,6 +170,10 @@ def _vocabulary(header: GGUF) -> Vocabulary:
     if unknown.size:
         i = int(unknown[0])
         raise BadModelFile(f"{where}: {PREFIX}token_type {types[i]} of token {i}; there are types 1 to 6; {ELSEWHERE}")
+    unscored = np.flatnonzero(~np.isfinite(scores))
+    if unscored.size:
+        i = int(unscored[0])
+        raise BadModelFile(f"{where}: {PREFIX}scores has {scores[i]} for token {i}, no finite number; {ELSEWHERE}")
     _check_declared(metadata, tokens, where)
     pieces, own_scores, kinds = list(tokens), scores.copy(), types.copy()
     # Before the bytes Gemma keeps what no merge makes.
@@ -220,9 +222,7 @@ def _check_declared(metadata: Mapping[str, Value], pieces: list[str], where: str
         stated = metadata[key]
         token = stated.value
         if stated.type != "u32" or token >= len(pieces):
-            raise BadModelFile(
-                f"{where}: {key} is {token!r:.80} ({stated.type}), no u32 below {len(pieces)}; {ELSEWHERE}"
-            )
+            raise BadModelFile(f"{where}: {key} is {stated}, no u32 below {len(pieces)}; {ELSEWHERE}")
         # Chat models made by others often state the end of a turn as the end of everything.
         if pieces[token] != piece and not (name == "eos" and pieces[token] == DECLARED["eot"]):
             raise BadModelFile(
