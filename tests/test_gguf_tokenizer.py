@@ -421,7 +421,9 @@ def test_a_space_comes_before_every_text_unless_the_file_says_no_and_that_is_sai
 
 
 def test_the_space_before_a_text_is_kept_in_the_model_file_made_from_it_and_in_the_metadata_of_that() -> None:
-    proto = tokenizer_model(header(plain_arrays(), add_space_prefix=None))
+    found = header(plain_arrays(), add_space_prefix=None)
+    proto = tokenizer_model(found)
+    assert build_tokenizer(found).to_proto() == proto
     assert tokenizer_metadata(proto)["tokenizer.ggml.add_space_prefix"].value is True
     bare = sentencepiece.SentencePieceProcessor(model_proto=proto)
     assert bare.encode("And") == Tokenizer(POCKET_PROTO).encode(" And", bos=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def build_tokenizer(header: GGUF) -> Tokenizer:
             what `Tokenizer` refuses.
     """
     found = _vocabulary(header)
-    without_prefix = write_proto(Vocabulary(found.pieces, found.scores, found.kinds))
+    without_prefix = write_proto(replace(found, space_prefix=False))
     try:
         return (SpaceFirst if found.space_prefix else Tokenizer)(without_prefix, str(header.path))
     except BadModelFile as error:
@@ -150,6 +151,9 @@ class SpaceFirst(Tokenizer):
     def encode(self, text: str, *, bos: bool = True, special: bool = False) -> list[int]:
         check_text(text)
         return super().encode(f" {text}" if text else text, bos=bos, special=special)
+
+    def to_proto(self) -> bytes:
+        return write_proto(replace(read_proto(super().to_proto(), self.where), space_prefix=True))
 
 
 def _vocabulary(header: GGUF) -> Vocabulary:
