@@ -240,6 +240,7 @@ def pocket_vocabulary() -> tuple[list[str], list[float], list[int]]:
     return [pieces.id_to_piece(i) for i in ids], [pieces.get_score(i) for i in ids], types
 
 
+@cache
 def tiny_model(kind: str = "F32") -> File:
     """A Gemma 2 of two layers, one local and one global, whose matrices are of ggml type `kind` and norms F32.
 

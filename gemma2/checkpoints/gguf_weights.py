@@ -6,6 +6,7 @@ and said in the notes of `config_of`; anything else that is missing is refused.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 import numpy as np
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from gemma2.checkpoints.ggml import dequantize_into
-from gemma2.checkpoints.gguf import GGUF, TensorInfo, Value
+from gemma2.checkpoints.gguf import FLOAT, GGUF, INTEGER, TensorInfo, Value
 from gemma2.checkpoints.weights import EMBEDDING, HEAD
 from gemma2.config import GLOBAL, LOCAL, MOST_LAYERS, Gemma2Config
 from gemma2.errors import BadModelFile
 
 ARCHITECTURE = "gemma2"
+MODEL = Value("str", "model")
 # llama.cpp's name -> Hugging Face's, without the layer.
 OUTSIDE = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": HEAD}
 INSIDE = {
@@ -49,7 +51,15 @@ INTEGERS = {
     "head_dim": "attention.key_length",
 }
 EPSILON = "attention.layer_norm_rms_epsilon"
-INTEGER, FLOAT = ("u8", "i8", "u16", "i16", "u32", "i32", "u64", "i64"), ("f32", "f64")
+PATTERN = "attention.sliding_window_pattern"
+# The same for what may be left out.
+OTHERS = {
+    "sliding_window": "attention.sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "rms_norm_eps": EPSILON,
+    "rope_theta": "rope.freq_base",
+}
 LAYERS_27B = 46  # llama.cpp knows the 27B by its depth, and scales its queries by the width of a head in the stream
 
 
@@ -73,16 +83,22 @@ def llama_cpp_name(name: str) -> str:
     return f"blk.{layer}.{ {own: theirs for theirs, own in INSIDE.items()}[part] }.weight"
 
 
+def query_scale(layers: int, width: int, heads: int, head_width: int) -> int:
+    """query_pre_attn_scalar, for which GGUF has no key, as llama.cpp takes it from the depth."""
+    return width // heads if layers == LAYERS_27B else head_width
+
+
 def check_architecture(header: GGUF) -> None:
     """Raises BadModelFile, saying what the file is, unless it is a Gemma 2 model."""
     stated = header.metadata.get("general.architecture")
     if stated is None:
         raise BadModelFile(f"{header.path}: general.architecture is missing, so this is no model file")
-    if stated.value != ARCHITECTURE:
-        raise BadModelFile(f"{header.path}: architecture {stated.value!r:.80}, this program runs {ARCHITECTURE!r}")
-    kind = header.metadata.get("general.type")
-    if kind is not None and kind.value != "model":
-        raise BadModelFile(f"{header.path}: general.type is {kind.value!r:.80}, not a model with weights of its own")
+    if stated != Value("str", ARCHITECTURE):
+        shown = repr(stated.value)[:80] if stated.type == "str" else stated
+        raise BadModelFile(f"{header.path}: architecture {shown}, this program runs {ARCHITECTURE!r}")
+    kind = header.metadata.get("general.type", MODEL)
+    if kind != MODEL:
+        raise BadModelFile(f"{header.path}: general.type is {kind}, not a model with weights of its own")
 
 
 def config_of(header: GGUF) -> tuple[Gemma2Config, list[str]]:
@@ -106,8 +122,9 @@ def config_of(header: GGUF) -> tuple[Gemma2Config, list[str]]:
         raise BadModelFile(f"{header.path}: missing {', '.join(missing)}; a shape is never guessed")
     values: dict[str, Any] = {field: keys.read(key, "integer") for field, key in INTEGERS.items()}
     layers, heads, width = values["num_hidden_layers"], values["num_attention_heads"], values["hidden_size"]
-    if not 1 <= layers <= MOST_LAYERS or heads < 1:
-        raise BadModelFile(f"{header.path}: {layers} layers of {heads} heads; 1 to {MOST_LAYERS} layers are taken")
+    for key, found, most in (("block_count", layers, MOST_LAYERS), ("attention.head_count", heads, 2**31 - 1)):
+        if not 1 <= found <= most:
+            raise BadModelFile(f"{header.path}: {ARCHITECTURE}.{key} is {found}; 1 to {most:,} are taken")
     for key in ("attention.value_length", "rope.dimension_count"):
         if keys.has(key) and keys.read(key, "integer") != values["head_dim"]:
             raise BadModelFile(
@@ -121,7 +138,7 @@ def config_of(header: GGUF) -> tuple[Gemma2Config, list[str]]:
     values["attn_logit_softcapping"] = stated_or("attn_logit_softcapping", "float", 50.0, "as llama.cpp takes it")
     values["final_logit_softcapping"] = stated_or("final_logit_softcapping", "float", 30.0, "as llama.cpp takes it")
     values["layer_types"] = _layer_types(keys, layers, notes)
-    values["query_pre_attn_scalar"] = width // heads if layers == LAYERS_27B else values["head_dim"]
+    values["query_pre_attn_scalar"] = query_scale(layers, width, heads, values["head_dim"])
     rule = (
         f"{width} // {heads}, the width by the heads, as llama.cpp scales a model of {LAYERS_27B} layers (27B)"
         if layers == LAYERS_27B
@@ -136,7 +153,10 @@ def config_of(header: GGUF) -> tuple[Gemma2Config, list[str]]:
     try:
         return Gemma2Config(**values), notes
     except BadModelFile as error:
-        raise BadModelFile(str(error).replace("config:", f"{header.path}:", 1)) from None
+        said = str(error).removeprefix("config: ")
+        for field, key in (INTEGERS | OTHERS).items():
+            said = re.sub(rf"(?<![.\w]){field}\b", f"{ARCHITECTURE}.{key}", said)
+        raise BadModelFile(f"{header.path}: {said}") from None
 
 
 class GGUFWeights:
@@ -167,8 +187,12 @@ class GGUFWeights:
     @property
     def dtype(self) -> torch.dtype:
         """float32 for a file whose matrices are all F32; for any other bfloat16, in which Gemma 2 was published."""
-        kinds = {info.kind.name for info in self._info.values() if len(info.shape) > 1}
-        return torch.float32 if kinds == {"F32"} else torch.bfloat16
+        return torch.float32 if self.kinds == {"F32"} else torch.bfloat16
+
+    @property
+    def kinds(self) -> set[str]:
+        """The ggml types of its matrices."""
+        return {info.kind.name for info in self._info.values() if len(info.shape) > 1}
 
     def dtype_for(self, name: str, wanted: torch.dtype) -> torch.dtype:
         """For a norm the narrowest dtype, from `wanted` up, in which 1 + w is exactly the file's g; else `wanted`.
@@ -256,15 +280,13 @@ class _Keys:
         found = self.raw(key)
         if found.type not in (INTEGER if kind == "integer" else FLOAT):
             article = "an integer" if kind == "integer" else "a float"
-            raise BadModelFile(
-                f"{self.path}: {ARCHITECTURE}.{key} is {found.value!r:.80} of type {found.type}, and must be {article}"
-            )
+            raise BadModelFile(f"{self.path}: {ARCHITECTURE}.{key} is {found}, and must be {article}")
         # The shortest decimal that is this float32: 1e-06 rather than 9.99999997e-07, as config.json has it.
         return float(str(np.float32(found.value))) if found.type == "f32" else found.value
 
 
 def _layer_types(keys: _Keys, layers: int, notes: list[str]) -> tuple[str, ...]:
-    key = "attention.sliding_window_pattern"
+    key = PATTERN
     if not keys.has(key):
         notes.append(f"{ARCHITECTURE}.{key} is not stated: 2, as llama.cpp takes it (layer 0 is local, layer 1 global)")
         pattern = 2
@@ -283,12 +305,12 @@ def _layer_types(keys: _Keys, layers: int, notes: list[str]) -> tuple[str, ...]:
 
 def _refuse_scaled_rotary(header: GGUF, keys: _Keys) -> None:
     scaling = "rope.scaling.type"
-    if keys.has(scaling) and keys.raw(scaling).value != "none":
-        stated = f"{ARCHITECTURE}.{scaling} is {keys.raw(scaling).value!r:.80}"
+    if keys.has(scaling) and keys.raw(scaling) != Value("str", "none"):
+        stated = f"{ARCHITECTURE}.{scaling} is {keys.raw(scaling)}"
         raise BadModelFile(f"{header.path}: {stated}; Gemma 2's rotary embedding is plain")
     for key in ("rope.scaling.factor", "rope.scale_linear"):
         if keys.has(key) and keys.read(key, "float") not in (0.0, 1.0):
-            raise BadModelFile(f"{header.path}: {ARCHITECTURE}.{key} is {keys.raw(key).value!r}; Gemma 2 has none")
+            raise BadModelFile(f"{header.path}: {ARCHITECTURE}.{key} is {keys.raw(key)}; Gemma 2 has none")
 
 
 def _vocabulary(header: GGUF, keys: _Keys) -> int:

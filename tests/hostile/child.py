@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,26 @@ def complaints(attempt: dict[str, Any], path: Path, words: str) -> list[str]:
         f"took {attempt['growth'] / 1e6:.0f} MB": attempt["growth"] <= 150e6,
     }
     return [fault for fault, holds in checks.items() if not holds]
+
+
+def faults(cases: Mapping[str, tuple[Callable[[], bytes], str]], folder: Path) -> dict[str, list[str]]:
+    """The cases, each a GGUF file and words, that are not refused with these words; all are tried in one child."""
+    paths = [folder / f"{number}.gguf" for number in range(len(cases))]
+    for path, (make, _) in zip(paths, cases.values(), strict=True):
+        path.write_bytes(make())
+    found = in_a_child(attempts, [str(path) for path in paths])
+    short = {
+        case: complaints(attempt, path, words)
+        for (case, (_, words)), path, attempt in zip(cases.items(), paths, found, strict=True)
+    }
+    return {case: said for case, said in short.items() if said}
+
+
+def merged(*tables: Mapping[str, Any]) -> dict[str, Any]:
+    """All cases of several tables. No name may stand in two of them."""
+    everything = {case: entry for table in tables for case, entry in table.items()}
+    assert len(everything) == sum(map(len, tables))
+    return everything
 
 
 def _serve(module: str, name: str, seconds: str) -> None:
