@@ -123,6 +123,8 @@ def read_header(path: str | Path) -> GGUF:
             names the byte and the field, what stands there and what may.
     """
     path = Path(path)
+    if not path.is_file() and not path.is_dir():  # a pipe would never end
+        raise BadModelFile(f"{path}: no such file")
     try:
         refuse_foreign(path)
         with path.open("rb") as file:
@@ -150,11 +152,12 @@ def read_parts(path: str | Path) -> GGUF:
     count = int(named["count"])
     if not 1 <= int(named["number"]) <= count:
         raise BadModelFile(f"{path}: there is no part {int(named['number'])} of {count}")
-    paths = [path.with_name(f"{named['stem']}-{n:05d}-of-{count:05d}.gguf") for n in range(1, count + 1)]
-    absent = [part.name for part in paths if not part.is_file()]
+    names = [f"{named['stem']}-{n:05d}-of-{count:05d}.gguf" for n in range(1, count + 1)]
+    present = set(os.listdir(path.parent))
+    absent = [name for name in names if name not in present]
     if absent:
-        raise BadModelFile(f"{path}: {len(absent)} of {count} parts missing: {', '.join(absent[:5])}")
-    parts = [read_header(part) for part in paths]
+        raise BadModelFile(f"{path}: {len(absent):,} of {count:,} parts missing: {', '.join(absent[:5])}")
+    parts = [read_header(path.with_name(name)) for name in names]
     tensors: dict[str, TensorInfo] = {}
     for number, part in enumerate(parts):
         for key, expected in (("split.count", count), ("split.no", number)):  # split.no counts from 0
@@ -166,13 +169,13 @@ def read_parts(path: str | Path) -> GGUF:
                 )
         twice = tensors.keys() & part.tensors.keys()
         if twice:
-            raise BadModelFile(f"{part.path}: tensor {min(twice)} is also in an earlier part")
+            raise BadModelFile(f"{part.path}: tensor {min(twice)!r} is also in an earlier part")
         tensors.update(part.tensors)
     total = _stated(parts[0], "split.tensors.count", len(tensors))
     if total != len(tensors):
         raise BadModelFile(f"{path}: its parts hold {len(tensors)} tensors, split.tensors.count states {total}")
     first = parts[0]
-    return GGUF(paths[0], first.version, first.alignment, first.metadata, tensors, sum(part.bytes for part in parts))
+    return GGUF(first.path, first.version, first.alignment, first.metadata, tensors, sum(part.bytes for part in parts))
 
 
 def _stated(header: GGUF, key: str, absent: int) -> int:
