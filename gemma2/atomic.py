@@ -7,37 +7,54 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# .NAME.PROCESS-RANDOM.partial, beside the target so that renaming is one step of the file system.
+if sys.platform != "win32":
+    import fcntl
+
+# .NAME.RANDOM.partial, beside the target so that renaming is one step of the file system.
 PARTIAL, OLD = "partial", "old"
 
 
 @contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A path beside `target` to write a file or a folder at. It takes the target's name when the block ends well, and
-    is removed when it does not. Leftovers of processes that were killed go with the next success.
+def replacing(*targets: Path, folder: bool = False) -> Iterator[list[Path]]:
+    """An empty file, or `folder`, beside each target to write at. When the block ends well they take the targets'
+    names, in order; when it does not, they are removed. What processes that were killed have left goes with the next
+    success.
 
     Raises:
-        OSError: the path cannot be written, or renamed.
+        OSError: a path cannot be written, or renamed.
     """
-    mark = f"{os.getpid()}-{secrets.token_hex(4)}"
-    partial = target.with_name(f".{target.name}.{mark}.{PARTIAL}")
+    mark = secrets.token_hex(8)
+    partials = [_beside(target, mark, PARTIAL) for target in targets]
     try:
-        yield partial
-        _synchronise(partial)
-        if partial.is_dir() and target.exists():  # a folder cannot be replaced in one step
-            old = target.with_name(f".{target.name}.{mark}.{OLD}")
-            target.rename(old)
-            partial.rename(target)
-            _remove(old)
-        else:
-            partial.replace(target)
+        with contextlib.ExitStack() as claims:
+            for partial in partials:
+                if folder:
+                    partial.mkdir()
+                else:
+                    partial.touch(exist_ok=False)
+                claims.enter_context(_claimed(partial))
+            yield partials
+            for partial in partials:
+                _synchronise(partial)
+            for partial, target in zip(partials, targets, strict=True):
+                if folder:
+                    _put_folder(partial, target, _beside(target, mark, OLD))
+                else:
+                    partial.replace(target)
     except BaseException:
-        _remove(partial)
+        for partial in partials:
+            _remove(partial)
         raise
-    _sweep(target)
+    for target in targets:
+        _sweep(target)
+
+
+def _beside(target: Path, mark: str, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{mark}.{kind}")
 
 
 def _synchronise(path: Path) -> None:
@@ -48,24 +65,65 @@ def _synchronise(path: Path) -> None:
                 os.fsync(opened.fileno())
 
 
-def _sweep(target: Path) -> None:
-    left = re.compile(rf"\.{re.escape(target.name)}\.(\d+)-[0-9a-f]{{8}}\.({PARTIAL}|{OLD})")
-    for path in target.parent.iterdir():
-        found = left.fullmatch(path.name)
-        if found and not _runs(int(found[1])):
-            _remove(path)
-
-
-def _runs(process: int) -> bool:
-    if os.name != "posix":
-        return True  # elsewhere asking may end it
+def _put_folder(partial: Path, target: Path, old: Path) -> None:
+    """Two steps, since a folder in use cannot be replaced in one: the old one steps aside, and is removed when the new
+    one has its place, or comes back when it has not. Killed just between them, it is found under the name `old`."""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                target.rename(old)
+            try:
+                partial.rename(target)
+                break
+            except OSError:
+                if not target.exists():
+                    raise
+                _remove(old)  # another process was quicker, and the folder there now is its
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+    _remove(old)
+
+
+@contextlib.contextmanager
+def _claimed(path: Path) -> Iterator[None]:
+    """A lock that ends with the process, however that ends: what nobody holds is a leftover."""
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(target: Path) -> None:
+    """Remove what earlier attempts at this target have left. The target is whole by now, so nothing here may fail."""
+    left = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.({PARTIAL}|{OLD})")
+    with contextlib.suppress(OSError):
+        for path in list(target.parent.iterdir()):
+            if left.fullmatch(path.name) and not _in_use(path):
+                _remove(path)
+
+
+def _in_use(path: Path) -> bool:
+    if sys.platform == "win32":
+        return True
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
     except OSError:
-        pass  # another user's
-    return True
+        return True  # gone meanwhile, or another user's
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _remove(path: Path) -> None:

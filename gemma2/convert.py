@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from gemma2.atomic import replacing
-from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from gemma2.checkpoints.export import (
-    FLOATS,
-    Entry,
-    companions,
-    entries_for,
-    write_gguf,
-    write_google,
-    write_safetensors,
-)
+from gemma2.checkpoints.checkpoint import Checkpoint, chat_template, chat_tuned, open_checkpoint
+from gemma2.checkpoints.export import FLOATS, FOLDER, Layout, layout_for, write
 from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.gguf_write import FILE_TYPES, FINER
-from gemma2.checkpoints.weights import check_names, hidden, shapes_of
+from gemma2.checkpoints.weights import hidden
 from gemma2.config import Gemma2Config
 from gemma2.load import locate
 from gemma2.tokenizer import Tokenizer
 
 TYPES = tuple(name.lower() for name in FILE_TYPES)
-FOLDER = "safetensors"  # the form of a target that is a folder
 # What a folder written here holds; one with anything else in it is never replaced.
 OWN = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json")
-SPARE = 2**24  # bytes for what lies beside the weights: config, tokenizer, header
+SPARE = 2**24  # bytes for what lies beside the weights: header, config, tokenizer
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -61,49 +57,48 @@ def convert(
         source: as in `load`.
         target: its name decides the format. Beside a `.ckpt`, which states neither, config.json and tokenizer.model
             are written too.
-        type: f32, bf16 or f16, and for GGUF also q8_0, q5_1, q5_0, q4_1, q4_0, mxfp4, tq2_0 or tq1_0. Norms stay
-            float32 in a GGUF, and below q8_0 the embedding, which is also the head, is kept finer. Default: the dtype
-            that the source stores, and bf16 for a GGUF other than F32.
+        type: f32, bf16 or f16, and for GGUF also q8_0, q5_1, q5_0, q4_1, q4_0, mxfp4, tq2_0 or tq1_0. Norms are never
+            rounded: they are float32 in a GGUF, and elsewhere where the type does not hold them exactly. Below q8_0
+            the embedding, which is also the head, is kept finer. Default: the type of the source's matrices, f32 if
+            they have several, and bf16 if they are quantized.
         force: replace what is there.
         tokenizer, revision, progress: as in `load`.
     Raises:
         FileExistsError: the target is there, and not to be replaced.
         OSError: it cannot be written, or there is too little space for it.
         BadModelFile: the source is not exactly a Gemma 2, or the target's format cannot state what it is.
-        ValueError: a type that the target's format does not have.
+        ValueError: a type that the target's format does not have, or a name that is none.
     """
     target = Path(target).expanduser()
     form = _form(target)
     asked = _checked_type(type, form)
     _check_target(target, form, force)
-    opened = open_checkpoint(locate(source, revision), tokenizer)
-    if target.exists() and opened.path.exists() and target.samefile(opened.path):
-        raise FileExistsError(f"{target}: is the source itself")
-    shapes = shapes_of(opened.config)
-    check_names(opened.weights, shapes)
-    main = asked or {dtype: name for name, dtype in FLOATS.items()}[opened.weights.dtype]
-    entries = entries_for(form, opened, shapes, main)
-    total = sum(entry.bytes for entry in entries)
-    _check_space(target.parent, (2 if form == "ckpt" else 1) * total + SPARE)
-    if form == "ckpt":
-        _write_companions(opened, target.parent)
+    path = locate(source, revision)
+    opened = open_checkpoint(path, tokenizer)
+    _check_apart(target, opened)
+    main = asked or _own_type(opened)
+    layout = layout_for(form, opened, main, _title(source, path))
+    beside = _beside(layout, opened, target.parent) if form == "ckpt" else {}
+    _check_space(target.parent, layout.bytes + SPARE)
+    total, off = layout.bytes, hidden(progress)
     with (
-        replacing(target) as unfinished,
-        tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=hidden(progress), leave=False) as bar,
+        _saying_when_full(target),
+        replacing(*beside, target, folder=form == FOLDER) as (*small, unfinished),
+        tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=off, leave=False) as bar,
     ):
-        if form == "gguf":
-            write_gguf(opened, entries, unfinished, bar.update, main)
-        elif form == "ckpt":
-            write_google(opened, entries, unfinished, bar.update)
-        else:
-            write_safetensors(opened, entries, unfinished, bar.update)
-        files = [unfinished] if unfinished.is_file() else list(unfinished.iterdir())
-        size = sum(path.stat().st_size for path in files)
-    counts = Counter(entry.kind.name for entry in entries)
-    return Converted(target, size, dict(counts), (*opened.notes, *_notes(opened, entries, form, main)))
+        for place, content in zip(small, beside.values(), strict=True):
+            place.write_bytes(content)
+        write(layout, opened, unfinished, bar.update)
+        files = unfinished.iterdir() if form == FOLDER else [unfinished]
+        size = sum(file.stat().st_size for file in files)
+        _check_target(target, form, force)  # it may have come meanwhile
+    counts = Counter(entry.kind.name for entry in layout.entries).most_common()
+    return Converted(target, size, dict(counts), (*opened.notes, *_notes(opened, layout, main)))
 
 
 def _form(target: Path) -> str:
+    if target.name in ("", ".."):
+        raise ValueError(f"{target}: give the target a name of its own")
     if target.suffix in (".gguf", ".ckpt"):
         return target.suffix[1:]
     if target.suffix in (".safetensors", ".bin", ".pt", ".pth"):
@@ -116,7 +111,7 @@ def _checked_type(asked: str | None, form: str) -> str | None:
     if asked is None or asked.upper() in taken:
         return asked and asked.upper()
     listed = ", ".join(name.lower() for name in taken)
-    raise ValueError(f"type {asked!r}: {'a .' + form if form != FOLDER else form} can have {listed}")
+    raise ValueError(f"type {asked!r}: {form if form == FOLDER else f'a .{form}'} can have {listed}")
 
 
 def _check_target(target: Path, form: str, force: bool) -> None:
@@ -126,16 +121,48 @@ def _check_target(target: Path, form: str, force: bool) -> None:
     if not os.access(parent, os.W_OK):
         raise PermissionError(f"{parent}: cannot be written to")
     inside = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
-    if not target.exists() or (form == FOLDER and target.is_dir() and not inside):
+    if not os.path.lexists(target) or (form == FOLDER and target.is_dir() and not inside):
         return
     if target.is_dir() != (form == FOLDER):
-        kind = "a folder" if target.is_dir() else "a file"
-        raise FileExistsError(f"{target}: is {kind}, and not replaced by what is none; choose another name")
+        kind, other = ("folder", "file") if target.is_dir() else ("file", "folder")
+        raise FileExistsError(f"{target}: is a {kind}, and not replaced by a {other}; choose another name")
     foreign = [name for name in inside if name not in OWN]
     if foreign:
-        raise FileExistsError(f"{target}: also holds {', '.join(foreign[:3])}, so it is not replaced; choose another")
+        raise FileExistsError(
+            f"{target}: also holds {', '.join(foreign[:3])}, so it is not replaced; choose another name"
+        )
     if not force:
         raise FileExistsError(f"{target}: is there already; --force (force=True) replaces it")
+
+
+def _check_apart(target: Path, opened: Checkpoint) -> None:
+    """Not even --force lets a source be replaced by what was made of it."""
+    files, weights = {opened.path}, opened.weights
+    if isinstance(weights, GGUFWeights):
+        files |= {weights.stored(name).path for name in weights.tensors}
+    whole = {place for file in files for place in (file.resolve(), *file.resolve().parents)}
+    if target.resolve() in whole:
+        raise FileExistsError(f"{target}: is the source itself, or holds it; choose another name")
+
+
+def _own_type(opened: Checkpoint) -> str:
+    """The type of the source's matrices; of those that hold all their values, the narrowest."""
+    weights = opened.weights
+    if isinstance(weights, GGUFWeights):
+        kinds = weights.kinds
+        if not kinds <= FLOATS.keys():
+            return "BF16"
+    else:
+        names = {dtype: name for name, dtype in FLOATS.items()}
+        kinds = {names.get(dtype, "F32") for shape, dtype in weights.tensors.values() if len(shape) > 1}
+    return kinds.pop() if len(kinds) == 1 else "F32"
+
+
+def _title(source: str | Path | None, path: Path) -> str:
+    """A name for the model: what the user called it, since downloads lie in folders named by a hash."""
+    given = Path(source or path)
+    name = given.name if given.name not in ("", "..") else path.resolve().name
+    return Path(name).stem if path.is_file() else name
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -144,28 +171,49 @@ def _check_space(folder: Path, needed: int) -> None:
         raise OSError(f"{folder}: {needed / 1e9:.3g} GB are needed there, and {free / 1e9:.3g} GB are free")
 
 
-def _write_companions(opened: Checkpoint, folder: Path) -> None:
+@contextlib.contextmanager
+def _saying_when_full(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(f"{target}: {error.strerror} while writing; make room or choose another place") from None
+
+
+def _beside(layout: Layout, opened: Checkpoint, folder: Path) -> dict[Path, bytes]:
     """What a .ckpt leaves out, where it is not there yet. Another model's files are neither used nor replaced."""
-    words = opened.tokenizer.to_proto()
-    config, model = folder / "config.json", folder / "tokenizer.model"
-    if (config.is_file() and Gemma2Config.from_file(config) != opened.config) or (
-        model.is_file() and Tokenizer.from_file(model).to_proto() != words
-    ):
-        raise FileExistsError(f"{folder}: its config.json or tokenizer.model is another model's; choose another folder")
-    for name, content in companions(opened).items():
-        if not (folder / name).exists():
-            with replacing(folder / name) as unfinished:
-                unfinished.write_bytes(content)
+    same: dict[str, Callable[[Path], bool]] = {
+        "config.json": lambda path: Gemma2Config.from_file(path) == opened.config,
+        "tokenizer.model": lambda path: Tokenizer.from_file(path).to_proto() == layout.beside[path.name],
+        "generation_config.json": lambda path: chat_tuned(folder, opened.tokenizer) == opened.chat_tuned,
+        "tokenizer_config.json": lambda path: chat_template(folder) == opened.chat_template,
+        "chat_template.jinja": lambda path: chat_template(folder) == opened.chat_template,
+    }
+    for name, holds in same.items():
+        if (folder / name).exists() and not holds(folder / name):
+            raise FileExistsError(f"{folder / name}: is another model's, and would be read with {layout.form}")
+    return {folder / name: content for name, content in layout.beside.items() if not (folder / name).exists()}
 
 
-def _notes(opened: Checkpoint, entries: list[Entry], form: str, main: str) -> list[str]:
+def _notes(opened: Checkpoint, layout: Layout, main: str) -> list[str]:
+    """What the target does not keep of the source, and what is in it of another type than asked for."""
     said = []
-    rounded = isinstance(opened.weights, GGUFWeights) and opened.weights.kinds - {"F32", "BF16", main}
-    if rounded and main in ("BF16", "F16"):
-        said.append(f"values of quantized tensors were rounded to {main.lower()}; --type f32 keeps every bit of them")
-    wide = sum(entry.kind.name == "F32" for entry in entries)
+    config, weights, form = opened.config, opened.weights, layout.form
+    if isinstance(weights, GGUFWeights) and not weights.kinds <= FLOATS.keys() and main != "F32":
+        said.append(
+            f"values of quantized tensors were rounded to {main.lower()}; --type f32 keeps every bit of them"
+            if main in FLOATS
+            else "the source was quantized already: the errors of both add up"
+        )
+    wide = sum(entry.kind.name == "F32" for entry in layout.entries)
     if form != "gguf" and main != "F32" and wide:
         said.append(f"{wide} norm weights are float32, because {main.lower()} cannot hold them exactly")
-    if form == "gguf" and main in FINER:
-        said.append(f"the embedding, which is also the head, is {FINER[main]}: coarser, it costs most")
+    if form == "gguf":
+        if main in FINER:
+            said.append(f"the embedding, which is also the head, is {FINER[main]}: coarser, it costs most")
+        for name in ("rms_norm_eps", "rope_theta", "attn_logit_softcapping", "final_logit_softcapping"):
+            exact, held = float(getattr(config, name)), float(str(np.float32(getattr(config, name))))
+            if exact != held:
+                said.append(f"{name} {exact!r} is {held!r} in a GGUF, which has float32 for it")
     return said

@@ -37,10 +37,10 @@ def load(
     """Load a Gemma 2.
 
     Args:
-        source: None for the pocket model inside this package; a Hugging Face folder; a `.gguf` file, or any part of a
-            split one; a `.safetensors` file or Google's `.ckpt` (its `config.json` and `tokenizer.model` beside it); or
-            a hub name such as `google/gemma-2-2b`, `owner/repo:file.gguf`, or `owner/repo:Q4_K_M` if one GGUF alone
-            has that in its name.
+        source: None or "pocket" for the pocket model inside this package; a Hugging Face folder; a `.gguf` file, or any
+            part of a split one; a `.safetensors` file or Google's `.ckpt` (its `config.json` and `tokenizer.model`
+            beside it); or a hub name such as `google/gemma-2-2b`, `owner/repo:file.gguf`, or `owner/repo:Q4_K_M` if one
+            GGUF alone has that in its name.
         device: default the best present: cuda, mps, cpu.
         dtype: float32, bfloat16 or float64; default the dtype the checkpoint stores, and bfloat16 for a GGUF other than
             F32.
@@ -90,7 +90,8 @@ def check_dtype(dtype: str | torch.dtype | None, force_float16: bool = False) ->
 
 
 def locate(source: str | Path | None, revision: str | None = None) -> Path:
-    """A local path for a name, folder or file, downloaded if need be; None is the pocket model."""
+    """A local path for a name, folder or file, downloaded if need be; None is the pocket model. So is "pocket", and
+    "pocket:NAME.gguf" a file beside it, unless there is a file or folder so named."""
     if source is None:
         return POCKET
     path = Path(source).expanduser()
@@ -99,6 +100,8 @@ def locate(source: str | Path | None, revision: str | None = None) -> Path:
     if path.exists():
         raise BadModelFile(f"{source}: neither a file nor a folder")
     name, colon, file = str(source).partition(":")
+    if name == "pocket" and (not colon or (file == Path(file).name and (POCKET / file).is_file())):
+        return POCKET / file
     if isinstance(source, str) and REPOSITORY.fullmatch(name):
         if colon:
             return download_gguf(name, file, revision)

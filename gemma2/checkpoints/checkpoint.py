@@ -11,6 +11,9 @@ from gemma2.config import Gemma2Config, read_json
 from gemma2.errors import BadModelFile
 from gemma2.tokenizer import Tokenizer
 
+# GGUF has no key for `Checkpoint.chat_tuned`, so this project writes one, which other readers leave alone.
+CHAT_TUNED = "gemma2.chat_tuned"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -59,7 +62,7 @@ def open_checkpoint(path: Path, tokenizer: str | Path | Tokenizer | None = None)
         form = "safetensors"
         weights = safetensors.open_folder(path) if path.is_dir() else safetensors.open_file(path)
     words = _checked(_given(tokenizer) or _beside(folder), config)
-    return Checkpoint(path, form, config, weights, words, _chat_tuned(folder, words), _chat_template(folder))
+    return Checkpoint(path, form, config, weights, words, chat_tuned(folder, words), chat_template(folder))
 
 
 def _open_gguf(path: Path, tokenizer: str | Path | Tokenizer | None) -> Checkpoint:
@@ -71,13 +74,14 @@ def _open_gguf(path: Path, tokenizer: str | Path | Tokenizer | None) -> Checkpoi
     if words is None:
         words, notes = gguf_tokenizer.build_tokenizer(header), notes + gguf_tokenizer.notes(header)
     template = header.metadata.get("tokenizer.chat_template")
+    tuned = header.metadata.get(CHAT_TUNED)
     return Checkpoint(
         path,
         "gguf",
         config,
         weights,
         _checked(words, config),
-        gguf_tokenizer.chat_tuned(header),
+        tuned.value if tuned is not None and tuned.type == "bool" else gguf_tokenizer.chat_tuned(header),
         template.value if template is not None and template.type == "str" else None,
         tuple(notes),
     )
@@ -105,7 +109,7 @@ def _checked(words: Tokenizer, config: Gemma2Config) -> Tokenizer:
     return words
 
 
-def _chat_tuned(folder: Path, words: Tokenizer) -> bool | None:
+def chat_tuned(folder: Path, words: Tokenizer) -> bool | None:
     """Google's -it checkpoints stop at <end_of_turn>; the pre-trained ones stop at <eos> alone."""
     path = folder / "generation_config.json"
     if not path.is_file():
@@ -116,7 +120,7 @@ def _chat_tuned(folder: Path, words: Tokenizer) -> bool | None:
     return end is not None and end in (stops if isinstance(stops, list) else [stops])
 
 
-def _chat_template(folder: Path) -> str | None:
+def chat_template(folder: Path) -> str | None:
     """Newer folders have the template in a file of its own, older ones in the tokenizer's settings."""
     path = folder / "chat_template.jinja"
     if path.is_file():

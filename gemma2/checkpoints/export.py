@@ -1,25 +1,27 @@
 """Writing checkpoints: what each format holds under which name, and the one stream from a source into a file.
 
-Every tensor goes once, in chunks and on all cores, from the source to the target; neither is ever whole in memory.
+A target is laid out before anything is written, which is where all that it cannot hold is refused. Then every tensor
+goes once, in chunks and on all cores, from the source to the target; neither is ever whole in memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from gemma2.checkpoints import google
-from gemma2.checkpoints.checkpoint import Checkpoint
+from gemma2.checkpoints import google, google_write
+from gemma2.checkpoints.checkpoint import CHAT_TUNED, Checkpoint
 from gemma2.checkpoints.ggml import BlockType
 from gemma2.checkpoints.gguf import Value
 from gemma2.checkpoints.gguf_tokenizer import tokenizer_metadata
@@ -28,18 +30,26 @@ from gemma2.checkpoints.gguf_write import (
     BLOCKS,
     FILE_TYPES,
     FINER,
+    PAD,
     architecture_metadata,
     header_bytes,
-    padding,
     quantize,
 )
 from gemma2.checkpoints.safetensors import SINGLE
-from gemma2.checkpoints.weights import EMBEDDING, a_thread_a_core, chunks
+from gemma2.checkpoints.weights import (
+    EMBEDDING,
+    RELEASE_BYTES,
+    a_thread_a_core,
+    check_head,
+    check_names,
+    chunks,
+    shapes_of,
+)
 from gemma2.errors import BadModelFile
 
+FOLDER = "safetensors"  # the form of a target that is a folder; the others are "gguf" and "ckpt"
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # what safetensors and .ckpt hold here
 LARGEST_HALF = 65504.0  # float16's, in which blocks have their scales
-ALIGNED = 64  # bytes, for tensors in one mapped file
 
 Shapes = Mapping[str, tuple[int, ...]]
 Advance = Callable[[int], object]  # told of the bytes written
@@ -59,24 +69,86 @@ class Entry:
         return torch.Size(self.shape[:-1]).numel() * (self.shape[-1] // self.kind.values) * self.kind.bytes
 
 
-def entries_for(form: str, opened: Checkpoint, shapes: Shapes, main: str) -> list[Entry]:
-    """What a target of the form "safetensors", "ckpt" or "gguf" holds when its matrices are of the ggml type `main`.
+@dataclass(frozen=True)
+class Layout:
+    """What a target will be.
+
+    Attributes:
+        header: what stands before the tensors' data, or for a `.ckpt` describes them.
+        beside: small files that belong to it, name -> content: in the folder, or in the one a `.ckpt` stands in.
+    """
+
+    form: str
+    entries: tuple[Entry, ...]
+    header: bytes
+    beside: Mapping[str, bytes]
+
+    @property
+    def bytes(self) -> int:
+        """Of the tensors' data."""
+        return sum(entry.bytes for entry in self.entries)
+
+
+def layout_for(form: str, opened: Checkpoint, main: str, title: str) -> Layout:
+    """A target whose matrices are of the ggml type `main`. `title` is a name for the model in a GGUF.
 
     Raises:
-        BadModelFile: rows that are no whole blocks, or a norm weight that the form cannot state exactly.
+        BadModelFile: tensors that are no Gemma 2's, rows that are no whole blocks, or what the form cannot state.
     """
+    shapes = shapes_of(opened.config)
+    check_names(opened.weights, shapes)
+    check_head(opened.weights, shapes[EMBEDDING])
     if form == "gguf":
-        return [_gguf_entry(opened, name, shape, main) for name, shape in shapes.items()]
+        entries = [_gguf_entry(opened, name, shape, main) for name, shape in shapes.items()]
+        return Layout(form, tuple(entries), _gguf_header(opened, entries, main, title), {})
     grouped = google.fused(shapes) if form == "ckpt" else {name: (name,) for name in shapes}
     entries = []
     for name, sources in grouped.items():
         shape = (sum(shapes[own][0] for own in sources), *shapes[sources[0]][1:])
         entries.append(Entry(name, sources, shape, _float_kind(opened, sources[0], main)))
-    return sorted(entries, key=lambda entry: -entry.kind.bytes)  # wider first, so that every tensor is aligned
+    entries.sort(key=lambda entry: -entry.kind.bytes)  # wider first, so that every tensor is aligned
+    if form == "ckpt":
+        header = google_write.state_pickle({entry.name: (entry.kind.name, entry.shape) for entry in entries})
+        return Layout(form, tuple(entries), header, _companions(opened))
+    return Layout(form, tuple(entries), _safetensors_header(entries), _companions(opened, FLOATS[main]))
 
 
-def companions(opened: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, bytes]:
-    """The files beside weights that do not state what they are: name -> content."""
+def write(layout: Layout, opened: Checkpoint, place: Path, advance: Advance) -> None:
+    """Write the layout with the weights of `opened` at `place`, an empty file or folder.
+
+    Raises:
+        BadModelFile: NaN, infinity, or a value beyond what its type can hold.
+        OSError: a file cannot be read or written.
+    """
+    with contextlib.closing(_encoded(opened, layout.entries)) as parts:
+
+        def told(pieces: Iterator[tuple[Entry, bytes]]) -> Iterator[bytes]:
+            for _, data in pieces:
+                yield data
+                advance(len(data))
+
+        tensors = (told(pieces) for _, pieces in groupby(parts, key=itemgetter(0)))
+        if layout.form == "ckpt":
+            google_write.write_archive(place, layout.header, tensors)
+        elif layout.form == "gguf":
+            _write_flat(place, layout.header, tensors, PAD)
+        else:
+            _write_flat(place / SINGLE, layout.header, tensors)
+            for name, content in layout.beside.items():
+                (place / name).write_bytes(content)
+
+
+def _write_flat(path: Path, header: bytes, tensors: Iterator[Iterator[bytes]], alignment: int = 1) -> None:
+    with path.open("wb") as file:
+        file.write(header)
+        for pieces in tensors:
+            for data in pieces:
+                file.write(data)
+            file.write(bytes(-file.tell() % alignment))
+
+
+def _companions(opened: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, bytes]:
+    """The files beside weights that do not state what they are."""
     special = opened.tokenizer.special
     ids = {f"{name}_token_id": special[name] for name in ("bos", "eos", "pad")}
     kind = {} if dtype is None else {"torch_dtype": str(dtype).removeprefix("torch.")}
@@ -95,95 +167,55 @@ def companions(opened: Checkpoint, dtype: torch.dtype | None = None) -> dict[str
     return texts | {"tokenizer.model": opened.tokenizer.to_proto()}
 
 
-def write_safetensors(opened: Checkpoint, entries: list[Entry], folder: Path, advance: Advance) -> None:
-    """A Hugging Face folder. Layout of the file: github.com/huggingface/safetensors, README."""
+def _safetensors_header(entries: list[Entry]) -> bytes:
+    """github.com/huggingface/safetensors, README: a length and as much JSON; the data follows without gaps."""
     described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:
-        described[entry.name] = {
-            "dtype": entry.kind.name,
-            "shape": list(entry.shape),
-            "data_offsets": [end, end + entry.bytes],
-        }
+        place = [end, end + entry.bytes]
+        described[entry.name] = {"dtype": entry.kind.name, "shape": list(entry.shape), "data_offsets": place}
         end += entry.bytes
-    header = json.dumps(described, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    folder.mkdir()
-    with (folder / SINGLE).open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for _, data in _encoded(opened, entries):
-            advance(file.write(data))
-    widest = max((FLOATS[entry.kind.name] for entry in entries if len(entry.shape) > 1), key=lambda d: d.itemsize)
-    for name, content in companions(opened, widest).items():
-        (folder / name).write_bytes(content)
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
-def write_gguf(opened: Checkpoint, entries: list[Entry], path: Path, advance: Advance, main: str) -> None:
-    """A GGUF file that llama.cpp reads, and that says everything llama.cpp has a key for."""
+def _gguf_header(opened: Checkpoint, entries: list[Entry], main: str, title: str) -> bytes:
+    """What llama.cpp has a key for, and under names of this project what it has none for."""
     metadata = architecture_metadata(opened.config, opened.weights.where)
-    metadata["general.name"] = Value("str", opened.path.stem if opened.path.is_file() else opened.path.resolve().name)
+    metadata["general.name"] = Value("str", title)
     metadata["general.file_type"] = Value("u32", FILE_TYPES[main])
     metadata["general.quantization_version"] = Value("u32", 2)
-    metadata |= tokenizer_metadata(opened.tokenizer.to_proto())
+    metadata |= tokenizer_metadata(opened.tokenizer.to_proto(), opened.tokenizer.where)
     if opened.chat_template is not None:
         metadata["tokenizer.chat_template"] = Value("str", opened.chat_template)
+    if opened.chat_tuned is not None:
+        metadata[CHAT_TUNED] = Value("bool", opened.chat_tuned)
     metadata |= _lost_in_the_sum(opened, entries)
-    header = header_bytes(metadata, [(entry.name, entry.shape, entry.kind, entry.bytes) for entry in entries])
-    with path.open("wb") as file:
-        file.write(header)
-        last = None
-        for entry, data in _encoded(opened, entries):
-            if entry != last:
-                file.write(bytes(padding(file.tell())))
-            advance(file.write(data))
-            last = entry
-        file.write(bytes(padding(file.tell())))
-
-
-def write_google(opened: Checkpoint, entries: list[Entry], path: Path, advance: Advance) -> None:
-    """Google's `.ckpt`: {"model_state_dict": tensors}, pickled by torch.save, which wants all of them at once. They lie
-    in a file without a name meanwhile, as large as the target, rather than in memory."""
-    places, end = {}, 0
-    for entry in entries:
-        places[entry] = slice(end, end + entry.bytes)
-        end += entry.bytes + -entry.bytes % ALIGNED
-    backing = path.with_name(path.name + ".data")
-    try:
-        mapped = np.memmap(backing, np.uint8, "w+", shape=(end,))
-    finally:
-        backing.unlink(missing_ok=True)
-    filled = dict.fromkeys(entries, 0)
-    for entry, data in _encoded(opened, entries):
-        start = places[entry].start + filled[entry]
-        mapped[start : start + len(data)] = np.frombuffer(data, np.uint8)
-        filled[entry] += len(data)
-        advance(len(data))
-    state = {
-        entry.name: torch.from_numpy(mapped[place]).view(FLOATS[entry.kind.name]).view(entry.shape)
-        for entry, place in places.items()
-    }
-    torch.save({"model_state_dict": state}, path)
-
-
-def _float_kind(opened: Checkpoint, name: str, main: str) -> BlockType:
-    """The type for a tensor among plain floats: `main`, or float32 for a norm that `main` cannot hold exactly."""
-    found = opened.weights.dtype_for(name, FLOATS[main])
-    if found == torch.float64:
-        raise BadModelFile(
-            f"{opened.weights.where}: {opened.weights.in_file(name)} holds a gain that 1 + w gives for no float32 w, "
-            "so only GGUF can state it"
-        )
-    return BLOCKS["F32" if found == torch.float32 else main]
+    return header_bytes(metadata, [(entry.name, entry.shape, entry.kind, entry.bytes) for entry in entries])
 
 
 def _gguf_entry(opened: Checkpoint, name: str, shape: tuple[int, ...], main: str) -> Entry:
     kind = BLOCKS["F32" if len(shape) == 1 else FINER.get(main, main) if name == EMBEDDING else main]
     if shape[-1] % kind.values:
         raise BadModelFile(
-            f"{opened.weights.where}: {name} has rows of {shape[-1]}, no whole {kind.name} blocks of {kind.values}; "
-            "choose bf16, f16 or f32"
+            f"{opened.weights.where}: {opened.weights.in_file(name)} has rows of {shape[-1]}, no whole {kind.name} "
+            f"blocks of {kind.values}; choose bf16, f16 or f32"
         )
     return Entry(llama_cpp_name(name), (name,), shape, kind)
+
+
+def _float_kind(opened: Checkpoint, name: str, main: str) -> BlockType:
+    """The type for a tensor among plain floats: `main`, or float32 for a norm that `main` does not hold exactly."""
+    if not name.endswith(NORM):
+        return BLOCKS[main]
+    w = _norm(opened, name)
+    if w.dtype == torch.float64:
+        raise BadModelFile(
+            f"{opened.weights.where}: {opened.weights.in_file(name)} holds a gain that 1 + w gives for no float32 w, "
+            "so only GGUF can state it"
+        )
+    return BLOCKS[main if torch.equal(w.to(FLOATS[main]).float(), w) else "F32"]
 
 
 def _lost_in_the_sum(opened: Checkpoint, entries: list[Entry]) -> dict[str, Value]:
@@ -192,47 +224,54 @@ def _lost_in_the_sum(opened: Checkpoint, entries: list[Entry]) -> dict[str, Valu
     beside = {}
     for entry in entries:
         if entry.name.endswith(NORM):
-            w = _norm(opened, entry)
-            if w.dtype == torch.float32 and not torch.equal((1.0 + w) - 1.0, w):
+            w = _norm(opened, *entry.sources)
+            # In bits, since -0.0 and 0.0 are equal.
+            if w.dtype == torch.float32 and not torch.equal(((1.0 + w) - 1.0).view(torch.int32), w.view(torch.int32)):
                 beside[ZERO_CENTRED + entry.name] = Value("f32[]", w.numpy())
     return beside
 
 
-def _norm(opened: Checkpoint, entry: Entry) -> Tensor:
-    (name,) = entry.sources
-    w = torch.empty(entry.shape, dtype=opened.weights.dtype_for(name, torch.float32))
+def _norm(opened: Checkpoint, name: str) -> Tensor:
+    """A whole norm weight, in float32 or, where that cannot state a GGUF's gain, in float64."""
+    w = torch.empty(opened.weights.tensors[name][0], dtype=opened.weights.dtype_for(name, torch.float32))
     opened.weights.read(name, 0, w)
     return w
 
 
-def _encoded(opened: Checkpoint, entries: list[Entry]) -> Iterator[tuple[Entry, bytes]]:
+def _encoded(opened: Checkpoint, entries: tuple[Entry, ...]) -> Generator[tuple[Entry, bytes], None, None]:
     """The data of every tensor in order, chunk by chunk. Chunks are made on all cores, a few ahead of their turn."""
+    weights = opened.weights
 
-    def encode(entry: Entry, name: str, start: int, stop: int) -> tuple[Entry, bytes]:
-        if entry.name.endswith(NORM) and entry.name == llama_cpp_name(name):
-            values = (1.0 + _norm(opened, entry)).float()
+    def encode(entry: Entry, name: str, start: int, stop: int) -> tuple[Entry, bytes, int]:
+        if entry.name == llama_cpp_name(name) and name.endswith(NORM):
+            values = (1.0 + _norm(opened, name)[start:stop]).float()
         else:
             values = torch.empty(stop - start, *entry.shape[1:])
-            opened.weights.read(name, start, values)
+            weights.read(name, start, values)
         _check_values(values, opened, name, entry.kind)
-        return entry, quantize(values, entry.kind)
+        return entry, quantize(values, entry.kind), values.numel() * weights.tensors[name][1].itemsize
 
     def jobs() -> Iterator[tuple[Entry, str, int, int]]:
         for entry in entries:
             for name in entry.sources:
-                for start, stop in chunks(opened.weights.tensors[name][0], torch.float32):
+                for start, stop in chunks(weights.tensors[name][0], torch.float32):
                     yield entry, name, start, stop
 
-    waiting = jobs()
+    waiting, most, mapped = jobs(), 2 * torch.get_num_threads(), 0
+    ahead: deque[Future[tuple[Entry, bytes, int]]] = deque()
     with a_thread_a_core() as pool:
-        ahead: deque[Future[tuple[Entry, bytes]]] = deque()
         while True:
-            for job in islice(waiting, 2 * torch.get_num_threads() - len(ahead)):
+            for job in islice(waiting, most - len(ahead)):
                 ahead.append(pool.submit(encode, *job))
             if not ahead:
                 break
-            yield ahead.popleft().result()
-            opened.weights.release()
+            entry, data, read = ahead.popleft().result()
+            yield entry, data
+            mapped += read
+            if mapped >= RELEASE_BYTES:
+                weights.release()
+                mapped = 0
+    weights.release()
 
 
 def _check_values(values: Tensor, opened: Checkpoint, name: str, kind: BlockType) -> None:

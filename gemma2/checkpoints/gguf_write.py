@@ -41,7 +41,7 @@ FILE_TYPES = {
 }
 # The embedding is also the head and suffers most, so it is kept finer than the rest; ternary as llama.cpp's converter.
 FINER = dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4"), "Q8_0") | {"TQ1_0": "F16", "TQ2_0": "F16"}
-PAD = 32  # bytes
+PAD = 32  # bytes: GGUF's alignment unless a file states another
 NUMBER_OF = {name: (number, dtype) for number, (name, dtype) in NUMBERS.items()}
 
 
@@ -49,7 +49,8 @@ def architecture_metadata(config: Gemma2Config, where: str) -> dict[str, Value]:
     """The keys of a config, as llama.cpp's converter writes them, and the rotary base and the pattern of layers.
 
     Raises:
-        BadModelFile: a query scale that GGUF has no key for, so that llama.cpp would run another model.
+        BadModelFile: a query scale or a pattern of layers that GGUF has no key for, so that llama.cpp would run
+            another model.
     """
     taken = query_scale(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.head_dim)
     if config.query_pre_attn_scalar != taken:
@@ -66,12 +67,24 @@ def architecture_metadata(config: Gemma2Config, where: str) -> dict[str, Value]:
         "attn_logit_softcapping": Value("f32", config.attn_logit_softcapping),
         "final_logit_softcapping": Value("f32", config.final_logit_softcapping),
     }
-    if config.layer_types != tuple(GLOBAL if i % 2 else LOCAL for i in range(config.num_hidden_layers)):
-        local = np.array([kind == LOCAL for kind in config.layer_types])
-        numbers[PATTERN] = Value("bool[]", local)
+    period = _period(config, where)
+    if period != 2:
+        numbers[PATTERN] = Value("u32", period)
     return {"general.architecture": Value("str", ARCHITECTURE), "general.type": Value("str", "model")} | {
         f"{ARCHITECTURE}.{key}": value for key, value in numbers.items()
     }
+
+
+def _period(config: Gemma2Config, where: str) -> int:
+    """The last of every so many layers is global, and none with 0: all that llama.cpp reads for Gemma 2
+    (src/models/gemma2.cpp; it passes over an array, and takes 2)."""
+    layers = config.layer_types
+    for period in (2, 0, *range(1, len(layers) + 1)):
+        if layers == tuple(GLOBAL if period and i % period == period - 1 else LOCAL for i in range(len(layers))):
+            return period
+    raise BadModelFile(
+        f"{where}: layer_types is no pattern that a GGUF can state: to llama.cpp the last of every n layers is global"
+    )
 
 
 def header_bytes(
@@ -89,14 +102,9 @@ def header_bytes(
     for name, shape, kind, size in tensors:
         described = struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind.id, offset)
         parts.append(_string(name) + described)
-        offset += size + padding(size)
+        offset += size + -size % PAD
     header = b"".join(parts)
-    return header + bytes(padding(len(header)))
-
-
-def padding(size: int) -> int:
-    """Bytes from `size` to the next whole 32, GGUF's alignment unless a file states another."""
-    return -size % PAD
+    return header + bytes(-len(header) % PAD)
 
 
 def quantize(values: Tensor, kind: BlockType) -> bytes:
@@ -112,7 +120,7 @@ def quantize(values: Tensor, kind: BlockType) -> bytes:
 
 
 def _string(text: str) -> bytes:
-    raw = text.encode()
+    raw = text.encode(errors="replace")  # a file's name need not be UTF-8
     return struct.pack("<Q", len(raw)) + raw
 
 

@@ -117,7 +117,7 @@ def build(
         raise BadModelFile(
             f"{weights.where}: {len(bad)} tensors hold NaN or infinity in {str(dtype).removeprefix('torch.')}: {named}"
         )
-    _check_head(weights, shapes[EMBEDDING])
+    check_head(weights, shapes[EMBEDDING])
     model.load_state_dict(filled, strict=True, assign=True)
     return model.requires_grad_(True).eval()
 
@@ -233,7 +233,7 @@ def refuse_foreign(path: Path) -> None:
             raise BadModelFile(f"{path}: {what}")
 
 
-def _check_head(weights: Weights, shape: tuple[int, ...]) -> None:
+def check_head(weights: Weights, shape: tuple[int, ...]) -> None:
     """An `lm_head.weight` is redundant in Gemma 2: allowed only when it is the embedding, value for value."""
     if HEAD not in weights.tensors:
         return

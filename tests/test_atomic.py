@@ -1,0 +1,185 @@
+"""What is written appears whole under its name or not at all, and what was there stays until then."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gemma2.atomic import replacing
+
+LEFT = ".target.0123456789abcdef.partial"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fill(place: Path, text: str, folder: bool) -> None:
+    (place / "inside" if folder else place).write_text(text)
+
+
+def content(place: Path) -> str:
+    return (place / "inside" if place.is_dir() else place).read_text()
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+def test_the_target_is_absent_until_the_block_ends_and_then_whole(folder: bool, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with replacing(target, folder=folder) as (place,):
+        assert place.parent == tmp_path and place.is_dir() == folder
+        fill(place, "new", folder)
+        assert not target.exists()
+    assert content(target) == "new" and names(tmp_path) == ["target"]
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+def test_what_was_there_is_replaced_at_the_end(folder: bool, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with replacing(target, folder=folder) as (place,):
+        fill(place, "old", folder)
+    with replacing(target, folder=folder) as (place,):
+        fill(place, "new", folder)
+        assert content(target) == "old"
+    assert content(target) == "new" and names(tmp_path) == ["target"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, GeneratorExit])
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+def test_an_error_leaves_what_was_there_and_nothing_else(
+    folder: bool, error: type[BaseException], tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    for old in (False, True):
+        if old:
+            with replacing(target, folder=folder) as (place,):
+                fill(place, "old", folder)
+        with pytest.raises(error), replacing(target, folder=folder) as (place,):
+            fill(place, "new", folder)
+            raise error
+        assert names(tmp_path) == (["target"] if old else [])
+        assert not old or content(target) == "old"
+
+
+def test_several_targets_appear_together_or_not_at_all(tmp_path: Path) -> None:
+    targets = [tmp_path / name for name in "abc"]
+    with pytest.raises(ValueError), replacing(*targets) as places:
+        for place in places:
+            place.write_text("new")
+        raise ValueError
+    assert names(tmp_path) == []
+    with replacing(*targets) as places:
+        for place in places:
+            place.write_text("new")
+    assert names(tmp_path) == ["a", "b", "c"]
+
+
+def test_an_old_folder_comes_back_when_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    with replacing(target, folder=True) as (place,):
+        fill(place, "old", folder=True)
+    real = Path.rename
+
+    def rename(self: Path, to: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return real(self, to)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt), replacing(target, folder=True) as (place,):
+        fill(place, "new", folder=True)
+    assert names(tmp_path) == ["target"] and content(target) == "old"
+
+
+def test_a_folder_that_another_process_puts_there_meanwhile_is_replaced_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    real, others = Path.rename, [1, 2, 3]
+
+    def rename(self: Path, to: Path) -> Path:
+        if self.name.endswith(".partial") and others:  # just before it is renamed
+            others.pop()
+            target.mkdir()
+            fill(target, "the other's", folder=True)
+        return real(self, to)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with replacing(target, folder=True) as (place,):
+        fill(place, "new", folder=True)
+    assert not others and names(tmp_path) == ["target"] and content(target) == "new"
+
+
+def test_leftovers_go_with_the_next_success_and_what_only_looks_like_one_stays(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    kept = [".target.0123.partial", ".other.0123456789abcdef.partial", "target.0123456789abcdef.partial", ".target.txt"]
+    for name in [LEFT, *kept]:
+        (tmp_path / name).write_text("x")
+    left = tmp_path / ".target.0000000000000000.old"
+    left.mkdir()
+    (left / "inside").write_text("x")
+    with pytest.raises(ValueError), replacing(target) as (place,):
+        raise ValueError
+    assert (tmp_path / LEFT).exists()
+    with replacing(target) as (place,):
+        place.write_text("new")
+    assert names(tmp_path) == sorted(["target", *kept])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks as POSIX has them")
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+def test_what_another_process_is_writing_is_no_leftover_until_that_process_is_gone(
+    folder: bool, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    script = (
+        "import sys; from pathlib import Path; from gemma2.atomic import replacing\n"
+        f"with replacing(Path(sys.argv[1]), folder={folder}) as (place,): print(place.name, flush=True); input()"
+    )
+    command = [sys.executable, "-c", script, str(target)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout
+        theirs = child.stdout.readline().strip()
+        with replacing(target, folder=folder) as (place,):
+            fill(place, "new", folder)
+        assert names(tmp_path) == sorted([theirs, "target"])
+        child.kill()
+    with replacing(target, folder=folder) as (place,):
+        fill(place, "newer", folder)
+    assert names(tmp_path) == ["target"]
+
+
+def test_two_at_once_in_one_process_leave_each_other_alone(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with replacing(target) as (first,):
+        first.write_text("first")
+        with replacing(target) as (second,):
+            second.write_text("second")
+        assert target.read_text() == "second" and first.exists()
+    assert target.read_text() == "first" and names(tmp_path) == ["target"]
+
+
+def test_files_have_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    with replacing(tmp_path / "target") as (place,):
+        place.write_text("new")
+    (tmp_path / "plain").write_text("x")
+    assert (tmp_path / "target").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs symbolic links")
+def test_a_symbolic_link_is_replaced_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for folder in (False, True):
+        behind = tmp_path / "elsewhere" / f"{folder}"
+        behind.mkdir() if folder else behind.write_text("kept")
+        target = tmp_path / f"target-{folder}"
+        target.symlink_to(behind)
+        with replacing(target, folder=folder) as (place,):
+            fill(place, "new", folder)
+        assert not target.is_symlink() and content(target) == "new"
+        assert behind.is_dir() == folder and (folder or behind.read_text() == "kept")

@@ -1,0 +1,479 @@
+"""What is converted is the same model: tensors, numbers and words, in each format and type, and back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.constants import GGMLQuantizationType, LlamaFileType
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import gemma2
+from gemma2.checkpoints.checkpoint import open_checkpoint
+from gemma2.checkpoints.safetensors import SINGLE
+from gemma2.cli import main
+from gemma2.config import GLOBAL, LOCAL
+from gemma2.convert import TYPES, convert
+from gemma2.load import POCKET
+from tests.conftest import tensors_of, tiny
+from tests.gguf_files import tiny_model
+from tests.hostile.conftest import SMALL, shell
+
+TARGETS = {"folder": "out", "gguf": "out.gguf", "ckpt": "out.ckpt"}
+# Rows of whole blocks in every type.
+WIDE: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "query_pre_attn_scalar": 64,
+}
+PLAIN = {**SMALL, "query_pre_attn_scalar": SMALL["head_dim"]}  # what a GGUF can state
+TEXTS = [
+    "In the beginning",
+    "",
+    "  two  spaces\n\n\ttab",
+    "日本語 café 🙂 \x00",
+    "<start_of_turn>user\n<b>hi</b>",
+    "1234567",
+]
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Make:
+    """A folder of a small model; keyword arguments change its config."""
+
+    def make(dtype: torch.dtype = torch.float32, tensors: dict[str, Tensor] | None = None, **changes: Any) -> Path:
+        changes = {**PLAIN, **changes}
+        place = shell(tmp_path / "source", **changes)
+        tensors = tensors or tensors_of(tiny(vocab_size=4096, **changes))
+        save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, place / SINGLE)
+        return place
+
+    return make
+
+
+def stored(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint as its file has it (a GGUF's norms as w, and all in float32)."""
+    weights = open_checkpoint(path).weights
+    found = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in weights.tensors.items()}
+    for name, tensor in found.items():
+        weights.read(name, 0, tensor)
+    return found
+
+
+def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    def bits(tensor: Tensor) -> Tensor:
+        return tensor.contiguous().view(torch.uint8)
+
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(bits(a[name]), bits(b[name])) for name in a
+    )
+
+
+def floats(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def test_the_types_are_those_that_gguf_py_quantizes_to() -> None:
+    able = set()
+    for kind in GGMLQuantizationType:
+        with contextlib.suppress(NotImplementedError):
+            gguf.quants.quantize(np.ones((1, 256), np.float32), kind)
+            able.add(kind.name.lower())
+    assert set(TYPES) == able
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_type_is_written_as_the_blocks_that_gguf_py_makes(kind: str, source: Make, tmp_path: Path) -> None:
+    """Names, shapes and blocks are held against gguf-py: its reader, its table of names, its quantization."""
+    place = source(**WIDE)
+    made = convert(place, tmp_path / "out.gguf", type=kind.upper(), progress=False)
+    reader = gguf.GGUFReader(made.path)
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA2, WIDE["num_hidden_layers"])
+    finer = {"q8_0": "Q8_0", "f16": "F16", "bf16": "BF16", "f32": "F32", "tq1_0": "F16", "tq2_0": "F16"}
+    counts: dict[str, int] = {}
+    for name, tensor in load_file(place / SINGLE).items():
+        own = found.pop(names.get_name(name, (".weight",)))
+        expected = kind.upper()
+        if "norm" in name:
+            tensor, expected = 1 + tensor, "F32"
+        elif "embed" in name:
+            expected = finer.get(kind, "Q8_0")
+        counts[expected] = counts.get(expected, 0) + 1
+        assert (own.tensor_type.name, own.shape.tolist()) == (expected, list(reversed(tensor.shape))), name
+        blocks = gguf.quants.quantize(tensor.numpy(), own.tensor_type)
+        assert own.data.tobytes() == blocks.tobytes(), name
+    assert not found and made.tensors == counts
+    named = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}.get(kind, f"MOSTLY_{kind.upper()}")
+    assert reader.fields["general.file_type"].contents() == LlamaFileType[named]
+    assert made.bytes == made.path.stat().st_size
+
+
+def test_blocks_of_zeros_are_zeros(source: Make, tmp_path: Path) -> None:
+    tensors = tensors_of(tiny("2b", vocab_size=4096, **WIDE))
+    tensors["model.layers.0.mlp.up_proj.weight"].zero_()
+    place = source(tensors=tensors, **WIDE)
+    for kind in TYPES:
+        made = convert(place, tmp_path / f"{kind}.gguf", type=kind, progress=False)
+        assert not stored(made.path)["model.layers.0.mlp.up_proj.weight"].any(), kind
+
+
+def test_the_type_is_the_sources_own_unless_asked(source: Make, tmp_path: Path) -> None:
+    def kinds(path: Path, name: str, **asked: Any) -> set[str]:
+        return set(convert(path, tmp_path / name, force=True, progress=False, **asked).tensors)
+
+    for dtype, own in ((torch.float32, "F32"), (torch.bfloat16, "BF16"), (torch.float16, "F16")):
+        tensors = {name: torch.zeros_like(t) for name, t in tensors_of(tiny(vocab_size=4096, **PLAIN)).items()}
+        place = source(dtype, tensors)
+        assert kinds(place, "out") == {own}
+        assert kinds(place, "out.ckpt") == {own}
+        assert kinds(place, "out.gguf") == {own, "F32"}
+        assert kinds(tmp_path / "out.gguf", "again") == {own}
+        for asked in ("f32", "BF16", "f16"):
+            assert kinds(place, "out", type=asked) == {asked.upper()}
+    quantized = convert(source(**WIDE), tmp_path / "q.gguf", type="q8_0", progress=False).path
+    assert kinds(quantized, "out2") == {"BF16", "F32"}
+    assert kinds(quantized, "out2.gguf") == {"BF16", "F32"}
+
+
+def test_matrices_of_several_types_become_float32_so_that_none_is_rounded(source: Make, tmp_path: Path) -> None:
+    place = source()
+    tensors = load_file(place / SINGLE)
+    tensors = {
+        name: tensor.to(torch.bfloat16 if "embed" in name else torch.float32) for name, tensor in tensors.items()
+    }
+    save_file(tensors, place / SINGLE)
+    made = convert(place, tmp_path / "out", progress=False)
+    assert set(made.tensors) == {"F32"}
+    assert same_bits(stored(made.path), floats(tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("end", TARGETS)
+@pytest.mark.parametrize("start", TARGETS)
+def test_tensors_survive_every_direction_bit_for_bit(
+    start: str, end: str, dtype: torch.dtype, source: Make, tmp_path: Path
+) -> None:
+    place = source(dtype)
+    original = load_file(place / SINGLE)
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    first = convert(place, tmp_path / "first" / TARGETS[start], progress=False)
+    second = convert(first.path, tmp_path / "second" / TARGETS[end], progress=False)
+    found = stored(second.path)
+    assert same_bits(floats(found), floats(original))
+    if end != "gguf":
+        assert same_bits(found, original)
+
+
+def test_a_target_is_the_same_bytes_every_time(source: Make, tmp_path: Path) -> None:
+    place = source()
+    for name in TARGETS.values():
+        (tmp_path / "a" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "b" / name).parent.mkdir(exist_ok=True)
+        made = [convert(place, tmp_path / letter / name, progress=False).path for letter in "ab"]
+        files = [path / SINGLE if path.is_dir() else path for path in made]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def norms(count: int, seed: int = 0) -> Tensor:
+    """Weights of a norm, the first few of which 1 + w cannot keep in float32."""
+    w = torch.randn(count, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    w[:6] = torch.tensor([2.0**-18, -(2.0**-26), 1.5 * 2.0**-120, -0.0, 0.0, 3 * 2.0**-19])
+    return w
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_safetensors_to_gguf_and_back_is_byte_identical_small_norm_weights_included(
+    dtype: torch.dtype, source: Make, tmp_path: Path
+) -> None:
+    tensors = tensors_of(tiny("2b", vocab_size=4096, **PLAIN))
+    for i, name in enumerate(name for name in tensors if "norm" in name):
+        tensors[name] = norms(8, i).to(dtype)
+    place = source(dtype, tensors)
+    first = convert(place, tmp_path / "first", progress=False).path
+    middle = convert(first, tmp_path / "middle.gguf", progress=False)
+    assert "BF16" in middle.tensors or dtype == torch.float32
+    again = convert(middle.path, tmp_path / "again", progress=False).path
+    assert (first / SINGLE).read_bytes() == (again / SINGLE).read_bytes()
+    assert same_bits(load_file(again / SINGLE), load_file(place / SINGLE))
+    w = stored(middle.path)["model.norm.weight"]
+    assert not torch.equal((1 + w) - 1, w), "without small weights this shows nothing"
+    reader = gguf.GGUFReader(middle.path)
+    beside = [name for name in reader.fields if name.startswith("gemma2.norm_weight.")]
+    assert len(beside) == sum("norm" in name for name in tensors)
+
+
+def test_weights_that_the_sum_keeps_are_not_written_twice(source: Make, tmp_path: Path) -> None:
+    tensors = tensors_of(tiny("2b", vocab_size=4096, **PLAIN))
+    tensors |= {name: torch.full((8,), 0.25) for name in tensors if "norm" in name}
+    made = convert(source(tensors=tensors), tmp_path / "out.gguf", progress=False).path
+    assert not [name for name in gguf.GGUFReader(made).fields if name.startswith("gemma2.norm_weight.")]
+
+
+@pytest.mark.parametrize("end", ["folder", "ckpt"])
+def test_norms_that_a_type_would_round_stay_float32_and_it_is_said(end: str, source: Make, tmp_path: Path) -> None:
+    """Also when the folder that holds them in float32 is converted again."""
+    tensors = tensors_of(tiny("2b", vocab_size=4096, **PLAIN))
+    place = source(tensors=tensors)
+    middle = convert(place, tmp_path / "middle.gguf", type="bf16", progress=False).path
+    made = convert(middle, tmp_path / TARGETS[end], progress=False)
+    count = sum("norm" in name for name in tensors)
+    assert made.tensors["F32"] == count
+    assert f"{count} norm weights are float32, because bf16 cannot hold them exactly" in made.notes
+    again = convert(made.path, tmp_path / "again.gguf", progress=False).path
+    for path in (made.path, again):
+        found = stored(path)
+        for name, tensor in tensors.items():
+            expected = tensor if "norm" in name else tensor.bfloat16().float()
+            assert torch.equal(found[name].float(), expected), name
+
+
+def test_gains_that_no_float32_weight_gives_stay_in_gguf(tmp_path: Path) -> None:
+    """A file that another program made: 1 + w is its g to the bit in the model and in a GGUF, and nowhere else."""
+    path = tmp_path / "foreign.gguf"
+    path.write_bytes(tiny_model().write())
+    gains = gains_of(path)
+    model = gemma2.load(path, device="cpu").model
+    weights = {name: p.detach() for name, p in model.named_parameters() if "norm" in name}
+    assert any(w.dtype == torch.float64 for w in weights.values())
+    assert all(
+        torch.equal((1 + w).float(), gains[name]) and torch.equal(1 + w, gains[name].to(w.dtype))
+        for name, w in weights.items()
+    )
+    again = convert(path, tmp_path / "again.gguf", type="q8_0", progress=False).path
+    assert same_bits(gains_of(again), gains)
+    for name in ("out", "out.ckpt"):
+        with pytest.raises(gemma2.BadModelFile, match=r"foreign\.gguf: \S+norm\.weight holds a gain that 1 \+ w gives"):
+            convert(path, tmp_path / name, progress=False)
+    assert sorted(tmp_path.iterdir()) == [again, path]
+
+
+def gains_of(path: Path) -> dict[str, Tensor]:
+    """The norm tensors of a GGUF as they are in it, by Hugging Face's names."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA2, 2)
+    own = {names.get_name(name, (".weight",)): name for name in stored_names()}
+    found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    return {own[name]: torch.from_numpy(data.copy()) for name, data in found.items() if "norm" in name}
+
+
+def stored_names() -> list[str]:
+    return list(tensors_of(tiny("2b", vocab_size=4096, **PLAIN)))
+
+
+# The numbers.
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "27B": {"num_hidden_layers": 46, "query_pre_attn_scalar": 2},  # width // heads, and not the width of a head
+    "all local": {"layer_types": [LOCAL, LOCAL]},
+    "all global": {"layer_types": [GLOBAL, GLOBAL]},
+    "every third global": {"num_hidden_layers": 5, "layer_types": [LOCAL, LOCAL, GLOBAL, LOCAL, LOCAL]},
+    "the last global": {"num_hidden_layers": 3, "layer_types": [LOCAL, LOCAL, GLOBAL]},
+    "one layer": {"num_hidden_layers": 1, "layer_types": [LOCAL]},
+    "window and context": {"sliding_window": 7, "max_position_embeddings": 77},
+    "caps": {"attn_logit_softcapping": 12.1, "final_logit_softcapping": 0.3},
+    "eps and theta": {"rms_norm_eps": 1.3e-5, "rope_theta": 1234567.0},
+    "integers for floats": {"attn_logit_softcapping": 50, "rope_theta": 10000},
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_every_number_of_the_config_survives(case: str, source: Make, tmp_path: Path) -> None:
+    place = source(**CONFIGS[case])
+    config = open_checkpoint(place).config
+    for name in TARGETS.values():
+        made = convert(place, tmp_path / name, progress=False)
+        assert open_checkpoint(made.path).config == config, name
+        assert not [note for note in made.notes if "float32 for it" in note]
+
+
+def test_a_number_with_more_digits_than_float32_is_said_to_lose_them(source: Make, tmp_path: Path) -> None:
+    made = convert(source(rope_theta=10000.000123), tmp_path / "out.gguf", progress=False)
+    assert "rope_theta 10000.000123 is 10000.0 in a GGUF, which has float32 for it" in made.notes
+    assert open_checkpoint(made.path).config.rope_theta == 10000.0
+
+
+UNSTATED: dict[str, dict[str, Any]] = {
+    "a query scale of 2 layers": {"query_pre_attn_scalar": 2},
+    "a query scale of 46 layers": {"num_hidden_layers": 46, "query_pre_attn_scalar": 4},
+    "a first global layer": {"num_hidden_layers": 3, "layer_types": [GLOBAL, LOCAL, LOCAL]},
+    "a pattern that does not repeat": {"num_hidden_layers": 4, "layer_types": [LOCAL, GLOBAL, GLOBAL, LOCAL]},
+}
+
+
+@pytest.mark.parametrize("case", UNSTATED)
+def test_what_llama_cpp_would_run_otherwise_is_not_written_as_gguf(case: str, source: Make, tmp_path: Path) -> None:
+    place = source(**UNSTATED[case])
+    with pytest.raises(
+        gemma2.BadModelFile, match=r"query_pre_attn_scalar is .* no GGUF can state|no pattern that a GGUF"
+    ):
+        convert(place, tmp_path / "out.gguf", progress=False)
+    assert list(tmp_path.iterdir()) == [place]
+    config = open_checkpoint(place).config
+    assert open_checkpoint(convert(place, tmp_path / "out", progress=False).path).config == config
+
+
+# The words.
+
+TEMPLATE = "{{ bos_token }}{% for message in messages %}é日{{ message['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize("end", TARGETS)
+@pytest.mark.parametrize("start", TARGETS)
+def test_texts_have_the_same_ids_afterwards(start: str, end: str, source: Make, tmp_path: Path) -> None:
+    before = gemma2.Tokenizer.from_file(POCKET / "tokenizer.model")
+    (tmp_path / "first").mkdir()
+    first = convert(source(), tmp_path / "first" / TARGETS[start], progress=False).path
+    after = open_checkpoint(convert(first, tmp_path / TARGETS[end], progress=False).path).tokenizer
+    for text in TEXTS:
+        for special in (True, False):
+            ids = before.encode(text, special=special)
+            assert after.encode(text, special=special) == ids
+            assert after.decode(ids) == before.decode(ids)
+    assert after.special == before.special
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE], ids=["no template", "template"])
+@pytest.mark.parametrize("tuned", [True, False])
+def test_what_is_said_about_chat_survives(tuned: bool, template: str | None, source: Make, tmp_path: Path) -> None:
+    place = source()
+    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 107] if tuned else 1}))
+    if template:
+        (place / "chat_template.jinja").write_text(template)
+    for name in TARGETS.values():
+        first = convert(place, tmp_path / name, progress=False).path
+        again = convert(first, tmp_path / f"again-{name}", progress=False).path
+        for path in (first, again):
+            opened = open_checkpoint(path)
+            assert (opened.chat_tuned, opened.chat_template) == (tuned, template), path
+        for beside in ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.model"):
+            (tmp_path / beside).unlink(missing_ok=True)
+
+
+def test_what_does_not_say_whether_it_was_tuned_for_chat_does_not_afterwards(source: Make, tmp_path: Path) -> None:
+    place = source()
+    for name in TARGETS.values():
+        opened = open_checkpoint(convert(place, tmp_path / name, progress=False).path)
+        assert opened.chat_tuned is None and opened.chat_template is None
+
+
+def test_a_given_tokenizer_takes_the_place_of_the_sources(source: Make, tmp_path: Path) -> None:
+    place = source()
+    (place / "tokenizer.model").unlink()
+    for name in TARGETS.values():
+        made = convert(place, tmp_path / name, tokenizer=POCKET / "tokenizer.model", progress=False).path
+        assert len(open_checkpoint(made).tokenizer) == 4096
+
+
+def test_a_space_before_every_text_stays(tmp_path: Path) -> None:
+    """As a GGUF may ask for; Gemma 2's own do not."""
+    path = tmp_path / "spaced.gguf"
+    file = tiny_model()
+    for name in [str(tensor.name) for tensor in file.tensors if "norm" in str(tensor.name)]:
+        file = file.with_tensor(name, data=np.ones(32, np.float32).tobytes())
+    path.write_bytes(file.with_pair("tokenizer.ggml.add_space_prefix", "bool", True).write())
+    ids = open_checkpoint(path).tokenizer.encode("word")
+    assert ids != gemma2.Tokenizer.from_file(POCKET / "tokenizer.model").encode("word")
+    for name in TARGETS.values():
+        assert open_checkpoint(convert(path, tmp_path / name, progress=False).path).tokenizer.encode("word") == ids
+
+
+# A .ckpt, as gemma_pytorch and PyTorch read it.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_pytorch_reads_the_ckpt_with_names_and_fused_rows_as_gemma_pytorch_has_them(
+    dtype: torch.dtype, source: Make, tmp_path: Path
+) -> None:
+    place = source(dtype, {name: t.to(dtype) for name, t in tensors_of(tiny("2b", vocab_size=4096, **PLAIN)).items()})
+    path = convert(place, tmp_path / "out.ckpt", progress=False).path
+    original = load_file(place / SINGLE)
+    for mmap in (False, True):
+        loaded = torch.load(path, weights_only=True, mmap=mmap)
+        assert list(loaded) == ["model_state_dict"]
+        state = loaded["model_state_dict"]
+        expected = {name: tensor for name, tensor in original.items() if not any(f".{x}_proj" in name for x in "qkv")}
+        expected["embedder.weight"] = expected.pop("model.embed_tokens.weight")
+        for layer in range(2):
+            stem = f"model.layers.{layer}.self_attn."
+            rows = [original[f"{stem}{letter}_proj.weight"] for letter in "qkv"]
+            expected[f"{stem}qkv_proj.weight"] = torch.cat(rows)
+        assert same_bits(dict(state), expected)
+        assert all(tensor.is_contiguous() and tensor.data_ptr() % 64 == 0 for tensor in state.values())
+
+
+def test_a_ckpt_is_a_zip_file_that_other_programs_find_whole(source: Make, tmp_path: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(convert(source(), tmp_path / "out.ckpt", progress=False).path) as archive:
+        assert archive.testzip() is None
+
+
+# The command.
+
+
+def test_the_command_prints_what_it_wrote_and_notes_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "pocket.gguf"
+    assert main(["convert", "pocket", str(path), "--type", "q4_0"]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{path}: {path.stat().st_size:,} bytes, 68 tensors (42 Q4_0, 25 F32, 1 Q8_0)\n"
+    assert err == "note: the embedding, which is also the head, is Q8_0: coarser, it costs most\n"
+    assert gguf.GGUFReader(path).fields["general.name"].contents() == "pocket"
+    assert main(["convert", str(path), str(tmp_path / "out"), "--type", "f32"]) == 0
+    out, err = capsys.readouterr()
+    size = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
+    assert out == f"{tmp_path / 'out'}: {size:,} bytes, 68 tensors (68 F32)\n"
+    assert all(line.startswith("note: ") for line in err.splitlines()) and "query scale" in err
+
+
+def test_pocket_is_the_model_inside_unless_something_here_is_called_so(
+    source: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert gemma2.load("pocket", device="cpu").config == gemma2.Gemma2Config.published("pocket")
+    inside = gemma2.load("pocket:model.safetensors", device="cpu")
+    assert inside.config.hidden_size == 256
+    for absent in ("pocket:absent.gguf", "pocket:../pocket/model.safetensors", "pocket:"):
+        with pytest.raises(gemma2.BadModelFile, match="no such file or folder"):
+            gemma2.load(absent)
+    source().rename(tmp_path / "pocket")
+    assert gemma2.load("pocket", device="cpu").config.hidden_size == SMALL["hidden_size"]
+
+
+def test_no_progress_bar_in_a_pipe(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gemma2", "convert", "pocket", str(tmp_path / "out.gguf")]
+    assert subprocess.run(command, capture_output=True, check=True).stderr == b""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_sees_a_bar(tmp_path: Path) -> None:
+    import pty
+    import termios
+
+    terminal, end = pty.openpty()
+    termios.tcsetwinsize(end, (24, 80))  # a terminal of no width shows no bar
+    command = [sys.executable, "-m", "gemma2", "convert", "pocket", str(tmp_path / "out.gguf")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=end) as child:
+        os.close(end)
+        seen = b""
+        with contextlib.suppress(OSError):  # Linux: the terminal's other end is gone
+            while part := os.read(terminal, 4096):
+                seen += part
+    os.close(terminal)
+    assert child.returncode == 0 and b"writing:" in seen
