@@ -41,7 +41,7 @@ FILE_TYPES = {
 }
 # The embedding is also the head and suffers most, so it is kept finer than the rest; ternary as llama.cpp's converter.
 FINER = dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4"), "Q8_0") | {"TQ1_0": "F16", "TQ2_0": "F16"}
-PAD = 32  # bytes: GGUF's alignment unless a file states another
+PAD = 32  # bytes
 NUMBER_OF = {name: (number, dtype) for number, (name, dtype) in NUMBERS.items()}
 
 
@@ -102,9 +102,14 @@ def header_bytes(
     for name, shape, kind, size in tensors:
         described = struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind.id, offset)
         parts.append(_string(name) + described)
-        offset += size + -size % PAD
+        offset += size + padding(size)
     header = b"".join(parts)
-    return header + bytes(-len(header) % PAD)
+    return header + bytes(padding(len(header)))
+
+
+def padding(size: int) -> int:
+    """Bytes from `size` to the next whole 32, GGUF's alignment unless a file states another."""
+    return -size % PAD
 
 
 def quantize(values: Tensor, kind: BlockType) -> bytes:
