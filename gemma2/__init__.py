@@ -2,8 +2,10 @@
 
 from gemma2.cache import HybridCache
 from gemma2.config import Gemma2Config
+from gemma2.convert import convert
 from gemma2.errors import BadModelFile, ContextOverflow, NonFiniteError
 from gemma2.generate import Gemma, Stats
+from gemma2.inspect import inspect
 from gemma2.load import load
 from gemma2.model import Gemma2
 from gemma2.sampling import Sampling
@@ -20,5 +22,7 @@ __all__ = [
     "Sampling",
     "Stats",
     "Tokenizer",
+    "convert",
+    "inspect",
     "load",
 ]

@@ -12,13 +12,14 @@ import gemma2
 PACKAGE = Path(gemma2.__file__).parent
 # A file may import only from rows above its own (and, in a package, from its own folder).
 ROWS = [
-    ["errors"],
+    ["errors", "atomic"],
     ["config", "ops", "sampling"],
     ["cache", "tokenizer"],
     ["model", "chat"],
     ["generate", "checkpoints", "research"],
     ["hub"],
     ["load"],
+    ["convert", "inspect"],
     ["__init__"],
     ["cli"],
     ["__main__"],

@@ -18,12 +18,32 @@ import gemma2
 from gemma2.load import POCKET
 from tests.conftest import SHARED
 
+GGUF = "pocket-q8_0.gguf"
 # From chapters that were never trained on: every 20th of the Bible, from the first on, is held out.
 HELD_OUT = "And God saw the light, that it was good: and God divided the light from the darkness."
 
 
-def test_the_package_grows_by_at_most_12_megabytes() -> None:
-    assert sum(path.stat().st_size for path in POCKET.iterdir()) <= 12e6
+def test_the_package_grows_by_at_most_12_megabytes_and_6_and_a_half_for_the_gguf() -> None:
+    sizes = {path.suffix == ".gguf": 0 for path in POCKET.iterdir()}
+    for path in POCKET.iterdir():
+        sizes[path.suffix == ".gguf"] += path.stat().st_size
+    assert sizes[False] <= 12e6 and sizes[True] <= 6.5e6
+
+
+def test_the_gguf_beside_it_is_what_convert_makes_of_it(tmp_path: Path) -> None:
+    again = gemma2.convert("pocket", tmp_path / GGUF, type="q8_0", progress=False).path
+    assert (POCKET / GGUF).read_bytes() == again.read_bytes()
+
+
+@torch.no_grad()
+def test_the_gguf_beside_it_runs_and_predicts_as_well(pocket: gemma2.Gemma) -> None:
+    quantized = gemma2.load(f"pocket:{GGUF}", device="cpu", dtype="float32")
+    assert quantized.config == pocket.config
+    ids = quantized.tokenizer.encode(HELD_OUT)
+    assert ids == pocket.tokenizer.encode(HELD_OUT)
+    tokens = torch.tensor([ids])
+    loss, plain = (F.cross_entropy(m(tokens)[0, :-1], tokens[0, 1:]).item() for m in (quantized.model, pocket.model))
+    assert loss == pytest.approx(plain, abs=0.02)
 
 
 def test_it_is_a_complete_gemma_2_in_which_every_feature_bites() -> None:

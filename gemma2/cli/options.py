@@ -71,6 +71,8 @@ def load_model(args: argparse.Namespace) -> Gemma:
         kind = str(weight.dtype).removeprefix("torch.")
         seconds = time.perf_counter() - started
         print(f"load     {seconds:.2f} s, {count:,} parameters, {kind} on {weight.device}", file=sys.stderr)
+        for note in gemma.notes:
+            print(f"note     {note}", file=sys.stderr)
     return gemma
 
 
