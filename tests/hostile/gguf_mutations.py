@@ -71,7 +71,7 @@ def another_count(file: File, rng: Random) -> File:
         case 1:
             return replace(file, n_pairs=rng.choice((max(0, len(file.pairs) + near), far)))
         case 2:
-            return replace(file, version=rng.choice((file.version + near, number(rng, 32))))
+            return replace(file, version=rng.choice((3 + near, number(rng, 32))))
         case 3:
             return replace(file, magic=rng.choice((b"FUGG", b"GGML", rng.randbytes(4))))
         case _:

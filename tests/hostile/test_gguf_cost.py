@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from gemma2.checkpoints.gguf import MOST_HEADER, read_header
+from gemma2.checkpoints.gguf import CHUNK, MOST_HEADER, read_header
 from gemma2.errors import BadModelFile
 from tests.conftest import SHARED
-from tests.gguf_files import Entry, File, small
-from tests.hostile.child import in_a_child, memory
+from tests.gguf_files import Entry, File, small, tiny_model
+from tests.hostile.child import attempts, complaints, in_a_child, memory
 
 OFFICIAL = SHARED / "data" / "gemma2-tokenizer" / "vocab-official.gguf"
 PIECES = 256_000  # of Gemma 2's tokenizer
@@ -50,6 +51,35 @@ def test_256_000_pieces_are_read_in_a_second_and_64_megabytes(tmp_path: Path) ->
     [(seconds, grown, pieces)] = in_a_child(costs, [str(path)])
     assert pieces == PIECES
     assert seconds <= 1.0 and grown <= 64e6, (seconds, grown)
+
+
+def test_every_piece_is_read_where_the_file_is_read_in_chunks(tmp_path: Path) -> None:
+    """A chunk is a megabyte; these pieces are up to 64 kB long, so that they lie across its end in every way."""
+    rng = random.Random(0)
+    pieces = ["é" * rng.choice((0, 1, 5, 3000, 32_768)) for _ in range(800)]
+    file = small().with_pair("tokenizer.ggml.tokens", "str[]", pieces)
+    path = tmp_path / "long.gguf"
+    path.write_bytes(file.write())
+    assert path.stat().st_size > 10 * CHUNK
+    found = read_header(path)
+    assert found.metadata["tokenizer.ggml.tokens"].value == pieces
+    assert list(found.metadata) == [key for key, _, _ in file.pairs] and len(found.tensors) == 3
+    path.write_bytes(vocabulary().write())
+    found = read_header(path)
+    assert found.metadata["tokenizer.ggml.tokens"].value == vocabulary().value("tokenizer.ggml.tokens")
+
+
+def test_a_vocabulary_without_a_model_is_refused_before_its_tokenizer_is_built(tmp_path: Path) -> None:
+    path = tmp_path / "vocabulary.gguf"
+    model = tiny_model("Q4_0")
+    many = {key: what for key, _, what in vocabulary().pairs}
+    file = replace(model, tensors=()).with_pair("gemma2.block_count", "u32", 1024)
+    for key, kind in (("tokens", "str[]"), ("scores", "f32[]"), ("token_type", "i32[]")):
+        file = file.with_pair(f"tokenizer.ggml.{key}", kind, many[f"tokenizer.ggml.{key}"])
+    path.write_bytes(file.write())
+    [attempt] = in_a_child(attempts, [str(path)])
+    assert complaints(attempt, path, "11266 missing: token_embd.weight, blk.0.attn_norm.weight, ") == []
+    assert attempt["growth"] <= 64e6
 
 
 @pytest.mark.skipif(not OFFICIAL.is_file(), reason="the vocabulary of Gemma 2 is not here")

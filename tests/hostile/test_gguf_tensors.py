@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 
+import gemma2
+from gemma2.checkpoints.gguf import read_header
+from gemma2.checkpoints.gguf_weights import GGUFWeights
 from tests.gguf_files import SCALES, WEIGHTS, Entry, spoilt, tiny_model, weight
 from tests.hostile.child import faults, merged
 from tests.hostile.test_gguf_keys import DOWN, EMBED, GOOD, NORM, Make, Q, both, inf, key, nan, pair
@@ -126,6 +131,10 @@ TENSORS: dict[str, tuple[Make, str]] = {
         "4 misshapen: blk.0.attn_k.weight [16, 32] instead",
     ),
     "another width of heads": (both(16), "8 misshapen: blk.0.attn_q.weight [32, 32] instead of [64, 32]"),
+    "names before words": (
+        lambda: GOOD.without_tensors(NORM).without("tokenizer.ggml.tokens").write(),
+        f"1 missing: {NORM}",
+    ),
     "two kinds of trouble": (
         lambda: GOOD.without_tensors(NORM).with_tensor(Q, **vars(weight(Q, (16, 32), "Q4_0"))).write(),
         f"1 missing: {NORM}; 1 misshapen: {Q} [16, 32] instead of [32, 32]",
@@ -188,3 +197,15 @@ VALUES: dict[str, tuple[Make, str]] = {
 
 def test_tensors_that_are_no_gemma_2_are_named_at_once_and_in_little_memory(tmp_path: Path) -> None:
     assert faults(merged(TENSORS, VALUES), tmp_path) == {}
+
+
+def test_a_file_that_is_cut_short_after_its_header_was_read_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(GOOD.write())
+    weights = GGUFWeights(read_header(path))
+    name, place = "model.layers.1.mlp.down_proj.weight", torch.empty(32, 64)
+    weights.read(name, 0, place)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    with pytest.raises(gemma2.BadModelFile, match=r"model\.gguf: ended while it was read"):
+        weights.read(name, 0, place)
