@@ -18,6 +18,7 @@ ROWS = [
     ["model", "chat"],
     ["generate", "checkpoints", "research"],
     ["hub"],
+    ["parity"],
     ["load"],
     ["convert", "inspect"],
     ["__init__"],

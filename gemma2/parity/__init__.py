@@ -1,0 +1,1 @@
+"""Beside other implementations of Gemma 2: whose rounding is whose."""

@@ -1,0 +1,37 @@
+"""One difference between two implementations' arithmetic: a name, a sentence, a source, and the parts it replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from gemma2.model import Gemma2
+
+Kinds = Mapping[str, str]  # parameter name -> the ggml type it is stored in, such as "Q8_0"
+
+
+@dataclass(frozen=True)
+class Bit:
+    """`apply` changes a model `in_parts`, each bit parts of its own or in the profile's order, so that any of them can
+    be applied alone."""
+
+    name: str
+    about: str
+    source: str
+    apply: Callable[[Gemma2, Kinds], None]
+
+
+def replacing(part: type[nn.Module], **functions: Callable[..., Any]) -> Callable[[Gemma2, Kinds], None]:
+    """Put functions in the place of a twin's, wherever the model has that twin."""
+
+    def apply(model: Gemma2, kinds: Kinds) -> None:
+        for module in model.modules():
+            if isinstance(module, part):
+                for name, function in functions.items():
+                    assert hasattr(module, name), f"{part.__name__} has no part {name}"
+                    setattr(module, name, function)
+
+    return apply

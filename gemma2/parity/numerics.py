@@ -1,0 +1,56 @@
+"""Numerics profiles: the same model computed as another implementation computes it, rounding for rounding.
+
+A profile is an ordered list of bits; what it leaves out is as in `gemma2/model.py`, which is transformers' eager model.
+
+    theirs = with_numerics(gemma.model, "gemma_pytorch")
+    partly = with_numerics(gemma.model, "gemma_pytorch", bits=["rope_mul=float32"])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from gemma2.model import Gemma2
+from gemma2.parity.bits import Bit, Kinds
+from gemma2.parity.parts import in_parts
+from gemma2.parity.profiles import gemma_pytorch, transformers
+
+PROFILES: dict[str, tuple[Bit, ...]] = {
+    "transformers": transformers.BITS,
+    "gemma_pytorch": gemma_pytorch.BITS,
+}
+GGML = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def with_numerics(model: Gemma2, profile: str, bits: Iterable[str] | None = None, kinds: Kinds | None = None) -> Gemma2:
+    """A new model with a profile's arithmetic and `model`'s own parameters; `model` and its hooks are left alone.
+
+    Every tap of `model` has its like in the new one, under the same name.
+
+    Args:
+        profile: one of `PROFILES`.
+        bits: names of the bits to apply; default all.
+        kinds: for `llama.cpp`, parameter name -> ggml type; default what the parameter's dtype is called in ggml.
+    Raises:
+        ValueError: an unknown profile or bit, or a dtype that the profile's implementation does not compute in.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"numerics {profile!r} is not one of {', '.join(PROFILES)}")
+    known = {bit.name: bit for bit in PROFILES[profile]}
+    wanted = list(known) if bits is None else list(bits)
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise ValueError(f"{profile} has no bit {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+    parameters = dict(model.named_parameters())
+    with torch.device("meta"):
+        twin = Gemma2(model.config)
+    twin.load_state_dict(parameters, strict=True, assign=True)
+    twin.train(model.training)
+    types = {name: GGML.get(tensor.dtype, "F32") for name, tensor in parameters.items()} | dict(kinds or {})
+    in_parts(twin)
+    for name, bit in known.items():
+        if name in wanted:
+            bit.apply(twin, types)
+    return twin

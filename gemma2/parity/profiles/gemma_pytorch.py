@@ -1,0 +1,67 @@
+"""google/gemma_pytorch, revision 014acb7: gemma/model.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemma2 import ops
+from gemma2.model import Rotation
+from gemma2.parity.bits import Bit, replacing
+from gemma2.parity.parts import AttentionInParts, ScoresInParts
+
+HIDDEN = -2.3819763e38  # what masked scores are added to: not quite the lowest bfloat16
+
+
+def polar_turns(positions: Tensor, c: int, theta: float, wide: torch.dtype) -> Rotation:
+    """`torch.polar` takes cosines and sines from another library than `torch.cos`: one in twenty differs by an ulp."""
+    frequency = 1.0 / (theta ** (torch.arange(0, c, 2, dtype=wide, device=positions.device) / c))
+    angle = positions[..., None].to(wide) * frequency
+    turn = torch.polar(torch.ones_like(angle), angle)  # [b t c/2]
+    turn = torch.cat((turn, turn), dim=-1)
+    return turn.real, turn.imag
+
+
+def rotated_wide(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As a complex product computes it."""
+    return ops.rotate(ops.widened(x), cos, sin).to(x.dtype)
+
+
+def scaled_queries(q: Tensor, scale: float) -> Tensor:
+    return q * scale
+
+
+def scored(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return q @ k.transpose(2, 3)
+
+
+def masked(scores: Tensor, visible: Tensor) -> Tensor:
+    return scores + torch.where(visible, 0.0, HIDDEN)
+
+
+BITS = (
+    Bit(
+        "rope_mul=float32",
+        "rotation is computed in float32 and rounded once; transformers rounds cosines, sines, products and sum",
+        "apply_rotary_emb",
+        replacing(AttentionInParts, rotated=rotated_wide),
+    ),
+    Bit(
+        "rope_turn=polar",
+        "cosines and sines are those of torch.polar, an ulp from torch.cos and torch.sin here and there",
+        "precompute_freqs_cis",
+        replacing(AttentionInParts, turns=polar_turns),
+    ),
+    Bit(
+        "q_scale=before",
+        "rotated queries are scaled, and rounded, before they meet the keys; transformers scales the products",
+        "GemmaAttention.forward, q.mul_(self.scaling)",
+        replacing(ScoresInParts, scaled_queries=scaled_queries, scored=scored),
+    ),
+    Bit(
+        "mask=-2.38e38",
+        "the mask is a float32 number that is added, so scores become float32; transformers fills in the dtype's lowest",
+        "GemmaForCausalLM.generate, mask_tensor",
+        replacing(ScoresInParts, masked=masked),
+    ),
+)

@@ -1,0 +1,7 @@
+"""transformers 5.23, eager attention: what `gemma2/model.py` computes itself, so there is nothing to change."""
+
+from __future__ import annotations
+
+from gemma2.parity.bits import Bit
+
+BITS: tuple[Bit, ...] = ()

@@ -1,0 +1,155 @@
+"""Numerics profiles: every bit bites, the model they start from is left alone, and the peers are met."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import gemma2
+from gemma2.model import Tap
+from gemma2.parity.numerics import PROFILES, with_numerics
+from gemma2.parity.parts import in_parts
+from tests.conftest import SHAPES, SHARED, ids, tiny
+
+DATA = SHARED / "data" / "parity-model"
+shared = pytest.mark.skipif(not DATA.is_dir(), reason="the traces in shared/data/parity-model are not here")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@torch.no_grad()
+def seen(model: gemma2.Gemma2, tokens: Tensor) -> dict[str, Tensor]:
+    """What every module of a model puts out, by name, and the logits under ""."""
+    found: dict[str, Tensor] = {}
+    hooks = [
+        module.register_forward_hook(lambda m, i, output, name=name: found.__setitem__(name, output))
+        for name, module in model.named_modules()
+    ]
+    model(tokens)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def taps(model: gemma2.Gemma2) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, Tap)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", SHAPES)
+def test_the_model_in_parts_is_the_model_at_every_place(size: str, dtype: torch.dtype) -> None:
+    model = tiny(size).to(dtype)
+    plain = seen(model, ids(2, 40))
+    parts = seen(with_numerics(model, "gemma_pytorch", bits=[]), ids(2, 40))
+    assert plain.keys() <= parts.keys()
+    assert all(torch.equal(parts[name], output) for name, output in plain.items())
+
+
+@torch.no_grad()
+def test_the_model_in_parts_decodes_with_a_cache_and_padding_as_the_model_does() -> None:
+    model, tokens, positions = tiny(), ids(2, 30), torch.arange(30).expand(2, 30) - torch.tensor([[4], [0]])
+    results = []
+    for each in (model, with_numerics(model, "gemma_pytorch", bits=[])):
+        cache = gemma2.HybridCache(model.config, 2, 30)
+        spans = [slice(0, 20), slice(20, 21), slice(21, 30)]
+        results.append(torch.cat([each(tokens[:, s], positions[:, s], cache) for s in spans], dim=1))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_profile_leaves_the_model_alone_and_shares_its_parameters(profile: str) -> None:
+    model = tiny()
+    before, named = seen(model, ids(1, 40)), dict(model.named_modules())
+    twin = with_numerics(model, profile)
+    with torch.no_grad():
+        twin(ids(1, 40))
+    assert dict(model.named_modules()) == named
+    after = seen(model, ids(1, 40))
+    assert all(torch.equal(after[name], output) for name, output in before.items())
+    mine, theirs = dict(model.named_parameters()), dict(twin.named_parameters())
+    assert mine.keys() == theirs.keys() and all(mine[name] is theirs[name] for name in mine)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_tap_exists_and_is_passed_under_every_profile(profile: str) -> None:
+    model = tiny()
+    twin = with_numerics(model, profile)
+    assert taps(twin) == taps(model)
+    plain, theirs = seen(model, ids(1, 40)), seen(twin, ids(1, 40))
+    assert plain.keys() <= theirs.keys()
+    assert all(theirs[name].shape == output.shape for name, output in plain.items())
+
+
+@pytest.mark.parametrize("profile, name", [(profile, bit.name) for profile, bits in PROFILES.items() for bit in bits])
+def test_each_bit_alone_changes_something(profile: str, name: str) -> None:
+    """In float32 or bfloat16, at some place: some bits round only what bfloat16 can lose, or only the hidden scores."""
+    for dtype in DTYPES.values():
+        model = tiny("27b").to(dtype)
+        plain, theirs = seen(model, ids(1, 60)), seen(with_numerics(model, profile, bits=[name]), ids(1, 60))
+        if any(not torch.equal(theirs[place].to(dtype), output) for place, output in plain.items()):
+            return
+    raise AssertionError(f"{profile}: {name} changes nothing")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_bits_are_described_and_named_once(profile: str) -> None:
+    bits = PROFILES[profile]
+    assert len({bit.name for bit in bits}) == len(bits)
+    assert all(bit.about and bit.source and "=" in bit.name for bit in bits)
+
+
+def test_unknown_profiles_and_bits_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="'mlx' is not one of transformers, gemma_pytorch"):
+        with_numerics(tiny(), "mlx")
+    with pytest.raises(ValueError, match="gemma_pytorch has no bit 'gelu=fp16'; it has rope_mul=float32"):
+        with_numerics(tiny(), "gemma_pytorch", bits=["gelu=fp16"])
+
+
+def test_gradients_reach_the_shared_parameters() -> None:
+    model = tiny()
+    with_numerics(model, "gemma_pytorch")(ids(1, 20)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_twin_is_put_in_place_of_every_module_that_computes() -> None:
+    kinds = {type(module) for module in in_parts(tiny()).modules()}
+    assert nn.Linear not in kinds and gemma2.model.RMSNorm not in kinds
+
+
+@torch.no_grad()
+def google_places(model: gemma2.Gemma2) -> dict[str, Tensor]:
+    """The sites of gemma_pytorch's traces. It computes the logits of the last position alone, which can be another
+    sum than theirs among all."""
+    tokens = torch.tensor([json.loads((DATA / "ids.json").read_text())])
+    places: dict[str, nn.Module] = {"hook_embed": model.model.embed_tokens, "ln_final": model.model.norm}
+    places |= {f"blocks.{i}.hook_resid_post": layer for i, layer in enumerate(model.model.layers)}
+    found: dict[str, Tensor] = {}
+    for name, module in places.items():
+        module.register_forward_hook(lambda m, i, output, name=name: found.__setitem__(name, output[0].float()))
+    found["logits_last"] = model.unembed(model.model(tokens)[:, -1])[0].float()
+    return found
+
+
+@shared
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gemma_pytorch_is_met_to_the_bit_at_every_recorded_place(dtype: str) -> None:
+    theirs = load_file(DATA / f"gemma_pytorch_{dtype}.safetensors")
+    model = gemma2.load(DATA, dtype=dtype, device="cpu").model
+    ours = google_places(with_numerics(model, "gemma_pytorch"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@shared
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("missing", ["rope_mul=float32", "rope_turn=polar"])
+def test_gemma_pytorch_is_not_met_without_its_rotation(missing: str, dtype: str) -> None:
+    if (missing, dtype) == ("rope_mul=float32", "float32"):
+        pytest.skip("rotation is in float32 already")
+    theirs = load_file(DATA / f"gemma_pytorch_{dtype}.safetensors")
+    kept = [bit.name for bit in PROFILES["gemma_pytorch"] if bit.name != missing]
+    ours = google_places(with_numerics(gemma2.load(DATA, dtype=dtype, device="cpu").model, "gemma_pytorch", kept))
+    assert not all(torch.equal(ours[name], theirs[name]) for name in theirs)
