@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 
@@ -130,4 +131,4 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as ended:
             main([argument])
         assert ended.value.code == 0
-    assert "gemma2 0.1.0" in capsys.readouterr().out
+    assert f"gemma2 {version('gemma2')}" in capsys.readouterr().out
