@@ -8,7 +8,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if sys.platform != "win32":
@@ -19,11 +19,13 @@ PARTIAL, OLD = "partial", "old"
 
 
 @contextlib.contextmanager
-def replacing(*targets: Path, folder: bool = False) -> Iterator[list[Path]]:
+def replacing(*targets: Path, folder: bool = False, last: Callable[[], object] = lambda: None) -> Iterator[list[Path]]:
     """An empty file, or `folder`, beside each target to write at. When the block ends well they take the targets'
     names, in order; when it does not, they are removed. What processes that were killed have left goes with the next
     success.
 
+    Args:
+        last: called when everything is on the disk, before names are taken; may raise, as the block may.
     Raises:
         OSError: a path cannot be written, or renamed.
     """
@@ -40,6 +42,7 @@ def replacing(*targets: Path, folder: bool = False) -> Iterator[list[Path]]:
             yield partials
             for partial in partials:
                 _synchronise(partial)
+            last()
             for partial, target in zip(partials, targets, strict=True):
                 if folder:
                     _put_folder(partial, target, _beside(target, mark, OLD))

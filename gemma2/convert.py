@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,6 @@ from gemma2.tokenizer import Tokenizer
 TYPES = tuple(name.lower() for name in FILE_TYPES)
 # What a folder written here holds; one with anything else in it is never replaced.
 OWN = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json")
-SPARE = 2**24  # bytes for what lies beside the weights: header, config, tokenizer
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -72,18 +72,19 @@ def convert(
     target = Path(target).expanduser()
     form = _form(target)
     asked = _checked_type(type, form)
-    _check_target(target, form, force)
+    check = partial(_check_target, target, form, force)
+    check()  # and again at the end, for what has come meanwhile
     path = locate(source, revision)
     opened = open_checkpoint(path, tokenizer)
     _check_apart(target, opened)
     main = asked or _own_type(opened)
     layout = layout_for(form, opened, main, _title(source, path))
     beside = _beside(layout, opened, target.parent) if form == "ckpt" else {}
-    _check_space(target.parent, layout.bytes + SPARE)
+    _check_space(target.parent, layout.space)
     total, off = layout.bytes, hidden(progress)
     with (
         _saying_when_full(target),
-        replacing(*beside, target, folder=form == FOLDER) as (*small, unfinished),
+        replacing(*beside, target, folder=form == FOLDER, last=check) as (*small, unfinished),
         tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=off, leave=False) as bar,
     ):
         for place, content in zip(small, beside.values(), strict=True):
@@ -91,7 +92,6 @@ def convert(
         write(layout, opened, unfinished, bar.update)
         files = unfinished.iterdir() if form == FOLDER else [unfinished]
         size = sum(file.stat().st_size for file in files)
-        _check_target(target, form, force)  # it may have come meanwhile
     counts = Counter(entry.kind.name for entry in layout.entries).most_common()
     return Converted(target, size, dict(counts), (*opened.notes, *_notes(opened, layout, main)))
 

@@ -49,6 +49,7 @@ from gemma2.errors import BadModelFile
 
 FOLDER = "safetensors"  # the form of a target that is a folder; the others are "gguf" and "ckpt"
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # what safetensors and .ckpt hold here
+AROUND = 512  # bytes, and more than any format has around a tensor: padding, headers
 LARGEST_HALF = 65504.0  # float16's, in which blocks have their scales
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -87,6 +88,11 @@ class Layout:
     def bytes(self) -> int:
         """Of the tensors' data."""
         return sum(entry.bytes for entry in self.entries)
+
+    @property
+    def space(self) -> int:
+        """Bytes that it takes on the disk, at most."""
+        return self.bytes + len(self.header) + sum(map(len, self.beside.values())) + AROUND * (len(self.entries) + 8)
 
 
 def layout_for(form: str, opened: Checkpoint, main: str, title: str) -> Layout:
@@ -279,8 +285,6 @@ def _check_values(values: Tensor, opened: Checkpoint, name: str, kind: BlockType
     if not values.sum().isfinite() and not values.isfinite().all():
         raise BadModelFile(f"{where} holds NaN or infinity, and is not passed on")
     if kind.name not in ("F32", "BF16", "MXFP4") and values.abs().max() > LARGEST_HALF:
-        raise BadModelFile(
-            f"{where} holds {values.abs().max():g}, beyond what float16 and {kind.name} can: choose bf16"
-        )
+        raise BadModelFile(f"{where} holds {values.abs().max():g}, and {kind.name} goes up to 65504: choose bf16")
     if kind.name == "BF16" and not values.bfloat16().isfinite().all():
-        raise BadModelFile(f"{where} holds {values.abs().max():g}, beyond what bfloat16 can: choose f32")
+        raise BadModelFile(f"{where} holds {values.abs().max():g}, and BF16 goes up to 3.39e+38: choose f32")
