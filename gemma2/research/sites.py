@@ -1,0 +1,117 @@
+"""Every place of the forward pass that can be seen: TransformerLens's name for it, its shape, whose output it is.
+
+One table, used by whatever observes, edits or compares. A site is always the output of a module, so a plain PyTorch
+hook reaches it too. Names are TransformerLens's where it has one; new are `hook_scores_raw`, `ln1`, `ln2`,
+`ln_final`, `logits_raw` and `logits`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from gemma2.config import Gemma2Config
+
+LAYER = "{i}"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place, or the same place in every layer while its name holds {i}.
+
+    Attributes:
+        name: as in TransformerLens.
+        module: the module whose output it is, by its path in `Gemma2`.
+        shape: in the letters of `ops.py`.
+        what: in words.
+    """
+
+    name: str
+    module: str
+    shape: str
+    what: str
+
+    def sizes(self, config: Gemma2Config, t: int) -> tuple[int, ...]:
+        """The shape for one row of t tokens in one pass, batch axis included."""
+        letters = {
+            "b": 1,
+            "t": t,
+            "s": t,
+            "d": config.hidden_size,
+            "h": config.num_attention_heads,
+            "g": config.num_key_value_heads,
+            "c": config.head_dim,
+            "f": config.intermediate_size,
+            "v": config.vocab_size,
+        }
+        return tuple(letters[letter] for letter in self.shape.split())
+
+
+# In the order in which a pass computes them.
+TABLE = (
+    Site("hook_embed", "model.embed_tokens", "b t d", "the embedding, scaled"),
+    Site("blocks.{i}.hook_resid_pre", "model.layers.{i-1}", "b t d", "the stream before the block"),
+    Site("blocks.{i}.ln1.hook_normalized", "input_layernorm.hook_normalized", "b t d", "normalised, before the gain"),
+    Site("blocks.{i}.ln1", "input_layernorm", "b t d", "what attention reads"),
+    Site("blocks.{i}.attn.hook_q", "self_attn.hook_q", "b t h c", "queries before rotation"),
+    Site("blocks.{i}.attn.hook_k", "self_attn.hook_k", "b t g c", "keys before rotation"),
+    Site("blocks.{i}.attn.hook_v", "self_attn.hook_v", "b t g c", "values"),
+    Site("blocks.{i}.attn.hook_rot_q", "self_attn.hook_rot_q", "b t h c", "queries, rotated"),
+    Site("blocks.{i}.attn.hook_rot_k", "self_attn.hook_rot_k", "b t g c", "keys, rotated"),
+    Site("blocks.{i}.attn.hook_scores_raw", "self_attn.attend.hook_scores_raw", "b h t s", "scaled, before the cap"),
+    Site("blocks.{i}.attn.hook_attn_scores", "self_attn.attend.hook_attn_scores", "b h t s", "capped and masked"),
+    Site("blocks.{i}.attn.hook_pattern", "self_attn.attend.hook_pattern", "b h t s", "after the softmax"),
+    Site("blocks.{i}.attn.hook_z", "self_attn.attend.hook_z", "b t h c", "each head's mix of values"),
+    Site("blocks.{i}.ln1_post.hook_normalized", "post_attention_layernorm.hook_normalized", "b t d", "so too"),
+    Site("blocks.{i}.hook_attn_out", "post_attention_layernorm", "b t d", "what attention adds to the stream"),
+    Site("blocks.{i}.hook_resid_mid", "hook_resid_mid", "b t d", "the stream between the halves"),
+    Site("blocks.{i}.ln2.hook_normalized", "pre_feedforward_layernorm.hook_normalized", "b t d", "so too"),
+    Site("blocks.{i}.ln2", "pre_feedforward_layernorm", "b t d", "what the MLP reads"),
+    Site("blocks.{i}.mlp.hook_pre", "mlp.gate_proj", "b t f", "the gate before GELU"),
+    Site("blocks.{i}.mlp.hook_pre_linear", "mlp.up_proj", "b t f", "what the gate multiplies"),
+    Site("blocks.{i}.mlp.hook_post", "mlp.hook_post", "b t f", "their product"),
+    Site("blocks.{i}.ln2_post.hook_normalized", "post_feedforward_layernorm.hook_normalized", "b t d", "so too"),
+    Site("blocks.{i}.hook_mlp_out", "post_feedforward_layernorm", "b t d", "what the MLP adds to the stream"),
+    Site("blocks.{i}.hook_resid_post", "", "b t d", "the stream after the block"),
+    Site("ln_final.hook_normalized", "model.norm.hook_normalized", "b t d", "normalised, before the gain"),
+    Site("ln_final", "model.norm", "b t d", "what the head reads"),
+    Site("logits_raw", "lm_head", "b t v", "before the cap"),
+    Site("logits", "softcap", "b t v", "capped"),
+)
+
+
+def sites(config: Gemma2Config) -> dict[str, Site]:
+    """Every site of a model of so many layers by its name, in the order of computation."""
+    inside = [site for site in TABLE if LAYER in site.name]
+    first = TABLE.index(inside[0])
+    listed = list(TABLE[:first])
+    for layer in range(config.num_hidden_layers):
+        listed += [_in_layer(site, layer) for site in inside]
+    listed += TABLE[first + len(inside) :]
+    return {site.name: site for site in listed}
+
+
+def _in_layer(site: Site, layer: int) -> Site:
+    if site.name.endswith("hook_resid_pre"):
+        module = f"model.layers.{layer - 1}" if layer else "model.embed_tokens"
+    else:
+        module = f"model.layers.{layer}.{site.module}".rstrip(".")
+    return replace(site, name=site.name.replace(LAYER, str(layer)), module=module)
+
+
+def chosen(config: Gemma2Config, patterns: Iterable[str] | str = "*") -> dict[str, Site]:
+    """The sites that any of the patterns (shell globs, as `blocks.*.hook_resid_*`) names, in the order of computation.
+
+    Raises:
+        ValueError: a pattern that names none; says how names look.
+    """
+    known = sites(config)
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in wanted:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            raise ValueError(
+                f"no site is called {pattern!r}; there are hook_embed, blocks.0.hook_resid_post, "
+                f"blocks.0.attn.hook_pattern ... (gemma2 trace --list shows all)"
+            )
+    return {name: site for name, site in known.items() if any(fnmatchcase(name, pattern) for pattern in wanted)}
