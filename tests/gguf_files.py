@@ -361,11 +361,6 @@ def _padded(raw: bytes, alignment: int) -> bytes:
     return raw + bytes(-len(raw) % alignment)
 
 
-def big_endian(file: File) -> bytes:
-    """The file as a big-endian machine writes it, its tensors' data left out of account."""
-    return replace(file, order=">").write()
-
-
 def split(file: File, counts: Iterable[int]) -> list[File]:
     """The file as parts of so many tensors each, as gguf-split makes them; all metadata is in the first."""
     sizes = list(counts)

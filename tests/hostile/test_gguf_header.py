@@ -104,6 +104,14 @@ COUNTS: dict[str, tuple[Make, str]] = {
         f"{n} pairs": (stated(n_pairs=n), f"key/value count is {n:,}, and 1,032 bytes follow")
         for n in (1000, 65_537, 2**31, FAR, FAR + 11, 2**64 - 1, 2**64 // 13 + 1)
     },
+    "65,537 honest tensors": (
+        lambda: replace(GOOD, tensors=tuple(Entry(f"x{i}", (8,), "F32", bytes(32)) for i in range(65_537))).write(),
+        "tensor count is 65,537, and",
+    ),
+    "65,537 honest pairs": (
+        lambda: replace(GOOD, pairs=tuple((f"x{i}", "u8", 0) for i in range(65_537))).write(),
+        "key/value count is 65,537, and",
+    ),
     "a pair too many": (stated(n_pairs=12), "tensor name is 844,424,930,131,968 bytes long"),
     "a pair too few": (stated(n_pairs=10), "dimensions, and ggml has 1 to 4"),
     "no pairs, it says": (stated(n_pairs=0), "tensor 'general.architecture' has 8 dimensions, and ggml has 1 to 4"),
