@@ -1,4 +1,4 @@
-"""Other systems to hold this model against, one file each. Each is what `Reference` says, and imports its peer itself."""
+"""Other systems to hold this model against, one file each: each is a `Reference`, and imports its peer itself."""
 
 from __future__ import annotations
 
