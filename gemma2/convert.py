@@ -28,6 +28,7 @@ from gemma2.tokenizer import Tokenizer
 TYPES = tuple(name.lower() for name in FILE_TYPES)
 # What a folder written here holds; one with anything else in it is never replaced.
 OWN = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json")
+FILES = (".gguf", ".ckpt", ".safetensors", ".ggml", ".onnx", ".h5", ".npz", ".json", ".model", ".zip")  # never folders
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -103,6 +104,8 @@ def _form(target: Path) -> str:
         return target.suffix[1:]
     if target.suffix in (".safetensors", ".bin", ".pt", ".pth"):
         raise ValueError(f"{target}: give a folder for safetensors: a model is also its config.json and tokenizer")
+    if target.suffix.lower() in FILES:
+        raise ValueError(f"{target}: no such format is written; end the name in .gguf or .ckpt, or name a folder")
     return FOLDER
 
 

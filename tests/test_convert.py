@@ -145,6 +145,8 @@ def test_the_type_is_the_sources_own_unless_asked(source: Make, tmp_path: Path) 
         assert kinds(place, "out.ckpt") == {own}
         assert kinds(place, "out.gguf") == {own, "F32"}
         assert kinds(tmp_path / "out.gguf", "again") == {own}
+        assert kinds(place, "out") == {own}
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == str(dtype)[6:]
         for asked in ("f32", "BF16", "f16"):
             assert kinds(place, "out", type=asked) == {asked.upper()}
     quantized = convert(source(**WIDE), tmp_path / "q.gguf", type="q8_0", progress=False).path
@@ -206,6 +208,7 @@ def test_safetensors_to_gguf_and_back_is_byte_identical_small_norm_weights_inclu
     tensors = tensors_of(tiny("2b", vocab_size=4096, **PLAIN))
     for i, name in enumerate(name for name in tensors if "norm" in name):
         tensors[name] = norms(8, i).to(dtype)
+    tensors["model.norm.weight"] = torch.tensor([-0.0] + [0.5] * 7, dtype=dtype)  # of which only a sign is lost
     place = source(dtype, tensors)
     first = convert(place, tmp_path / "first", progress=False).path
     middle = convert(first, tmp_path / "middle.gguf", progress=False)
@@ -213,7 +216,7 @@ def test_safetensors_to_gguf_and_back_is_byte_identical_small_norm_weights_inclu
     again = convert(middle.path, tmp_path / "again", progress=False).path
     assert (first / SINGLE).read_bytes() == (again / SINGLE).read_bytes()
     assert same_bits(load_file(again / SINGLE), load_file(place / SINGLE))
-    w = stored(middle.path)["model.norm.weight"]
+    w = stored(middle.path)["model.layers.0.input_layernorm.weight"]
     assert not torch.equal((1 + w) - 1, w), "without small weights this shows nothing"
     reader = gguf.GGUFReader(middle.path)
     beside = [name for name in reader.fields if name.startswith("gemma2.norm_weight.")]
@@ -243,6 +246,21 @@ def test_norms_that_a_type_would_round_stay_float32_and_it_is_said(end: str, sou
         for name, tensor in tensors.items():
             expected = tensor if "norm" in name else tensor.bfloat16().float()
             assert torch.equal(found[name].float(), expected), name
+
+
+def test_every_tensor_is_aligned_to_its_numbers_in_a_folder(source: Make, tmp_path: Path) -> None:
+    """Also where a norm of an odd width is bfloat16 and the next one float32."""
+    changes = {**PLAIN, "hidden_size": 7}
+    tensors = tensors_of(tiny("2b", vocab_size=4096, **changes))
+    tensors["model.layers.0.input_layernorm.weight"] = torch.ones(7)
+    made = convert(source(tensors=tensors, **changes), tmp_path / "out", type="bf16", progress=False)
+    assert made.tensors["F32"] == 8
+    raw = (made.path / SINGLE).read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    described = json.loads(raw[8:start])
+    del described["__metadata__"]
+    sizes = {"F32": 4, "BF16": 2}
+    assert all((start + entry["data_offsets"][0]) % sizes[entry["dtype"]] == 0 for entry in described.values())
 
 
 def test_gains_that_no_float32_weight_gives_stay_in_gguf(tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ ARGUMENTS = [
     (["x", "y", "--type", "q8_0"], "type 'q8_0': safetensors can have f32, bf16, f16"),
     (["x", "y.safetensors"], "y.safetensors: give a folder for safetensors: a model is also its config.json and token"),
     (["x", "y.bin"], "y.bin: give a folder for safetensors"),
+    (["x", "y.GGUF"], "y.GGUF: no such format is written; end the name in .gguf or .ckpt, or name a folder"),
+    (["x", "y.onnx"], "y.onnx: no such format is written"),
     (["x", ""], ".: give the target a name of its own"),
     (["x", "."], ".: give the target a name of its own"),
     (["x", "a/.."], "a/..: give the target a name of its own"),
