@@ -26,6 +26,11 @@ ROWS = [
     ["__main__"],
 ]
 OPTIONAL = {"transformers", "llama_cpp", "lm_eval", "matplotlib", "accelerate", "peft"}
+# Each is imported in the one file that needs it, and that file only when it is asked for.
+NEEDS = {
+    "parity/references/transformers.py": "transformers",
+    "parity/references/llama_cpp.py": "llama_cpp",
+}
 
 
 def room(path: Path) -> str:
@@ -59,7 +64,16 @@ def test_imports_point_one_way(path: Path) -> None:
         if parts[0] == "gemma2" and len(parts) > 1 and parts[1] in level and parts[1] != own:
             assert level[parts[1]] < level[own], f"{path} imports {name}"
         assert parts[0] != "gemma2" or (len(parts) > 1 and parts[1] in level), f"{path}: {name}"
-        assert parts[0] not in OPTIONAL, f"{path} needs {name}, which is optional"
+        allowed = NEEDS.get(path.relative_to(PACKAGE).as_posix())
+        assert parts[0] not in OPTIONAL - {allowed}, f"{path} needs {name}, which is optional"
+
+
+def test_files_that_need_an_optional_peer_are_not_imported_with_the_package() -> None:
+    for path in files():
+        at_once = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        named = {getattr(node, "module", None) or node.names[0].name for node in at_once}
+        peers = {f"gemma2.{needy.removesuffix('.py').replace('/', '.')}" for needy in NEEDS}
+        assert not named & peers, f"{path} imports {named & peers} at once"
 
 
 def test_every_file_has_a_place_and_none_is_called_utils() -> None:

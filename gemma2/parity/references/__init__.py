@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from gemma2 import ops
+from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gemma2.config import Gemma2Config
+from gemma2.errors import BadModelFile, ContextOverflow
+
+SPECS = "transformers, llama.cpp, gemma_pytorch:FOLDER, trace:FILE, FILE.safetensors, self:KEY=VALUE,..."
+# Two models that differ in one of these have no site in common. Any other number may differ: that is what comparing is
+# for.
+SHAPE = (
+    "vocab_size",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 
 
 class CannotDo(Exception):
@@ -36,7 +53,7 @@ class Reference(Protocol):
 
     def run(self, ids: Sequence[int], sites: Iterable[str]) -> dict[str, Tensor]:
         """One pass over one row: site -> value without the batch axis, on the CPU. A site that it shows only for the
-        last positions may have fewer positions than ids."""
+        last positions may have fewer positions than ids. Raises CannotDo for a site that is not among its own."""
 
     def with_window(self, window: int) -> Reference:
         """The same with another sliding window, so that a short prompt leaves it. Raises CannotDo."""
@@ -46,3 +63,82 @@ class Reference(Protocol):
 
     def batched(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """Logits [t v] of every row, computed in one ragged batch as the system does it. Raises CannotDo."""
+
+
+def open_reference(spec: str, path: Path, dtype: torch.dtype | None = None) -> Reference:
+    """Another system with the weights of a checkpoint, or a trace of it.
+
+    Args:
+        spec: `transformers`; `llama.cpp`; `gemma_pytorch:FOLDER` with the folder of its source, whose code is run;
+            `trace:FILE` or a name ending in .safetensors; `self`, or `self:` and any of dtype=, device=, numerics= and
+            model=, separated by commas.
+        path: the checkpoint, a local folder or file.
+        dtype: to compute in, where the system leaves a choice; default the checkpoint's own.
+    Raises:
+        ImportError: the system is not installed; says which extra has it.
+        BadModelFile: the checkpoint, the trace or the folder is not what it must be, or of another model.
+        ValueError: a spec that names no reference.
+    """
+    # Each file imports its peer, so it is imported only when it is asked for.
+    kind, _, rest = spec.partition(":")
+    opened = open_local(path)
+    reference: Reference
+    if spec.endswith(".safetensors") or kind == "trace":
+        from gemma2.parity.references.trace import Recorded
+
+        reference = Recorded(Path(spec.removeprefix("trace:")))
+    elif kind == "self":
+        from gemma2.parity.references.ourselves import open_ourselves
+
+        reference = open_ourselves(rest, opened, dtype)
+    elif spec == "transformers":
+        from gemma2.parity.references.transformers import Transformers
+
+        reference = Transformers(opened, dtype or opened.weights.dtype)
+    else:
+        raise ValueError(f"no reference {spec!r}; there are {SPECS}")
+    for name in SHAPE:
+        theirs, ours = getattr(reference.config, name), getattr(opened.config, name)
+        if theirs != ours:
+            raise BadModelFile(f"{spec}: another model than {path}: its {name} is {theirs}, not {ours}")
+    return reference
+
+
+def open_local(path: Path) -> Checkpoint:
+    """Raises BadModelFile where there is none."""
+    if not path.exists():
+        raise BadModelFile(f"{path}: no such file or folder")
+    return open_checkpoint(path)
+
+
+def check_row(reference: Reference, ids: Sequence[int]) -> Tensor:
+    """Ids as [1 t]. Raises ContextOverflow for more than the reference takes, ValueError for what are no ids of it."""
+    tokens = torch.tensor([list(ids)], dtype=torch.int64)
+    ops.check_ids(tokens, reference.config.vocab_size)
+    if reference.longest is not None and len(ids) > reference.longest:
+        raise ContextOverflow(f"{reference.system} takes at most {reference.longest} ids, not {len(ids)}")
+    return tokens
+
+
+def check_sites(reference: Reference, sites: Iterable[str]) -> list[str]:
+    """Raises CannotDo for one that the reference does not show."""
+    wanted = list(sites)
+    for name in wanted:
+        if name not in reference.sites:
+            raise CannotDo(f"{reference.system} does not show {name}")
+    return wanted
+
+
+def spans(ids: Sequence[int], chunks: Sequence[int]) -> list[tuple[int, int]]:
+    """Where each chunk begins and ends. Raises ValueError unless they are the whole row."""
+    if sum(chunks) != len(ids) or min(chunks, default=0) < 1:
+        raise ValueError(f"chunks {list(chunks)} are not a row of {len(ids)} ids in parts of at least one")
+    ends = [sum(chunks[: n + 1]) for n in range(len(chunks))]
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Rows as one batch: tokens [b t] and positions [b t], negative where there is padding."""
+    width = max(len(row) for row in rows)
+    tokens = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+    return tokens, torch.arange(width) - torch.tensor([[width - len(row)] for row in rows])

@@ -1,0 +1,46 @@
+"""A trace file as a reference: what another system computed, once, for the ids in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from gemma2.checkpoints.weights import TARGETS
+from gemma2.parity.references import CannotDo, Reference, check_sites
+from gemma2.parity.trace import Trace
+
+
+class Recorded:
+    """A `Reference` over a trace; `ids` are the only ones that it can answer for.
+
+    Raises:
+        BadModelFile: not a trace, or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._trace = Trace(path)
+        about = self._trace.about
+        self.system, self.config, self.versions = about.system, about.config, about.versions
+        self.dtype = TARGETS[about.dtype]
+        self.ids = self._trace.ids
+        self.sites = frozenset(self._trace.names)
+        self.longest: int | None = len(self.ids)
+
+    def run(self, ids: Sequence[int], sites: Iterable[str]) -> dict[str, Tensor]:
+        if list(ids) != self.ids:
+            raise self._cannot(f"it is of {len(self.ids)} ids, and these {len(ids)} are others")
+        return {name: self._trace[name] for name in check_sites(self, sites)}
+
+    def with_window(self, window: int) -> Reference:
+        raise self._cannot("its window cannot be changed")
+
+    def cached(self, ids: Sequence[int], chunks: Sequence[int]) -> Tensor:
+        raise self._cannot("it has no cache to feed")
+
+    def batched(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        raise self._cannot("it is of one row")
+
+    def _cannot(self, why: str) -> CannotDo:
+        return CannotDo(f"{self._trace.path}: a trace is a record: {why}")

@@ -1,0 +1,175 @@
+"""Hugging Face transformers, eager attention, seen by hooks on its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy, deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemma2.checkpoints.checkpoint import Checkpoint
+from gemma2.checkpoints.gguf_weights import GGUFWeights
+from gemma2.checkpoints.weights import EMBEDDING, HEAD, build
+from gemma2.config import Gemma2Config
+from gemma2.errors import BadModelFile
+from gemma2.parity.references import check_row, check_sites, left_padded, spans
+from gemma2.parity.references.hooks import COMMON, OUTPUT, as_site, in_layers, watching
+
+try:
+    import transformers
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.models.gemma2.modeling_gemma2 import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+except ImportError as error:
+    raise ImportError(f"transformers is not installed: pip install 'gemma2[transformers]' ({error})") from None
+
+ATTENTION = "gemma2_observed_eager"  # in transformers' own registry of attention functions
+ATTEND = "model.layers.{i}.self_attn"
+PLACES = {
+    "hook_embed": ("model.embed_tokens", OUTPUT),
+    "blocks.{i}.attn.hook_q": (f"{ATTEND}.q_proj", OUTPUT),
+    "blocks.{i}.attn.hook_k": (f"{ATTEND}.k_proj", OUTPUT),
+    "blocks.{i}.attn.hook_v": (f"{ATTEND}.v_proj", OUTPUT),
+    "blocks.{i}.attn.hook_rot_q": (f"{ATTEND}.observed_query", OUTPUT),
+    "blocks.{i}.attn.hook_rot_k": (f"{ATTEND}.observed_key", OUTPUT),
+    "blocks.{i}.attn.hook_pattern": (f"{ATTEND}.observed_pattern", OUTPUT),
+    "logits_raw": ("lm_head", OUTPUT),
+    **COMMON,
+}
+
+
+def observed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """transformers' eager attention, and what it reads and weighs shown to the modules that stand there for hooks."""
+    output, pattern = eager_attention_forward(module, query, key, value, mask, **options)
+    module.get_submodule("observed_query")(query.transpose(1, 2))
+    module.get_submodule("observed_key")(key.transpose(1, 2))
+    module.get_submodule("observed_pattern")(pattern)
+    return output, pattern
+
+
+class Transformers:
+    """A `Reference` over `transformers.Gemma2ForCausalLM` on the CPU.
+
+    It reads a Hugging Face folder itself. Of a GGUF it reads the tensors itself and is given the config, since it reads
+    neither caps nor a query scale from one. Of other forms, and of a split GGUF, it is given the tensors too.
+
+    Raises:
+        ImportError: what it needs to read a GGUF is not installed.
+        BadModelFile: it does not take every tensor, or finds some missing.
+    """
+
+    longest: int | None = None
+
+    def __init__(self, opened: Checkpoint, dtype: torch.dtype) -> None:
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION, observed_attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+        self._peer = _loaded(opened, dtype)
+        for layer in self._peer.model.layers:
+            for name in ("query", "key", "pattern"):
+                layer.self_attn.add_module(f"observed_{name}", nn.Identity())
+        self.system = f"transformers {transformers.__version__} eager"
+        self.dtype = dtype
+        self.config = Gemma2Config.from_dict(self._peer.config.to_dict(), self.system)
+        self.versions: Mapping[str, str] = {"transformers": transformers.__version__, "torch": torch.__version__}
+        self._places = in_layers(PLACES, self.config.num_hidden_layers)
+        self.sites = frozenset((*self._places, "logits"))
+
+    @torch.no_grad()
+    def run(self, ids: Sequence[int], sites: Iterable[str]) -> dict[str, Tensor]:
+        tokens, wanted = check_row(self, ids), check_sites(self, sites)
+        seen: dict[str, Tensor] = {}
+
+        def see(name: str, value: Tensor) -> None:
+            seen[name] = as_site(name, value, self.config)
+
+        with watching(self._peer, {name: self._places[name] for name in wanted if name in self._places}, see):
+            see("logits", self._peer(tokens, use_cache=False).logits)
+        return {name: seen[name] for name in wanted}
+
+    def with_window(self, window: int) -> Transformers:
+        other = copy(self)
+        other.config = replace(self.config, sliding_window=window)
+        # Everything anew but the parameters.
+        other._peer = deepcopy(self._peer, {id(parameter): parameter for parameter in self._peer.parameters()})
+        other._peer.config.sliding_window = window
+        for layer in other._peer.model.layers:
+            if layer.self_attn.sliding_window is not None:
+                layer.self_attn.sliding_window = window
+        return other
+
+    @torch.no_grad()
+    def cached(self, ids: Sequence[int], chunks: Sequence[int]) -> Tensor:
+        tokens, cache = check_row(self, ids), transformers.DynamicCache(config=self._peer.config)
+        parts = [
+            self._peer(tokens[:, start:stop], past_key_values=cache, use_cache=True).logits
+            for start, stop in spans(ids, chunks)
+        ]
+        return torch.cat(parts, dim=1)[0]
+
+    @torch.no_grad()
+    def batched(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        for row in rows:
+            check_row(self, row)
+        tokens, positions = left_padded(rows)
+        logits = self._peer(
+            tokens,
+            attention_mask=(positions >= 0).long(),
+            position_ids=positions.clamp_min(0),
+            use_cache=False,
+        ).logits
+        return [found[-len(row) :] for found, row in zip(logits, rows, strict=True)]
+
+
+def _loaded(opened: Checkpoint, dtype: torch.dtype) -> Any:
+    # Built in `dtype` rather than moved to it afterwards, which would round its rotary table too.
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": ATTENTION, "output_loading_info": True}
+    path, source = opened.path, None
+    if opened.form == "safetensors" and path.is_dir():
+        source = path
+    else:
+        stated = opened.config.to_dict()
+        options["config"] = transformers.Gemma2Config(
+            **{name: value for name, value in stated.items() if name not in ("model_type", "architectures")}
+        )
+        if _is_one_gguf(opened):
+            source, options["gguf_file"] = path.parent, path.name
+        else:
+            model = build(opened.weights, opened.config, torch.device("cpu"), dtype, progress=False)
+            tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
+            options["state_dict"] = {**tensors, HEAD: tensors[EMBEDDING]}
+    try:
+        with _quiet():
+            peer, found = transformers.Gemma2ForCausalLM.from_pretrained(source, **options)
+    except ImportError as error:
+        said = " ".join(str(error).split())[:200]
+        raise ImportError(f"{path}: transformers lacks what it needs to read it: {said}") from None
+    odd = [f"{kind} {min(map(str, names))}" for kind, names in found.items() if names]
+    if odd:
+        raise BadModelFile(f"{path}: transformers reads it otherwise: {', '.join(odd)}")
+    return peer.eval()
+
+
+def _is_one_gguf(opened: Checkpoint) -> bool:
+    """Of a split one transformers would read the first part."""
+    weights = opened.weights
+    return isinstance(weights, GGUFWeights) and {weights.stored(name).path for name in weights.tensors} == {opened.path}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without bars and advice, which are settings of the process."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,245 @@
+"""References: what each shows, that it is what we compute, and everything that each refuses."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gemma2
+from gemma2.errors import BadModelFile
+from gemma2.load import POCKET
+from gemma2.parity.references import CannotDo, Reference, open_reference
+from gemma2.parity.trace import About, TraceWriter
+from gemma2.research.capture import watching
+from gemma2.research.sites import sites
+from tests.conftest import SHAPES, SHARED, ids, tensors_of, tiny
+
+DATA = SHARED / "data" / "parity-model"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ROW = ids(1, 60, vocab=1024)[0].tolist()
+ROWS = [ROW[:25], ROW[:40], ROW[50:51]]
+WINDOW = 7
+WITHIN = {torch.float32: 1e-5, torch.bfloat16: 0.05}  # of the largest logit, for sums in another order
+Folder = Callable[..., Path]
+
+
+def check_reference(peer: Reference, config: gemma2.Gemma2Config, within: float = 0.0) -> None:
+    """What every reference promises, whatever its arithmetic: names, shapes, and the same logits however they are fed,
+    to `within` of the largest."""
+    within = within or WITHIN[peer.dtype]
+
+    def close(found: Tensor, expected: Tensor) -> bool:
+        assert found.shape == expected.shape
+        return bool((found - expected).abs().max() <= within * 30)
+
+    known = sites(config)
+    assert peer.system and peer.versions and peer.sites <= known.keys() and "logits" in peer.sites
+    assert peer.config.sliding_window == config.sliding_window
+    seen = peer.run(ROW, peer.sites)
+    assert seen.keys() == peer.sites
+    for name, value in seen.items():
+        assert value.shape == known[name].sizes(config, len(ROW))[1:], name
+        wide = name.endswith(("hook_normalized", "hook_inv_scale"))  # inside a norm
+        assert value.device.type == "cpu" and (wide or value.dtype == peer.dtype), name
+    logits = seen["logits"]
+    assert peer.run(ROW, ["logits"]).keys() == {"logits"} and peer.run(ROW[:1], ["ln_final"])["ln_final"].shape[0] == 1
+    for chunks in ([60], [20, 1, 1, 38], [1] * 60):
+        assert close(peer.cached(ROW, chunks), logits), chunks
+    for row, found in zip(ROWS, peer.batched(ROWS), strict=True):
+        assert close(found, peer.run(row, ["logits"])["logits"])
+    narrow = peer.with_window(WINDOW)
+    assert narrow.config.sliding_window == WINDOW and peer.config.sliding_window == config.sliding_window
+    found = narrow.run(ROW, ["logits"])["logits"]
+    assert torch.allclose(found[:WINDOW], logits[:WINDOW], atol=1e-3) and not close(found[WINDOW:], logits[WINDOW:])
+    assert close(narrow.cached(ROW, [20, 1, 1, 38]), found)
+    assert torch.equal(peer.run(ROW, ["logits"])["logits"], logits), "the wider one has changed"
+    with pytest.raises(ValueError, match="parts of at least one"):
+        peer.cached(ROW, [30, 31])
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        peer.run([config.vocab_size], ["logits"])
+    with pytest.raises(ValueError, match="non-empty"):
+        peer.run([], ["logits"])
+    with pytest.raises(CannotDo, match=r"does not show hook_everything"):
+        peer.run(ROW, ["hook_everything"])
+
+
+def check_equal(peer: Reference, ours: Reference) -> None:
+    for theirs, own in ((peer, ours), (peer.with_window(WINDOW), ours.with_window(WINDOW))):
+        expected, found = own.run(ROW, peer.sites), theirs.run(ROW, peer.sites)
+        unequal = [name for name in peer.sites if not torch.equal(found[name], expected[name])]
+        assert not unequal, unequal
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("size", SHAPES)
+def test_every_site_of_transformers_is_ours_to_the_bit(size: str, dtype: torch.dtype, folder: Folder) -> None:
+    pytest.importorskip("transformers", reason="the live comparison needs the extra gemma2[transformers]")
+    path = folder(query_pre_attn_scalar=36, **SHAPES[size])
+    peer, ours = open_reference("transformers", path, dtype), open_reference("self", path, dtype)
+    assert len(peer.sites) == 4 * 17 + 4
+    check_reference(peer, ours.config)
+    check_equal(peer, ours)
+
+
+@pytest.mark.parametrize("form", ["x.gguf", "x.ckpt", "out/model.safetensors"])
+def test_transformers_takes_every_form_of_a_checkpoint(form: str, folder: Folder, tmp_path: Path) -> None:
+    """GGUF states no query scale, so the model has the one that its readers assume. Its norms are bfloat16's, which
+    transformers rounds them to."""
+    pytest.importorskip("transformers", reason="the live comparison needs the extra gemma2[transformers]")
+    pytest.importorskip("accelerate", reason="transformers needs it for GGUF")
+    target, tensors = tmp_path / form, tensors_of(tiny(vocab_size=4096, query_pre_attn_scalar=16).bfloat16())
+    gemma2.convert(
+        folder(tensors=tensors, query_pre_attn_scalar=16), target.parent if target.parent != tmp_path else target
+    )
+    for dtype in DTYPES.values():
+        check_equal(open_reference("transformers", target, dtype), open_reference("self", target, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_we_ourselves_show_every_site_and_keep_what_is_promised(dtype: torch.dtype, folder: Folder) -> None:
+    path = folder()
+    peer = open_reference("self", path, dtype)
+    assert peer.sites == sites(peer.config).keys()
+    check_reference(peer, gemma2.Gemma2Config.from_file(path / "config.json"))
+
+
+@pytest.mark.parametrize("numerics", ["transformers", "gemma_pytorch", "llama.cpp"])
+def test_we_ourselves_with_other_numerics_keep_what_is_promised(numerics: str, folder: Folder) -> None:
+    path = folder()
+    peer = open_reference(f"self:dtype=float32,device=cpu,numerics={numerics}", path)
+    assert numerics in peer.system
+    # llama.cpp's GELU is looked up by a 16-bit number, so an ulp of its input can become 2**-11 of its output.
+    within = 1e-3 if numerics == "llama.cpp" else 0.0
+    check_reference(peer, gemma2.Gemma2Config.from_file(path / "config.json"), within)
+    plain = open_reference("self", path).run(ROW, ["logits"])["logits"]
+    assert torch.equal(peer.run(ROW, ["logits"])["logits"], plain) == (numerics == "transformers")
+
+
+def test_our_own_dtype_and_checkpoint_are_those_asked_for(folder: Folder) -> None:
+    path = folder()
+    assert open_reference("self", path).dtype == torch.float32
+    assert open_reference("self", path, torch.bfloat16).dtype == torch.bfloat16
+    assert open_reference("self:dtype=float64", path, torch.bfloat16).dtype == torch.float64
+    other = folder("a,b", tensors=tensors_of(tiny(seed=1, vocab_size=4096)))
+    found, expected = (open_reference(spec, path).run(ROW, ["logits"]) for spec in ("self", f"self:model={other}"))
+    assert not torch.allclose(found["logits"], expected["logits"], atol=1)
+
+
+def test_llama_cpp_numerics_round_by_the_types_in_the_file() -> None:
+    path = POCKET / "pocket-q8_0.gguf"
+    as_file = open_reference("self:numerics=llama.cpp", path)
+    assert as_file.dtype == torch.float32 and "float32" in as_file.system
+    dequantized = open_reference("self:dtype=float32", path)
+    first = "blocks.0.mlp.hook_pre"
+    found, expected = (peer.run(ROW[:20], [first])[first] for peer in (as_file, dequantized))
+    assert 1e-3 < (found - expected).norm() / expected.norm() < 0.1
+
+
+@pytest.fixture
+def trace(folder: Folder, tmp_path: Path) -> tuple[Path, Path]:
+    """A model and a trace of some of its sites."""
+    path, file = folder(), tmp_path / "trace.safetensors"
+    model = gemma2.load(path, device="cpu").model
+    about = About("another program 1.0", "float32", model.config, {"torch": torch.__version__})
+    writer = TraceWriter(file, about, ROW, ["blocks.*.hook_resid_post", "logits"], torch.float32)
+    with torch.no_grad(), writer as opened, watching(model, opened.add, opened.sites):
+        model(torch.tensor([ROW]))
+    return path, file
+
+
+def test_a_trace_answers_for_its_own_ids_alone(trace: tuple[Path, Path]) -> None:
+    path, file = trace
+    ours = open_reference("self", path)
+    for spec in (str(file), f"trace:{file}"):
+        peer = open_reference(spec, path)
+        assert (peer.system, peer.dtype, peer.longest) == ("another program 1.0", torch.float32, len(ROW))
+        assert peer.config == ours.config and len(peer.sites) == 5
+        found, expected = (each.run(ROW, peer.sites) for each in (peer, ours))
+        assert all(torch.equal(found[name], expected[name]) for name in peer.sites)
+    asked: list[Callable[[], Any]] = [
+        lambda: peer.run(ROW[:-1], ["logits"]),
+        lambda: peer.with_window(WINDOW),
+        lambda: peer.cached(ROW, [60]),
+        lambda: peer.batched(ROWS),
+    ]
+    for ask in asked:
+        with pytest.raises(CannotDo, match=r"trace\.safetensors: a trace is a record: "):
+            ask()
+    with pytest.raises(CannotDo, match=r"another program 1\.0 does not show hook_embed"):
+        peer.run(ROW, ["hook_embed"])
+
+
+def test_a_trace_of_another_model_or_dtype_or_cut_short_is_refused(trace: tuple[Path, Path], folder: Folder) -> None:
+    path, file = trace
+    with pytest.raises(BadModelFile, match=r"another model than .*shallow: its num_hidden_layers is 4, not 2"):
+        open_reference(str(file), folder("shallow", num_hidden_layers=2))
+    with pytest.raises(BadModelFile, match=r"another model than .*: its vocab_size is 4096, not 1024"):
+        open_reference(str(file), DATA) if DATA.is_dir() else pytest.skip("shared/data/parity-model is not here")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(BadModelFile, match="not a whole safetensors file"):
+        open_reference(str(file), path)
+    file.write_bytes(whole.replace(b'"dtype":"float32"', b'"dtype":"floatXX"'))
+    with pytest.raises(BadModelFile, match="dtype 'floatXX' is not one of"):
+        open_reference(str(file), path)
+    with pytest.raises(BadModelFile, match="no such file"):
+        open_reference("trace:nowhere", path)
+
+
+def test_a_reference_with_another_vocabulary_or_depth_is_refused(folder: Folder) -> None:
+    path, other = folder(), folder("other", num_hidden_layers=3)
+    with pytest.raises(
+        BadModelFile, match=rf"self:model=.*: another model than {path}: its num_hidden_layers is 3, not 4"
+    ):
+        open_reference(f"self:model={other}", path)
+    with pytest.raises(BadModelFile, match="its num_hidden_layers is 6, not 4"):
+        open_reference(f"self:model={POCKET}", path)
+
+
+def test_specs_that_name_nothing_are_refused_with_the_cure(folder: Folder) -> None:
+    path = folder()
+    for spec in ("mlx", "", "gemma_pytorch", "transformers:4", "llama.cpp:x"):
+        with pytest.raises(
+            ValueError, match=r"no reference .*; there are transformers, llama\.cpp, gemma_pytorch:FOLDER"
+        ):
+            open_reference(spec, path)
+    for spec in ("dtpye=float32", "dtype", "dtype=", "dtype=float32,dtype=float32"):
+        with pytest.raises(
+            ValueError, match=r"give dtype=\.\.\., device=\.\.\., numerics=\.\.\., model=\.\.\., each once"
+        ):
+            open_reference(f"self:{spec}", path)
+    with pytest.raises(ValueError, match="dtype is not one of float32, bfloat16, float64"):
+        open_reference("self:dtype=int8", path)
+    with pytest.raises(ValueError, match="device 'nowhere' is not available here"):
+        open_reference("self:device=nowhere", path)
+    with pytest.raises(ValueError, match="numerics 'mlx' is not one of"):
+        open_reference("self:numerics=mlx", path)
+    for spec, place in (("self:model=nowhere", path), ("self", Path("nowhere"))):
+        with pytest.raises(BadModelFile, match="nowhere: no such file or folder"):
+            open_reference(spec, place)
+
+
+@pytest.mark.parametrize("spec, peer, extra", [("transformers", "transformers", "transformers")])
+def test_a_peer_that_is_not_installed_is_named_with_its_extra(
+    spec: str, peer: str, extra: str, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == peer]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, f"gemma2.parity.references.{peer}", raising=False)
+    importing = builtins.__import__
+
+    def without(name: str, *args: Any, **named: Any) -> Any:
+        if name.split(".")[0] == peer:
+            raise ImportError(f"No module named {name!r}")
+        return importing(name, *args, **named)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=rf"is not installed: pip install 'gemma2\[{extra}\]'"):
+        open_reference(spec, folder())
