@@ -13,20 +13,30 @@ from gemma2.generate import MAX_NEW_TOKENS, Gemma, Stats, checked_stops
 from gemma2.load import check_device, check_dtype, load
 from gemma2.sampling import Sampling, checked_count
 
+SOURCE = "hub name (owner/repo, or owner/repo:FILE.gguf), folder or file"
+
 
 def add_options(parser: argparse.ArgumentParser, new_tokens: int = MAX_NEW_TOKENS) -> None:
+    """Model, sampling and what every command has."""
+    model = add_model_options(parser)
+    model.add_argument("--model", metavar="M", help=f"{SOURCE}; default: the pocket model inside")
+    add_sampling_options(parser, new_tokens)
+    add_common_options(parser)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """How a model is loaded. Which one is the caller's to ask for, as `--model` or as an argument called `model`."""
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        metavar="M",
-        help="hub name (owner/repo, or owner/repo:FILE.gguf), folder or file; default: the pocket model inside",
-    )
     model.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.model elsewhere than beside the weights")
     model.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub name")
     model.add_argument("--device", metavar="D", help="cuda, mps or cpu; default: the best present")
     model.add_argument("--dtype", metavar="T", help="bfloat16, float32 or float64; default: the checkpoint's own")
     model.add_argument("--force-float16", action="store_true", help="allow --dtype float16, which overflows")
     model.add_argument("--allow-nonfinite", action="store_true", help="take weights with NaN or infinity in them")
+    return model
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, new_tokens: int) -> None:
     sampling = parser.add_argument_group("sampling (greedy without --temperature)")
     sampling.add_argument("-n", "--max-new-tokens", type=int, default=new_tokens, metavar="N", help=f"[{new_tokens}]")
     sampling.add_argument("--temperature", type=float, default=0.0, metavar="T")
@@ -36,6 +46,9 @@ def add_options(parser: argparse.ArgumentParser, new_tokens: int = MAX_NEW_TOKEN
     sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
     sampling.add_argument("--seed", type=int, metavar="S")
     sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable")
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="timings and memory on standard error")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
 

@@ -1,7 +1,8 @@
 """Traces: what one system computed at named sites for given ids, in a file that any system can write.
 
 A trace is a safetensors file. Its tensors are `ids`, int64 [t], and the sites under the names of `research/sites.py`,
-each without the batch axis. Its metadata, all strings, say what it is of (`docs/traces.md` has an example):
+each without the batch axis, in whatever float type it was computed. Its metadata, all strings, say what it is of
+(`docs/traces.md` has an example):
 
     format   "gemma2-trace 1"
     system   who computed it, as "transformers 5.23.0 eager"
@@ -12,8 +13,12 @@ each without the batch axis. Its metadata, all strings, say what it is of (`docs
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
-from collections.abc import Iterable, Mapping
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,19 +30,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gemma2.atomic import replacing
+from gemma2.checkpoints.weights import refuse_foreign
 from gemma2.config import Gemma2Config
-from gemma2.errors import BadModelFile
+from gemma2.errors import BadModelFile, NonFiniteError
+from gemma2.model import Gemma2
+from gemma2.research.capture import capture
 from gemma2.research.sites import chosen, sites
 
 FORMAT = "gemma2-trace 1"
 IDS = "ids"
-NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-}
+STORED = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's name -> safetensors'
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# They change no value of a forward pass over so few positions.
+ASIDE = ("max_position_embeddings",)
 
 
 @dataclass(frozen=True)
@@ -59,48 +64,67 @@ class TraceWriter:
 
     Args:
         ids: of one row.
-        patterns: the sites it will hold, each of which must be added once.
-        dtype: of all sites, or by name.
+        patterns: the sites it will hold, each of which must be added.
+        dtype: of all sites, or by site (see `dtypes`).
+        force: replace a file that is there.
     Raises:
-        ValueError: a pattern that names no site.
-        OSError: the file cannot be written, or there is no space for it.
+        ValueError: a pattern that names no site, or ids that are none.
+        FileExistsError: the file is there, on entering.
+        OSError: the file cannot be written, or there is no space for it, on entering.
+        RuntimeError: a site was not added, on leaving.
     """
 
     def __init__(
-        self, path: Path, about: About, ids: list[int], patterns: Iterable[str] | str, dtype: torch.dtype
+        self,
+        path: Path,
+        about: About,
+        ids: Sequence[int],
+        patterns: Iterable[str] | str,
+        dtype: torch.dtype | Mapping[str, torch.dtype],
+        force: bool = False,
     ) -> None:
-        self.about, self.dtype = about, dtype
-        self._ids = torch.tensor(ids)
-        self._wanted = chosen(about.config, patterns)
-        self._shapes = {name: site.sizes(about.config, len(ids))[1:] for name, site in self._wanted.items()}
-        self._missing = set(self._wanted)
-        self._path, self._stack = path, ExitStack()
+        wrong = [i for i in ids if not 0 <= i < about.config.vocab_size]
+        if wrong or not len(ids):
+            raise ValueError(f"id {wrong[0]} is outside the vocabulary" if wrong else "a trace needs at least one id")
+        self.about, self.force = about, force
+        self._ids = torch.tensor(list(ids), dtype=torch.int64)
+        wanted = chosen(about.config, patterns)
+        self._shapes = {name: torch.Size(site.sizes(about.config, len(ids))[1:]) for name, site in wanted.items()}
+        self._dtypes = {name: dtype if isinstance(dtype, torch.dtype) else dtype[name] for name in wanted}
+        self._missing = set(wanted)
+        self._path, self._stack = Path(path), ExitStack()
 
     @property
     def sites(self) -> list[str]:
-        return list(self._wanted)
+        return list(self._shapes)
 
     @property
     def bytes(self) -> int:
         """Of the data."""
-        return sum(torch.Size(shape).numel() for shape in self._shapes.values()) * self.dtype.itemsize
+        return self._ids.nbytes + sum(self._size(name) for name in self._shapes)
 
     def __enter__(self) -> TraceWriter:
+        check_target(self._path, self.force, self.bytes)
         described: dict[str, Any] = {"__metadata__": self._metadata()}
         end = self._ids.nbytes
-        described[IDS] = {"dtype": NAMES[self._ids.dtype], "shape": list(self._ids.shape), "data_offsets": [0, end]}
+        described[IDS] = {"dtype": "I64", "shape": list(self._ids.shape), "data_offsets": [0, end]}
         self._places: dict[str, int] = {}
         for name, shape in self._shapes.items():
-            size = torch.Size(shape).numel() * self.dtype.itemsize
-            described[name] = {"dtype": NAMES[self.dtype], "shape": list(shape), "data_offsets": [end, end + size]}
-            self._places[name], end = end, end + size
+            kind, start = STORED[_named(self._dtypes[name])], end
+            end += self._size(name)
+            described[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
+            self._places[name] = start
         header = json.dumps(described, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
-        (partial,) = self._stack.enter_context(replacing(self._path))
-        self._file = self._stack.enter_context(partial.open("wb"))
         self._start = 8 + len(header)
-        self._file.write(len(header).to_bytes(8, "little") + header + self._ids.numpy().tobytes())
-        self._file.truncate(self._start + end)
+        with self._stack:  # undone if what follows fails
+            (partial,) = self._stack.enter_context(
+                replacing(self._path, last=lambda: check_target(self._path, self.force))
+            )
+            self._file = self._stack.enter_context(partial.open("wb"))
+            self._file.write(len(header).to_bytes(8, "little") + header + self._ids.numpy().tobytes())
+            self._reserve(self._start + end)
+            self._stack = self._stack.pop_all()
         return self
 
     def __exit__(
@@ -117,14 +141,31 @@ class TraceWriter:
 
         Raises:
             ValueError: another shape than the config gives.
+            NonFiniteError: NaN, which no reader would take.
         """
         shape = self._shapes[name]
-        if tuple(value.shape) not in (shape, (1, *shape)):
+        if value.shape not in (shape, (1, *shape)):
             raise ValueError(f"{name} is {list(value.shape)}, and must be {list(shape)}")
+        if value.isnan().any():
+            raise NonFiniteError(f"{self._path}: {name} was computed as NaN, so no trace is written")
+        plain = value.detach().to("cpu", self._dtypes[name]).contiguous()
         self._file.seek(self._start + self._places[name])
-        plain = value.detach().to("cpu", self.dtype).contiguous()
-        self._file.write(plain.view(torch.uint8).numpy().tobytes())
+        self._file.write(plain.flatten().view(torch.uint8).numpy().data)
         self._missing.discard(name)
+
+    def _reserve(self, size: int) -> None:
+        """Room for all of it now, so that a disk cannot fill halfway; only a size where the system has no such call."""
+        self._file.truncate(size)
+        if hasattr(os, "posix_fallocate"):
+            self._file.flush()
+            try:
+                os.posix_fallocate(self._file.fileno(), 0, size)
+            except OSError as error:
+                if error.errno in FULL:
+                    raise OSError(f"{self._path}: {error.strerror}; make room or choose another place") from None
+
+    def _size(self, name: str) -> int:
+        return self._shapes[name].numel() * self._dtypes[name].itemsize
 
     def _metadata(self) -> dict[str, str]:
         return {
@@ -148,42 +189,120 @@ class Trace:
         try:
             self._file = safe_open(self.path, framework="pt", device="cpu").__enter__()
             stated = self._file.metadata() or {}
-            self.names = [name for name in self._file.keys() if name != IDS]  # noqa: SIM118  (no mapping)
-            has_ids = IDS in self._file.keys()  # noqa: SIM118
+            kept = set(self._file.keys())
         except FileNotFoundError:
             raise BadModelFile(f"{path}: no such file") from None
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
+            refuse_foreign(self.path)
             raise BadModelFile(f"{path}: not a whole safetensors file ({error})") from None
         if stated.get("format") != FORMAT:
             raise BadModelFile(f"{path}: no trace: its metadata do not say format {FORMAT!r}")
-        try:
-            config = Gemma2Config.from_dict(json.loads(stated["config"]), where=f"{path}: config")
-            versions = json.loads(stated.get("versions", "{}"))
-            self.about = About(stated["system"], stated["dtype"], config, versions)
-        except (KeyError, ValueError) as error:
-            raise BadModelFile(f"{path}: its metadata must state system, dtype and config ({error})") from None
-        if not has_ids:
+        self.about = self._read_about(stated)
+        if IDS not in kept:
             raise BadModelFile(f"{path}: no tensor {IDS!r}: what it was computed from is unknown")
-        self.ids: list[int] = self._file.get_tensor(IDS).tolist()
-        self._check()
+        self.ids = self._read_ids()
+        known = sites(self.about.config)
+        unknown = sorted(kept - known.keys() - {IDS})
+        if unknown:
+            raise BadModelFile(
+                f"{path}: {unknown[0]!r} is no site of a Gemma 2 of this config (gemma2 trace --list shows all)"
+            )
+        self.names = [name for name in known if name in kept]  # in the order of computation
+        for name in self.names:
+            part = self._file.get_slice(name)
+            wanted = list(known[name].sizes(self.about.config, len(self.ids))[1:])
+            if part.get_shape() != wanted:
+                raise BadModelFile(f"{path}: {name} is {part.get_shape()}, and its ids and config make it {wanted}")
+            if part.get_dtype() not in STORED.values():
+                raise BadModelFile(f"{path}: {name} is {part.get_dtype()}, and must be one of {', '.join(STORED)}")
 
     def __getitem__(self, name: str) -> Tensor:
-        """The value of a site, without the batch axis. Raises KeyError for one that is not there."""
+        """The value of a site, without the batch axis.
+
+        Raises:
+            KeyError: a site that is not there.
+            BadModelFile: it holds NaN.
+        """
         if name not in self.names:
             raise KeyError(name)
         tensor: Tensor = self._file.get_tensor(name)
+        if tensor.isnan().any():
+            where = tensor.isnan().nonzero()[0].tolist()
+            raise BadModelFile(f"{self.path}: {name} is NaN at {where}: {self.about.system} failed to compute it")
         return tensor
 
     def __contains__(self, name: object) -> bool:
         return name in self.names
 
-    def _check(self) -> None:
-        known = sites(self.about.config)
-        unknown = [name for name in self.names if name not in known]
-        if unknown:
-            raise BadModelFile(f"{self.path}: {len(unknown)} sites that no Gemma 2 of this config has: {unknown[0]}")
-        for name in self.names:
-            wanted = list(known[name].sizes(self.about.config, len(self.ids))[1:])
-            found = self._file.get_slice(name).get_shape()
-            if found != wanted:
-                raise BadModelFile(f"{self.path}: {name} is {found}, and its ids and config make it {wanted}")
+    def refuse_other(self, config: Gemma2Config, where: str) -> None:
+        """Raises BadModelFile if the trace is of a model with another config than `where` has; names what differs."""
+        ours, theirs = dataclasses.asdict(self.about.config), dataclasses.asdict(config)
+        differ = [name for name in ours if ours[name] != theirs[name] and name not in ASIDE]
+        if differ:
+            listed = ", ".join(f"{name} {_short(ours[name])} against {_short(theirs[name])}" for name in differ[:3])
+            raise BadModelFile(f"{self.path}: is of another model than {where}: {listed}")
+
+    def _read_about(self, stated: Mapping[str, str]) -> About:
+        missing = [name for name in ("system", "dtype", "config") if name not in stated]
+        if missing:
+            raise BadModelFile(f"{self.path}: its metadata do not state {', '.join(missing)}")
+        if stated["dtype"] not in STORED:
+            raise BadModelFile(f"{self.path}: dtype {stated['dtype'][:50]!r} is not one of {', '.join(STORED)}")
+        config = Gemma2Config.from_dict(self._json("config", stated["config"]), where=f"{self.path}: config")
+        versions = self._json("versions", stated.get("versions", "{}"))
+        if not isinstance(versions, dict) or not all(isinstance(value, str) for value in versions.values()):
+            raise BadModelFile(f"{self.path}: its versions must be a JSON object of strings")
+        return About(stated["system"], stated["dtype"], config, versions)
+
+    def _json(self, name: str, text: str) -> Any:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BadModelFile(f"{self.path}: its {name} is not valid JSON ({error})") from None
+
+    def _read_ids(self) -> list[int]:
+        part, vocab = self._file.get_slice(IDS), self.about.config.vocab_size
+        shape, kind = part.get_shape(), part.get_dtype()
+        if kind != "I64" or len(shape) != 1 or not shape[0]:
+            raise BadModelFile(f"{self.path}: ids are {kind} {shape}, and must be I64 [t], at least one")
+        ids: list[int] = self._file.get_tensor(IDS).tolist()
+        wrong = [i for i in ids if not 0 <= i < vocab]
+        if wrong:
+            raise BadModelFile(f"{self.path}: id {wrong[0]} is outside the vocabulary [0, {vocab})")
+        return ids
+
+
+def check_target(path: Path, force: bool = False, needed: int = 0) -> None:
+    """Raises OSError where a file of so many bytes cannot be written, saying why; before anything is computed."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder to write to")
+    if path.is_dir():
+        raise FileExistsError(f"{path}: is a folder; give the trace a name of its own")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder}: cannot be written to")
+    if not force and os.path.lexists(path):
+        raise FileExistsError(f"{path}: is there already; --force (force=True) replaces it")
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{folder}: {needed / 1e9:.3g} GB are needed there, and {free / 1e9:.3g} GB are free")
+
+
+@torch.no_grad()
+def dtypes(model: Gemma2, patterns: Iterable[str] | str = "*") -> dict[str, torch.dtype]:
+    """The dtype in which a model computes each site (what a norm holds inside is wider than what comes out of it).
+    It runs the model over one token."""
+    with capture(model, patterns) as seen:
+        model(torch.zeros(1, 1, dtype=torch.int64, device=model.model.embed_tokens.weight.device))
+    return {name: value.dtype for name, value in seen.items()}
+
+
+def _named(dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if name not in STORED:
+        raise ValueError(f"a trace holds {', '.join(STORED)}, not {name}")
+    return name
+
+
+def _short(value: object) -> str:
+    return str(value) if len(str(value)) < 40 else f"{str(value)[:40]}..."

@@ -1,8 +1,8 @@
 """Every place of the forward pass that can be seen: TransformerLens's name for it, its shape, whose output it is.
 
 One table, used by whatever observes, edits or compares. A site is always the output of a module, so a plain PyTorch
-hook reaches it too. Names are TransformerLens's where it has one; new are `hook_scores_raw`, `ln1`, `ln2`,
-`ln_final`, `logits_raw` and `logits`.
+hook reaches it too. Names are TransformerLens's where it has one; new are `hook_scores_raw`, `hook_inv_scale` (the
+reciprocal of its `hook_scale`), `ln1`, `ln2`, `ln_final`, `logits_raw` and `logits`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Site:
 
     Attributes:
         name: as in TransformerLens.
-        module: the module whose output it is, by its path in `Gemma2`.
+        module: the module whose output it is, by its path in `Gemma2` or, in the table, in its layer.
         shape: in the letters of `ops.py`.
         what: in words.
     """
@@ -44,15 +44,23 @@ class Site:
             "c": config.head_dim,
             "f": config.intermediate_size,
             "v": config.vocab_size,
+            "1": 1,
         }
         return tuple(letters[letter] for letter in self.shape.split())
+
+    @property
+    def path(self) -> str:
+        """The module's path in `Gemma2`, with {i} for the layer in the table's rows."""
+        inside = LAYER in self.name and not self.module.startswith("model.")
+        return f"model.layers.{LAYER}.{self.module}".rstrip(".") if inside else self.module
 
 
 # In the order in which a pass computes them.
 TABLE = (
     Site("hook_embed", "model.embed_tokens", "b t d", "the embedding, scaled"),
-    Site("blocks.{i}.hook_resid_pre", "model.layers.{i-1}", "b t d", "the stream before the block"),
-    Site("blocks.{i}.ln1.hook_normalized", "input_layernorm.hook_normalized", "b t d", "normalised, before the gain"),
+    Site("blocks.{i}.hook_resid_pre", "model.layers.{i-1}", "b t d", "the stream before it; 0: model.embed_tokens"),
+    Site("blocks.{i}.ln1.hook_inv_scale", "input_layernorm.hook_inv_scale", "b t 1", "1 / its rms"),
+    Site("blocks.{i}.ln1.hook_normalized", "input_layernorm.hook_normalized", "b t d", "times that, before the gain"),
     Site("blocks.{i}.ln1", "input_layernorm", "b t d", "what attention reads"),
     Site("blocks.{i}.attn.hook_q", "self_attn.hook_q", "b t h c", "queries before rotation"),
     Site("blocks.{i}.attn.hook_k", "self_attn.hook_k", "b t g c", "keys before rotation"),
@@ -63,22 +71,47 @@ TABLE = (
     Site("blocks.{i}.attn.hook_attn_scores", "self_attn.attend.hook_attn_scores", "b h t s", "capped and masked"),
     Site("blocks.{i}.attn.hook_pattern", "self_attn.attend.hook_pattern", "b h t s", "after the softmax"),
     Site("blocks.{i}.attn.hook_z", "self_attn.attend.hook_z", "b t h c", "each head's mix of values"),
-    Site("blocks.{i}.ln1_post.hook_normalized", "post_attention_layernorm.hook_normalized", "b t d", "so too"),
+    Site("blocks.{i}.ln1_post.hook_inv_scale", "post_attention_layernorm.hook_inv_scale", "b t 1", "1 / its rms"),
+    Site(
+        "blocks.{i}.ln1_post.hook_normalized",
+        "post_attention_layernorm.hook_normalized",
+        "b t d",
+        "times that, before the gain",
+    ),
     Site("blocks.{i}.hook_attn_out", "post_attention_layernorm", "b t d", "what attention adds to the stream"),
     Site("blocks.{i}.hook_resid_mid", "hook_resid_mid", "b t d", "the stream between the halves"),
-    Site("blocks.{i}.ln2.hook_normalized", "pre_feedforward_layernorm.hook_normalized", "b t d", "so too"),
+    Site("blocks.{i}.ln2.hook_inv_scale", "pre_feedforward_layernorm.hook_inv_scale", "b t 1", "1 / its rms"),
+    Site(
+        "blocks.{i}.ln2.hook_normalized",
+        "pre_feedforward_layernorm.hook_normalized",
+        "b t d",
+        "times that, before the gain",
+    ),
     Site("blocks.{i}.ln2", "pre_feedforward_layernorm", "b t d", "what the MLP reads"),
     Site("blocks.{i}.mlp.hook_pre", "mlp.gate_proj", "b t f", "the gate before GELU"),
     Site("blocks.{i}.mlp.hook_pre_linear", "mlp.up_proj", "b t f", "what the gate multiplies"),
     Site("blocks.{i}.mlp.hook_post", "mlp.hook_post", "b t f", "their product"),
-    Site("blocks.{i}.ln2_post.hook_normalized", "post_feedforward_layernorm.hook_normalized", "b t d", "so too"),
+    Site("blocks.{i}.ln2_post.hook_inv_scale", "post_feedforward_layernorm.hook_inv_scale", "b t 1", "1 / its rms"),
+    Site(
+        "blocks.{i}.ln2_post.hook_normalized",
+        "post_feedforward_layernorm.hook_normalized",
+        "b t d",
+        "times that, before the gain",
+    ),
     Site("blocks.{i}.hook_mlp_out", "post_feedforward_layernorm", "b t d", "what the MLP adds to the stream"),
     Site("blocks.{i}.hook_resid_post", "", "b t d", "the stream after the block"),
-    Site("ln_final.hook_normalized", "model.norm.hook_normalized", "b t d", "normalised, before the gain"),
+    Site("ln_final.hook_inv_scale", "model.norm.hook_inv_scale", "b t 1", "1 / its rms"),
+    Site("ln_final.hook_normalized", "model.norm.hook_normalized", "b t d", "times that, before the gain"),
     Site("ln_final", "model.norm", "b t d", "what the head reads"),
     Site("logits_raw", "lm_head", "b t v", "before the cap"),
     Site("logits", "softcap", "b t v", "capped"),
 )
+
+
+def listing() -> list[tuple[str, str, str, str]]:
+    """The table for people: name, shape, module, words; those after the first row are one a site."""
+    rows = [(site.name, f"[{site.shape}]", site.path, site.what) for site in TABLE]
+    return [("site", "shape", "output of", "what it is"), *rows]
 
 
 def sites(config: Gemma2Config) -> dict[str, Site]:
