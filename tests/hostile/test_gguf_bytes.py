@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -13,7 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gemma2.checkpoints.gguf import GGUF
+import pytest
+
+import gemma2
+from gemma2.checkpoints.gguf import GGUF, read_header
 from tests.gguf_files import small, tiny_model
 from tests.hostile.child import ROOT, attempts, complaints, in_a_child
 from tests.hostile.gguf_mutations import mutated, read
@@ -120,3 +124,44 @@ def test_twenty_thousand_damaged_files_are_refused_or_sound() -> None:
     counts = re.fullmatch(r"20,000 files in .*: ([\d,]+) refused, ([\d,]+) accepted; .*\n", done.stdout)
     assert counts is not None, done.stdout
     assert all(int(count.replace(",", "")) > 1000 for count in counts.groups())
+
+
+FAR = struct.pack("<Q", 2**63)
+KEY_AT, NAME_AT = TENSORS.index(b"general.name"), TENSORS.index(b"b.weight")
+FIELDS = {  # byte of a field -> what it is, and what stands there in place of the right thing
+    "magic": (0, b"GGML"),
+    "version": (4, struct.pack("<I", 9)),
+    "tensor count": (8, FAR),
+    "key/value count": (16, FAR),
+    "key length": (KEY_AT - 8, FAR),
+    "key": (KEY_AT, b"general\xff"),
+    "value type": (KEY_AT + 12, struct.pack("<I", 99)),
+    "text length": (KEY_AT + 16, FAR),
+    "text": (KEY_AT + 24, b"\xff"),
+    "length of an array": (TENSORS.index(b"tokens") + 6 + 8, FAR),
+    "length of its second element": (TENSORS.index(b"<eos>") - 8, FAR),
+    "its second element": (TENSORS.index(b"<eos>"), b"\xff"),
+    "flag": (TENSORS.index(b"add_bos_token") + 13 + 4, b"\7"),
+    "name length": (NAME_AT - 8, FAR),
+    "name": (NAME_AT, b"\xff"),
+    "dimensions": (NAME_AT + 8, struct.pack("<I", 9)),
+    "shape": (NAME_AT + 12, bytes(8)),
+    "type": (NAME_AT + 28, struct.pack("<I", 99)),
+    "offset": (NAME_AT + 32, FAR),
+    "what lies behind the last tensor": (len(TENSORS), bytes(100)),
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_refusal_names_the_byte_where_the_field_begins(field: str, tmp_path: Path) -> None:
+    place, wrong = FIELDS[field]
+    path = tmp_path / "wrong.gguf"
+    path.write_bytes(TENSORS[:place] + wrong + TENSORS[place + len(wrong) :])
+    with pytest.raises(gemma2.BadModelFile, match=rf"wrong\.gguf: byte {place:,}: "):
+        read_header(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").is_file(), reason="no file here that can be opened and not be read")
+def test_a_file_that_cannot_be_read_is_refused() -> None:
+    with pytest.raises(gemma2.BadModelFile, match=r"/proc/self/mem: cannot be read \(Input/output error\)"):
+        read_header("/proc/self/mem")
