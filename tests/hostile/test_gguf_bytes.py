@@ -128,7 +128,7 @@ def test_twenty_thousand_damaged_files_are_refused_or_sound() -> None:
 
 FAR = struct.pack("<Q", 2**63)
 KEY_AT, NAME_AT = TENSORS.index(b"general.name"), TENSORS.index(b"b.weight")
-FIELDS = {  # byte of a field -> what it is, and what stands there in place of the right thing
+FIELDS = {  # field -> the byte where it begins, and what stands there in place of the right thing
     "magic": (0, b"GGML"),
     "version": (4, struct.pack("<I", 9)),
     "tensor count": (8, FAR),
