@@ -1,40 +1,55 @@
 """Site by site, how far another system is from the truth, and whether rounding can take it there.
 
 The truth is this model in float64. The yardstick is the same model in the other system's dtype: whoever computes
-Gemma 2 in that dtype, in whatever order, is about as far from the truth. A system that is farther by more than FACTOR
-computes something else, and the first such site in the order of computation is where.
+Gemma 2 in that dtype, in whatever order, errs about as much. What errs more computes something else.
 
-Two distances are judged, since a mistake can hide in either: the size of the error, and the part of it that is the same
-for every token (a gain per channel), which rounding has not: over t tokens its average shrinks by sqrt(t).
+The error is judged place by place, not as it piles up: the truth is computed once more with every value that the other
+system shows put in the place of ours, so that each site is predicted from the other system's own values just before it.
+A mistake then shows at its own place and at no other, however deep, and however chaotic what follows from it. Sites
+that a system does not show are judged together with the next one that it does; of logits alone, the whole model is one.
+
+Two sizes are judged, since a mistake can hide in either: that of the error, and that of the part which all tokens have
+in common (a gain for each channel). Rounding has none: over t tokens its average shrinks by sqrt(t).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-FACTOR = 4.0  # times the yardstick's error; see docs/parity.md for what it lets through and what it finds
+from gemma2.model import Gemma2
+from gemma2.research.capture import capture
+from gemma2.research.sites import sites
+
+# Times the yardstick's error. Rounding in another order was seen to reach 1.2 in size and 2.8 in gain over some ten
+# thousand sites; docs/parity.md has the table of what these let through and what they find.
+SIZE_FACTOR, GAIN_FACTOR = 2.0, 3.5
 MASKED = -1e4  # a score below it is one that the softmax never sees; the caps keep real ones within +-50
-ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 SCORES = "hook_attn_scores"
+FEWEST = 8  # channels
+
+Values = Mapping[str, Tensor]  # site -> value without the batch axis
 
 
 @dataclass(frozen=True)
 class Row:
-    """One site. Errors are against the truth; `own` ones are the yardstick's.
+    """One site.
 
     Attributes:
-        largest: of |other - truth|.
-        relative: rms of other - truth, by the rms of the truth.
-        cosine: between other and truth.
-        gain: rms over channels of the relative error that is common to all tokens.
-        ratio: how many times the yardstick's error it is, by size or by gain, whichever is more.
-        finite: whether every value of the other system is.
+        largest, relative, cosine: the whole distance to the truth, all that came before included: of |other - truth|;
+            rms of other - truth by the rms of the truth; between the two.
+        own_relative: the same of the yardstick.
+        size, gain: the error made at this place: rms by the truth's rms, and the part that all tokens share.
+        own_size, own_gain: the same of the yardstick.
+        why: what is wrong beyond size: other keys are masked, or values that are not finite; else empty.
     """
 
     site: str
@@ -42,25 +57,33 @@ class Row:
     relative: float
     own_relative: float
     cosine: float
+    size: float
+    own_size: float
     gain: float
     own_gain: float
-    ratio: float
-    finite: bool = True
+    why: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """How many times the error that rounding explains: above 1 it is something else."""
+        by_size = self.size / self.own_size / SIZE_FACTOR
+        return math.inf if self.why else max(by_size, self.gain / self.own_gain / GAIN_FACTOR)
 
     @property
     def parts(self) -> bool:
-        """Whether this is no rounding."""
-        return not self.finite or not self.ratio <= FACTOR
+        """Whether the two systems part here."""
+        return not self.ratio <= 1
 
 
 @dataclass(frozen=True)
 class LogitsRow:
-    """What the difference means for predictions, averaged over positions.
+    """What the difference means for predictions.
 
     Attributes:
-        kl: mean and largest Kullback-Leibler divergence from the truth's distribution, in nats.
-        flips: positions whose most likely token is another.
-        margin: largest gap, over those flips, between the truth's two most likely logits; None without flips.
+        kl_mean, kl_largest: Kullback-Leibler divergence from the truth's distribution over positions, in nats.
+        flips: positions, of so many, whose most likely token is another.
+        margin: the largest gap, over those flips, between the truth's two most likely logits; None without flips.
+        largest: |logit| of the other system.
     """
 
     kl_mean: float
@@ -68,54 +91,146 @@ class LogitsRow:
     flips: int
     positions: int
     margin: float | None
+    largest: float
 
 
-def compare(
-    truth: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
-    other: Mapping[str, Tensor],
-    dtype: torch.dtype,
-    names: Iterable[str],
-) -> list[Row]:
-    """A row for each of `names`, in that order.
+def compare(model: Gemma2, ids: list[int], other: Values, theirs: Gemma2 | None = None) -> list[Row]:
+    """A row for every site of `other`, in the order of computation.
 
     Args:
-        truth, own, other: site -> value without the batch axis. Where `other` has fewer positions than the truth, they
-            are its last.
-        dtype: in which `own` was computed.
+        model: ours, in the dtype that the other system computes in; it is the yardstick, and in float64 the truth.
+        ids: of one row.
+        other: what the other system computed.
+        theirs: the yardstick where it is not `model`: its twin with a numerics profile.
+    Raises:
+        ValueError: a value of another shape than the site's. Fewer positions than ids are taken as the last ones.
     """
-    return [row(name, truth[name], own[name], other[name], dtype) for name in names]
+    tokens = torch.tensor([ids], device=model.model.embed_tokens.weight.device)
+    _check_shapes(model, len(ids), other)
+    with torch.no_grad():
+        with capture(theirs or model) as seen:
+            (theirs or model)(tokens)
+        own = {name: seen[name][0].cpu() for name in sites(model.config) if name in other}
+        truth = predicted(model, tokens, {})
+        from_other, from_own = predicted(model, tokens, other), predicted(model, tokens, own)
+    dtype = model.model.embed_tokens.weight.dtype
+    return [
+        _row(name, truth[name], own[name], other[name].cpu(), from_own[name], from_other[name], UNIT[dtype])
+        for name in own
+    ]
 
 
-def row(name: str, truth: Tensor, own: Tensor, other: Tensor, dtype: torch.dtype) -> Row:
-    """The distances of one site."""
-    count = other.shape[-2]
-    truth, own, other = truth[..., -count:, :].double(), own[..., -count:, :].double(), other.double()
-    finite = bool(other.isfinite().all())
+def predicted(model: Gemma2, tokens: Tensor, given: Values) -> dict[str, Tensor]:
+    """Every site in float64 as it follows from the values `given` for the sites before it, and else from our own."""
+    by_module: dict[str, list[str]] = {}
+    for name, site in sites(model.config).items():
+        by_module.setdefault(site.module, []).append(name)
+    seen: dict[str, Tensor] = {}
+
+    def hook(names: list[str]) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
+        def put(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+            stated = None
+            for name in names:
+                seen[name] = output[0].cpu()
+                if name in given and given[name].shape == output.shape[1:]:
+                    stated = given[name].to(output.device, torch.float64)[None]
+            return stated
+
+        return put
+
+    with ExitStack() as hooks, _in_float64(model):
+        for path, names in by_module.items():
+            hooks.callback(model.get_submodule(path).register_forward_hook(hook(names)).remove)
+        model(tokens)
+    return seen
+
+
+@contextmanager
+def _in_float64(model: Gemma2) -> Iterator[None]:
+    """The model computes in float64 inside: each module's weights are widened while it runs, one module at a time, so
+    that even a large model needs no second copy of itself."""
+    narrow: dict[nn.Module, dict[str, Any]] = {}
+
+    def widen(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        narrow[module] = {name: weight for name, weight in module._parameters.items() if weight is not None}
+        for name, weight in narrow[module].items():
+            module._parameters[name] = nn.Parameter(weight.detach().double(), requires_grad=False)
+        return tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+
+    def restore(module: nn.Module, inputs: Any, output: Any) -> None:
+        module._parameters.update(narrow.pop(module, {}))
+
+    with ExitStack() as hooks:
+        try:
+            for module in model.modules():
+                if module._parameters or module is model.lm_head:  # the head is handed the embedding
+                    hooks.callback(module.register_forward_pre_hook(widen).remove)
+                    # Also after an error, else the model would stay half in float64.
+                    hooks.callback(module.register_forward_hook(restore, always_call=True).remove)
+            yield
+        finally:
+            for module, parameters in narrow.items():
+                module._parameters.update(parameters)
+
+
+def _check_shapes(model: Gemma2, t: int, other: Values) -> None:
+    known = sites(model.config)
+    for name, value in other.items():
+        if name not in known:
+            raise ValueError(f"{name} is no site of this model")
+        wanted = known[name].sizes(model.config, t)[1:]
+        last = (value.shape[0], *wanted[1:]) if value.ndim == 2 and value.shape[0] <= t else wanted
+        if tuple(value.shape) not in (wanted, last):
+            raise ValueError(f"{name} is {list(value.shape)}, and this model's is {list(wanted)}")
+
+
+def _row(
+    name: str, truth: Tensor, own: Tensor, other: Tensor, from_own: Tensor, from_other: Tensor, unit: float
+) -> Row:
+    count = other.shape[0] if other.ndim == 2 else None
+    if count is not None:  # perhaps the last positions alone
+        truth, own, from_own, from_other = (x[-count:] for x in (truth, own, from_own, from_other))
+    truth, own, other, from_own, from_other = (x.double() for x in (truth, own, other, from_own, from_other))
+    why = "" if other.isfinite().all() else "values that are not finite"
     if name.endswith(SCORES):
-        # Whatever stands in a masked place, it is masked in both or the two see different keys.
-        hidden = truth < MASKED
-        finite = not bool(other.isnan().any())
-        if not torch.equal(hidden, other < MASKED):
-            return Row(name, math.inf, math.inf, 0.0, 0.0, math.inf, 0.0, math.inf, finite)
-        truth, own, other = (x.masked_fill(hidden, 0.0) for x in (truth, own, other))
-    scale = truth.square().mean().sqrt().item() or 1.0
-    error, own_error = other - truth, own - truth
-    relative, own_relative = (e.square().mean().sqrt().item() / scale for e in (error, own_error))
-    gain, own_gain = _gain(error, truth), _gain(own_error, truth)
-    unit = ROUNDING[dtype]
-    positions = max(1, truth.numel() // truth.shape[-1])
-    # A yardstick that happens to be exact is taken as half a unit in the last place.
-    ratio = max(relative / max(own_relative, unit / 2), gain / max(own_gain, unit / math.sqrt(positions)))
-    cosine = F.cosine_similarity(other.flatten(), truth.flatten(), dim=0).item()
-    return Row(name, error.abs().max().item(), relative, own_relative, cosine, gain, own_gain, ratio, finite)
+        # Whatever number stands in a masked place, it is masked in both, or the two look at different keys.
+        why = "NaN" if other.isnan().any() else ""
+        masked = truth < MASKED
+        if not torch.equal(masked, other < MASKED):
+            why = f"{int((masked ^ (other < MASKED)).sum())} keys seen by one system alone"
+        truth, own, other, from_own, from_other = (
+            x.masked_fill(masked | (x < MASKED), 0.0) for x in (truth, own, other, from_own, from_other)
+        )
+    error, own_error = other - from_other, own - from_own
+    # A yardstick that happens to be exact is taken as what rounding usually leaves.
+    own_size = max(_relative(own_error, from_own), unit / 4)
+    by_chance = own_size / math.sqrt(truth.numel() // truth.shape[-1])
+    return Row(
+        name,
+        (other - truth).abs().max().item(),
+        _relative(other - truth, truth),
+        _relative(own - truth, truth),
+        F.cosine_similarity(other.flatten(), truth.flatten(), dim=0).item(),
+        _relative(error, from_other),
+        own_size,
+        _gain(error, from_other),
+        max(_gain(own_error, from_own), by_chance),
+        why,
+    )
 
 
-def _gain(error: Tensor, truth: Tensor) -> float:
-    """Least-squares gain of the error on the truth in each channel (last axis): rms, channels weighted by power."""
-    error, truth = error.reshape(-1, error.shape[-1]), truth.reshape(-1, truth.shape[-1])
-    power = truth.square().sum(0)
-    gains = (error * truth).sum(0) / power.clamp_min(power.max() * 1e-12 + 1e-300)
+def _relative(error: Tensor, of: Tensor) -> float:
+    return error.square().mean().sqrt().item() / (of.square().mean().sqrt().item() or 1.0)
+
+
+def _gain(error: Tensor, of: Tensor) -> float:
+    """Least-squares gain of the error on the value in each channel (last axis): rms, channels weighted by power. Of few
+    channels it is left to chance, and 0 is given."""
+    if of.shape[-1] < FEWEST:
+        return 0.0
+    error, of = error.reshape(-1, error.shape[-1]), of.reshape(-1, of.shape[-1])
+    power = of.square().sum(0)
+    gains = (error * of).sum(0) / power.clamp_min(power.max() * 1e-12 + 1e-300)
     return math.sqrt(((gains.square() * power).sum() / power.sum().clamp_min(1e-300)).item())
 
 
@@ -128,4 +243,10 @@ def compare_logits(truth: Tensor, other: Tensor) -> LogitsRow:
     flipped = best.indices[:, 0] != other.argmax(-1)
     gaps = (best.values[:, 0] - best.values[:, 1])[flipped]
     margin = gaps.max().item() if flipped.any() else None
-    return LogitsRow(kl.mean().item(), kl.max().item(), int(flipped.sum()), len(truth), margin)
+    largest = other.abs().max().item()
+    return LogitsRow(kl.mean().item(), kl.max().item(), int(flipped.sum()), len(truth), margin, largest)
+
+
+def first_to_part(rows: Iterable[Row]) -> Row | None:
+    """The first site, in the order of computation, at which the systems part."""
+    return next((row for row in rows if row.parts), None)
