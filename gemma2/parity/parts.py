@@ -29,8 +29,21 @@ from gemma2.model import (
 Product = Callable[[Tensor, Tensor], Tensor]  # x [... n] and weight [m n] -> [... m]
 
 
-def scaled(rows: Tensor, scale: float) -> Tensor:
-    return rows * torch.tensor(scale, dtype=rows.dtype)
+def same(x: Tensor) -> Tensor:
+    return x
+
+
+def rounded_scale(scale: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(scale, dtype=dtype)
+
+
+def multiplied(x: Tensor, weight: Tensor) -> Tensor:
+    """In x's dtype, which is float64 where a product of `received` activations must be exact."""
+    return F.linear(x, weight.to(x.dtype))
+
+
+def divided(x: Tensor, cap: float) -> Tensor:
+    return x / cap
 
 
 def inverse_scale(x: Tensor, eps: float) -> Tensor:
@@ -57,8 +70,12 @@ def unscaled(q: Tensor, scale: float) -> Tensor:
     return q
 
 
-def scored(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    return q @ k.transpose(2, 3) * scale
+def matched(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(2, 3)
+
+
+def scaled_scores(scores: Tensor, scale: float) -> Tensor:
+    return scores * scale
 
 
 def masked(scores: Tensor, visible: Tensor) -> Tensor:
@@ -81,10 +98,12 @@ class EmbeddingInParts(ScaledEmbedding):
     def __init__(self, plain: ScaledEmbedding) -> None:
         nn.Module.__init__(self)
         self.scale, self.weight = plain.scale, plain.weight
-        self.scaled = scaled
+        self.stream, self.rounded_scale = same, rounded_scale
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.scaled(F.embedding(tokens, self.weight), self.scale)
+        rows = self.stream(F.embedding(tokens, self.weight))
+        scale = self.rounded_scale(self.scale, self.weight.dtype)
+        return (ops.widened(rows) * ops.widened(scale)).to(rows.dtype)
 
 
 class NormInParts(RMSNorm):
@@ -103,28 +122,30 @@ class LinearInParts(nn.Module):
     def __init__(self, plain: nn.Linear) -> None:
         super().__init__()
         self.weight = plain.weight
-        self.product: Product = F.linear
+        self.received: Callable[[Tensor], Tensor] = same
+        self.product: Product = multiplied
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.weight)
+        return self.product(self.received(x), self.weight).to(x.dtype)
 
 
 class HeadInParts(TiedHead):
     def __init__(self) -> None:
         super().__init__()
-        self.product: Product = F.linear
+        self.received: Callable[[Tensor], Tensor] = same
+        self.product: Product = multiplied
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.product(x, embedding)
+        return self.product(self.received(x), embedding).to(x.dtype)
 
 
 class CapInParts(SoftCap):
     def __init__(self, plain: SoftCap) -> None:
         super().__init__(plain.cap)
-        self.capped = ops.softcap
+        self.divided, self.tanh = divided, torch.tanh
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.capped(x, self.cap)
+        return self.tanh(self.divided(x, self.cap)) * self.cap
 
 
 class ScoresInParts(SoftcapAttention):
@@ -134,15 +155,15 @@ class ScoresInParts(SoftcapAttention):
         self.softcap = CapInParts(plain.softcap)
         self.hook_scores_raw, self.hook_attn_scores = plain.hook_scores_raw, plain.hook_attn_scores
         self.hook_pattern, self.hook_z = plain.hook_pattern, plain.hook_z
-        self.scaled_queries, self.scored, self.masked = unscaled, scored, masked
-        self.softmaxed, self.mixed = softmaxed, mixed
+        self.scaled_queries, self.product, self.scaled_scores = unscaled, matched, scaled_scores
+        self.masked, self.softmaxed, self.mixed = masked, softmaxed, mixed
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
         dtype = q.dtype
         q = self.scaled_queries(q, self.scale).transpose(1, 2)
         k = k.transpose(1, 2).repeat_interleave(self.group, dim=1)
         v = v.transpose(1, 2).repeat_interleave(self.group, dim=1)
-        scores = self.softcap(self.hook_scores_raw(self.scored(q, k, self.scale)))
+        scores = self.softcap(self.hook_scores_raw(self.scaled_scores(self.product(q, k), self.scale)))
         pattern = self.softmaxed(self.hook_attn_scores(self.masked(scores, visible)), dtype)
         z = self.mixed(self.hook_pattern(pattern), v)
         return self.hook_z(z.transpose(1, 2).contiguous())

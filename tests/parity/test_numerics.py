@@ -88,8 +88,10 @@ def test_each_bit_alone_changes_something(profile: str, name: str) -> None:
     """In float32 or bfloat16, at some place: some bits round only what bfloat16 can lose, or only the hidden scores."""
     for dtype in DTYPES.values():
         model = tiny("27b").to(dtype)
-        plain, theirs = seen(model, ids(1, 60)), seen(with_numerics(model, profile, bits=[name]), ids(1, 60))
-        if any(not torch.equal(theirs[place].to(dtype), output) for place, output in plain.items()):
+        kinds = {parameter: "F16" for parameter, _ in model.named_parameters()}
+        twin = with_numerics(model, profile, bits=[name], kinds=kinds)
+        plain, theirs = seen(model, ids(1, 60)), seen(twin, ids(1, 60))
+        if any(theirs[at].dtype != dtype or not torch.equal(theirs[at], output) for at, output in plain.items()):
             return
     raise AssertionError(f"{profile}: {name} changes nothing")
 
@@ -102,7 +104,7 @@ def test_bits_are_described_and_named_once(profile: str) -> None:
 
 
 def test_unknown_profiles_and_bits_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="'mlx' is not one of transformers, gemma_pytorch"):
+    with pytest.raises(ValueError, match=r"'mlx' is not one of transformers, gemma_pytorch, llama\.cpp"):
         with_numerics(tiny(), "mlx")
     with pytest.raises(ValueError, match="gemma_pytorch has no bit 'gelu=fp16'; it has rope_mul=float32"):
         with_numerics(tiny(), "gemma_pytorch", bits=["gelu=fp16"])

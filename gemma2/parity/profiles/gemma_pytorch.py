@@ -31,8 +31,8 @@ def scaled_queries(q: Tensor, scale: float) -> Tensor:
     return q * scale
 
 
-def scored(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    return q @ k.transpose(2, 3)
+def unscaled_scores(scores: Tensor, scale: float) -> Tensor:
+    return scores
 
 
 def masked(scores: Tensor, visible: Tensor) -> Tensor:
@@ -56,11 +56,11 @@ BITS = (
         "q_scale=before",
         "rotated queries are scaled, and rounded, before they meet the keys; transformers scales the products",
         "GemmaAttention.forward, q.mul_(self.scaling)",
-        replacing(ScoresInParts, scaled_queries=scaled_queries, scored=scored),
+        replacing(ScoresInParts, scaled_queries=scaled_queries, scaled_scores=unscaled_scores),
     ),
     Bit(
         "mask=-2.38e38",
-        "the mask is a float32 number that is added, so scores become float32; transformers fills in the dtype's lowest",
+        "the mask is a float32 number that is added, so scores become float32; transformers fills in a lowest",
         "GemmaForCausalLM.generate, mask_tensor",
         replacing(ScoresInParts, masked=masked),
     ),
