@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gemma2.inspect import Inspection, inspect
@@ -59,10 +59,10 @@ def sections(found: Inspection, tensors: bool) -> Iterable[tuple[str, Sequence[s
         skipped = ("architectures", "model_type", "layer_types")
         pairs = [(name, str(value)) for name, value in found.config.items() if name not in skipped]
         pairs.append(("layer_types", layer_pattern(found.config["layer_types"])))
-        yield "runs as", table(pairs)
+        yield "runs as", table(pairs, words=(0, 1))
     if found.metadata:
         stated = found.metadata.items()
-        yield "states", table([(escaped(key), f"{kind} {shown(value)}") for key, (kind, value) in stated])
+        yield "states", table([(escaped(key), f"{kind} {shown(value)}") for key, (kind, value) in stated], words=(0, 1))
     if found.types:
         by_type = [("type", "tensors", "parameters", "bytes", "bits a weight")]
         for name, line in found.types.items():
@@ -88,12 +88,12 @@ def fine(found: Inspection) -> str:
     return f"none: header, names, shapes and tokenizer are those of a Gemma 2 ({looked})"
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns under each other; those after the first that hold numbers are on the right."""
+def table(rows: Sequence[Sequence[str]], words: Collection[int] = (0,)) -> list[str]:
+    """Columns under each other: those that hold words from the left, numbers from the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    if len(widths) == 2:
-        return [f"{row[0]:{widths[0]}}  {row[1]}" for row in rows]
-    return ["  ".join(f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(row)) for row in rows]
+    sides = ["<" if i in words else ">" for i in range(len(widths))]
+    lines = (zip(row, sides, widths, strict=True) for row in rows)
+    return ["  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip() for cells in lines]
 
 
 def layer_pattern(kinds: Sequence[str]) -> str:

@@ -49,6 +49,7 @@ class Row:
         own_relative: the same of the yardstick.
         size, gain: the error made at this place: rms by the truth's rms, and the part that all tokens share.
         own_size, own_gain: the same of the yardstick.
+        bitwise: whether the other system has the yardstick's bits.
         why: what is wrong beyond size: other keys are masked, or values that are not finite; else empty.
     """
 
@@ -61,6 +62,7 @@ class Row:
     own_size: float
     gain: float
     own_gain: float
+    bitwise: bool
     why: str = ""
 
     @property
@@ -107,10 +109,8 @@ def compare(model: Gemma2, ids: list[int], other: Values, theirs: Gemma2 | None 
     """
     tokens = torch.tensor([ids], device=model.model.embed_tokens.weight.device)
     _check_shapes(model, len(ids), other)
+    own = observed(theirs or model, ids, [name for name in sites(model.config) if name in other])
     with torch.no_grad():
-        with capture(theirs or model) as seen:
-            (theirs or model)(tokens)
-        own = {name: seen[name][0].cpu() for name in sites(model.config) if name in other}
         truth = predicted(model, tokens, {})
         from_other, from_own = predicted(model, tokens, other), predicted(model, tokens, own)
     dtype = model.model.embed_tokens.weight.dtype
@@ -143,6 +143,22 @@ def predicted(model: Gemma2, tokens: Tensor, given: Values) -> dict[str, Tensor]
             hooks.callback(model.get_submodule(path).register_forward_hook(hook(names)).remove)
         model(tokens)
     return seen
+
+
+@torch.no_grad()
+def observed(model: Gemma2, ids: list[int], names: Iterable[str]) -> dict[str, Tensor]:
+    """What the model itself computes at some sites, without the batch axis."""
+    wanted = list(names)
+    with capture(model, wanted) as seen:
+        model(torch.tensor([ids], device=model.model.embed_tokens.weight.device))
+    return {name: seen[name][0].cpu() for name in wanted}
+
+
+@torch.no_grad()
+def predicted_alone(model: Gemma2, ids: list[int], name: str) -> Tensor:
+    """One site in float64 from our own values, without the batch axis."""
+    tokens = torch.tensor([ids], device=model.model.embed_tokens.weight.device)
+    return predicted(model, tokens, {})[name]
 
 
 @contextmanager
@@ -215,6 +231,7 @@ def _row(
         own_size,
         _gain(error, from_other),
         max(_gain(own_error, from_own), by_chance),
+        torch.equal(own, other),
         why,
     )
 

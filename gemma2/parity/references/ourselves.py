@@ -83,6 +83,11 @@ class Ourselves:
         self.versions: Mapping[str, str] = {"gemma2": version("gemma2"), "torch": torch.__version__}
         self.sites = frozenset(all_sites(opened.config))
 
+    @property
+    def model(self) -> Gemma2:
+        """The model without any profile."""
+        return self._plain
+
     @torch.no_grad()
     def run(self, ids: Sequence[int], sites: Iterable[str]) -> dict[str, Tensor]:
         tokens, wanted = check_row(self, ids), check_sites(self, sites)

@@ -1,0 +1,150 @@
+"""gemma2 parity MODEL --against REF: whether another system computes this Gemma 2, where it parts from it, and whether
+that is rounding. Exit 0 if it does, 1 if it does not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from gemma2.cli.inspect import table
+from gemma2.cli.options import SOURCE
+from gemma2.cli.trace import add_text_options, read_text
+from gemma2.load import check_dtype, locate
+from gemma2.parity.compare import Row
+from gemma2.parity.judge import Judgement, Step, explain, judge
+from gemma2.parity.numerics import PROFILES
+from gemma2.parity.references import SPECS, Reference, open_reference
+from gemma2.parity.references.trace import Recorded
+from gemma2.parity.report import write_report
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add_parser("parity", help="hold a model against another system", description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help=f"{SOURCE}; pocket: the one inside")
+    parser.add_argument("--against", required=True, metavar="REF", help=SPECS)
+    add_text_options(parser)
+    parser.add_argument("--dtype", metavar="T", help="to compute in, where REF leaves a choice [the checkpoint's]")
+    parser.add_argument("--sites", action="append", metavar="GLOB", help="as 'blocks.*.hook_resid_*'; repeatable [*]")
+    parser.add_argument("--numerics", choices=PROFILES, help="our arithmetic, so that it counts as rounding")
+    parser.add_argument("--explain", choices=PROFILES, metavar="PROFILE", help="how much of the gap each bit closes")
+    parser.add_argument("--no-cases", action="store_true", help="one pass only: no window, cache, chunks or batches")
+    parser.add_argument(
+        "--all", action="store_true", help="print every site, not only blocks' ends and where they part"
+    )
+    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write a page with a chart of the error by depth")
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub name")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    dtype = check_dtype(args.dtype, force_float16=True)
+    path = locate(args.model, args.revision)
+    opened = open_checkpoint(path)
+    reference = open_reference(args.against, path, dtype)
+    ids = read_ids(args, reference, opened)
+    if args.explain:
+        show_steps(explain(reference, opened, ids, args.explain), args.json)
+        return 0
+    with tqdm(desc="parity", bar_format="{desc}", disable=True if args.json else None, leave=False) as bar:
+        found = judge(
+            reference,
+            opened,
+            ids,
+            args.sites or "*",
+            numerics=args.numerics,
+            cases=not args.no_cases,
+            tell=bar.set_description_str,
+        )
+    if args.html:
+        write_report(found, args.html)
+    if args.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        show(found, args.all)
+    return 1 if found.verdict == "difference" else 0
+
+
+def read_ids(args: argparse.Namespace, reference: Reference, opened: Checkpoint) -> list[int]:
+    """What the command line asks for; without that a trace's own ids, and else a text every vocabulary has."""
+    if args.ids is None and args.file is None and args.prompt is None:
+        if isinstance(reference, Recorded):
+            return reference.ids
+        return opened.tokenizer.encode(DEFAULT)[:64]
+    given = read_text(args)
+    return opened.tokenizer.encode(given) if isinstance(given, str) else given
+
+
+DEFAULT = (
+    "In the beginning God created the heaven and the earth. And the earth was without form, and void; and darkness was "
+    "upon the face of the deep. And the Spirit of God moved upon the face of the waters. And God said, Let there be "
+    "light: and there was light."
+)
+
+
+def show(found: Judgement, everything: bool) -> None:
+    """The table, the cases and the verdict."""
+    head = ("site", "max abs", "relative", "ours", "cosine", "here / rounding", "")
+    rows = [line(row) for row in found.rows if everything or row.parts or notable(row)]
+    profile = f", held against our arithmetic as {found.numerics}" if found.numerics else ""
+    print(f"{found.system}, {found.dtype}, {found.ids} ids{profile}\n")
+    print(*table([head, *rows], words=(0, 6)), sep="\n")
+    if len(rows) < len(found.rows):
+        print(f"... {len(found.rows) - len(rows)} more sites, all rounding (--all shows them)")
+    if found.logits:
+        it = found.logits
+        flips = f"{it.flips} of {it.positions} top tokens differ"
+        flips += f", the widest gap among them {it.margin:.3g}" if it.margin is not None else ""
+        print(f"\npredictions: KL {it.kl_mean:.3g} nats on average, {it.kl_largest:.3g} at most; {flips}")
+    if found.cases:
+        print("", *table([(case.name, case.outcome, case.detail) for case in found.cases], words=(0, 1, 2)), sep="\n")
+    print(f"\nverdict: {found.verdict}{explanation(found)}")
+
+
+def explanation(found: Judgement) -> str:
+    parting = [row for row in found.rows if row.parts]
+    if found.first and parting and found.first == parting[0].site:
+        why = f": {parting[0].why}" if parting[0].why else f", {parting[0].ratio:.3g} times what rounding explains"
+        more = f"; and at {len(parting) - 1} more sites of their own" if len(parting) > 1 else ""
+        return f", first at {found.first}{why}{more}"
+    if found.first:
+        return f", already in the {found.first}"
+    wrong = [case.name for case in found.cases if case.outcome == "differs"]
+    if wrong:
+        return f" in: {', '.join(wrong)}"
+    same = sum(row.bitwise for row in found.rows)
+    return f" ({same} of {len(found.rows)} sites have our bits)"
+
+
+def notable(row: Row) -> bool:
+    return row.site.endswith(("hook_embed", "hook_resid_post", "ln_final", "logits"))
+
+
+def line(row: Row) -> tuple[str, ...]:
+    ratio = "equal bits" if row.bitwise else row.why or f"{row.ratio:.3g}"
+    numbers = f"{row.largest:.3g}", f"{row.relative:.2e}", f"{row.own_relative:.2e}", f"{row.cosine:.8f}"
+    return (row.site, *numbers, ratio, "PARTS" if row.parts else "")
+
+
+def show_steps(steps: Sequence[Step], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([vars(step) for step in steps], indent=2))
+        return
+    rows = [("bit", "distance", "closes", "equal sites", "")]
+    for step in steps:
+        shown = step.bit or "(ours)", f"{step.distance:.3e}", f"{step.closed:.1%}" if step.bit else ""
+        rows.append((*shown, f"{step.bitwise} of {step.sites}", step.about))
+    print(*table(rows, words=(0, 4)), sep="\n")
+    remains = steps[-1].distance / steps[0].distance if steps[0].distance else 0.0
+    print(f"\nremains: {remains:.2%} of the first distance", file=sys.stdout)
