@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import builtins
+import importlib
+import json
+import os
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import gemma2
-from gemma2.errors import BadModelFile
+from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from gemma2.errors import BadModelFile, ContextOverflow
 from gemma2.load import POCKET
 from gemma2.parity.references import CannotDo, Reference, open_reference
 from gemma2.parity.trace import About, TraceWriter
@@ -22,12 +28,19 @@ from gemma2.research.sites import sites
 from tests.conftest import SHAPES, SHARED, ids, tensors_of, tiny
 
 DATA = SHARED / "data" / "parity-model"
+GOOGLE = os.environ.get("GEMMA_PYTORCH", "")  # a checkout of google/gemma_pytorch, to run beside ours
+google = pytest.mark.skipif(not GOOGLE, reason="GEMMA_PYTORCH names no checkout of google/gemma_pytorch")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROW = ids(1, 60, vocab=1024)[0].tolist()
 ROWS = [ROW[:25], ROW[:40], ROW[50:51]]
 WINDOW = 7
 WITHIN = {torch.float32: 1e-5, torch.bfloat16: 0.05}  # of the largest logit, for sums in another order
 Folder = Callable[..., Path]
+
+
+def llama_cpp(opened: Checkpoint) -> Any:
+    """Imported when it is asked for, as the peer is optional."""
+    return importlib.import_module("gemma2.parity.references.llama_cpp").LlamaCpp(opened, torch.float32)
 
 
 def check_reference(peer: Reference, config: gemma2.Gemma2Config, within: float = 0.0) -> None:
@@ -50,7 +63,7 @@ def check_reference(peer: Reference, config: gemma2.Gemma2Config, within: float 
         assert value.device.type == "cpu" and (wide or value.dtype == peer.dtype), name
     logits = seen["logits"]
     assert peer.run(ROW, ["logits"]).keys() == {"logits"} and peer.run(ROW[:1], ["ln_final"])["ln_final"].shape[0] == 1
-    for chunks in ([60], [20, 1, 1, 38], [1] * 60):
+    for chunks in ([60], [20, *[1] * 10, 30]):
         assert close(peer.cached(ROW, chunks), logits), chunks
     for row, found in zip(ROWS, peer.batched(ROWS), strict=True):
         assert close(found, peer.run(row, ["logits"])["logits"])
@@ -102,9 +115,130 @@ def test_transformers_takes_every_form_of_a_checkpoint(form: str, folder: Folder
         check_equal(open_reference("transformers", target, dtype), open_reference("self", target, dtype))
 
 
+@google
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("size", SHAPES)
+def test_every_site_of_gemma_pytorch_is_ours_to_the_bit_with_its_numerics(
+    size: str, dtype: torch.dtype, folder: Folder
+) -> None:
+    path = folder(query_pre_attn_scalar=36, **SHAPES[size])
+    peer = open_reference(f"gemma_pytorch:{GOOGLE}", path, dtype)
+    assert len(peer.sites) == 4 * 15 + 3 and peer.system.startswith("gemma_pytorch ")
+    check_reference(peer, gemma2.Gemma2Config.from_file(path / "config.json"))
+    check_equal(peer, open_reference("self:numerics=gemma_pytorch", path, dtype))
+    with pytest.raises(ContextOverflow, match="takes at most 256 ids, not 257"):
+        peer.run([5] * 257, ["logits"])
+
+
+@google
+def test_gemma_pytorch_refuses_what_its_code_has_no_place_for(folder: Folder) -> None:
+    with pytest.raises(CannotDo, match="has rope_theta 10000 in its code, not 500000"):
+        open_reference(f"gemma_pytorch:{GOOGLE}", folder("theta", rope_theta=5e5))
+    with pytest.raises(CannotDo, match=r"not in torch\.float64"):
+        open_reference(f"gemma_pytorch:{GOOGLE}", folder("wide"), torch.float64)
+
+
+def test_a_folder_that_is_no_gemma_pytorch_is_refused_and_leaves_no_module(folder: Folder, tmp_path: Path) -> None:
+    path, source = folder(), tmp_path / "source"
+    (source / "gemma").mkdir(parents=True)
+    with pytest.raises(BadModelFile, match=r"source: no gemma/model\.py in it; give the folder of a checkout"):
+        open_reference(f"gemma_pytorch:{source}", path)
+    (source / "gemma" / "config.py").write_text("")
+    (source / "gemma" / "model.py").write_text("import gemma.of_another_time")
+    mine = types.ModuleType("gemma")
+    sys.modules["gemma"] = mine
+    try:
+        with pytest.raises(
+            ImportError, match=r"gemma_pytorch cannot be imported \(No module named 'gemma\.of_another_time'\)"
+        ):
+            open_reference(f"gemma_pytorch:{source}", path)
+        (source / "gemma" / "model.py").write_text("")
+        with pytest.raises(BadModelFile, match="a gemma_pytorch of another time than revision 014acb7"):
+            open_reference(f"gemma_pytorch:{source}", path)
+        assert sys.modules["gemma"] is mine and "gemma.model" not in sys.modules and str(source) not in sys.path
+    finally:
+        del sys.modules["gemma"]
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_llama_cpp_shows_its_nodes_as_sites_and_keeps_what_is_promised(dtype: torch.dtype, folder: Folder) -> None:
+    """F32 and BF16 files made for it; the distances are its 16-bit GELU and, for BF16, rounded activations."""
+    pytest.importorskip("llama_cpp", reason="the live comparison needs the extra gemma2[llama-cpp]")
+    path = folder(query_pre_attn_scalar=16, **SHAPES["9b"])
+    peer, ours = open_reference("llama.cpp", path, dtype), open_reference("self", path, torch.float32)
+    assert len(peer.sites) == 4 * 22 + 5 and peer.dtype == torch.float32
+    check_reference(peer, ours.config, within=1e-3 if dtype == torch.float32 else 0.05)
+    found, expected = peer.run(ROW, peer.sites), ours.run(ROW, peer.sites)
+    for name, value in found.items():
+        apart = (value - expected[name]).norm() / expected[name].norm()
+        assert apart < (5e-3 if dtype == torch.float32 else 0.3), name
+    with pytest.raises(ContextOverflow, match="takes at most 256 ids, not 257"):
+        peer.run([5] * 257, ["logits"])
+
+
+@pytest.mark.parametrize("name", ["f32", "q8_0"])
+@pytest.mark.skipif(not DATA.is_dir(), reason="the traces in shared/data/parity-model are not here")
+def test_llama_cpp_computes_at_43_nodes_what_was_recorded_of_it(name: str) -> None:
+    """To the bit on a processor like the one that they were recorded on; on another one its sums may differ."""
+    pytest.importorskip("llama_cpp", reason="the live comparison needs the extra gemma2[llama-cpp]")
+    peer = llama_cpp(open_checkpoint(DATA / f"{name}.gguf"))
+    nodes = peer.nodes(json.loads((DATA / "ids.json").read_text()))
+    by_name = {key.split(" ", 1)[1]: node for key, node in nodes.items()}
+    recorded = load_file(DATA / f"llama_cpp_trace_{name}.safetensors")
+    assert len(recorded) == 43
+    for label, value in recorded.items():
+        # This one has no layer in its name there, so its second is called by number.
+        number = int(label[-1]) + 1 if label.startswith("ffn_post_norm") else 0
+        found = by_name[label if not number else "ffn_post_norm" if number == 1 else f"ffn_post_norm {number}"]
+        found = found[0, -len(value) :] if value.ndim == 3 else found[0, 0, -len(value) :]
+        assert found.shape == value.shape and (found - value).norm() <= 1e-3 * value.norm(), label
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the files in shared/data/parity-model are not here")
+def test_every_site_of_llama_cpp_is_the_node_of_its_name() -> None:
+    pytest.importorskip("llama_cpp", reason="the live comparison needs the extra gemma2[llama-cpp]")
+    peer = llama_cpp(open_checkpoint(DATA / "q8_0.gguf"))
+    nodes, sited = peer.nodes(ROW), peer.run(ROW, peer.sites)
+    pairs = {
+        "hook_embed": "SCALE inp_scaled",
+        "blocks.0.hook_resid_pre": "SCALE inp_scaled",
+        "blocks.1.ln1.hook_normalized": "RMS_NORM norm-1",
+        "blocks.1.ln1_post.hook_normalized": "RMS_NORM norm-1 2",
+        "blocks.1.ln2.hook_normalized": "RMS_NORM norm-1 3",
+        "blocks.1.ln2_post.hook_normalized": "RMS_NORM norm 2",
+        "ln_final.hook_normalized": "RMS_NORM norm 5",
+        "blocks.3.hook_resid_pre": "ADD l_out-2",
+        "blocks.3.hook_mlp_out": "MUL ffn_post_norm 4",
+        "logits_raw": "MUL_MAT node_ 5",
+        "logits": "SCALE result_output",
+    }
+    assert all(torch.equal(sited[site].flatten(), nodes[node].flatten()) for site, node in pairs.items())
+    cap = torch.tanh(sited["logits_raw"] / 30) * 30
+    assert torch.allclose(cap, sited["logits"], atol=1e-4)
+    pattern = sited["blocks.0.attn.hook_pattern"]
+    assert torch.allclose(pattern.sum(-1), torch.ones(4, len(ROW))) and not pattern.triu(1).any()
+
+
+def test_llama_cpp_refuses_what_a_gguf_cannot_state_a_cut_file_and_too_many_rows(
+    folder: Folder, tmp_path: Path
+) -> None:
+    pytest.importorskip("llama_cpp", reason="the live comparison needs the extra gemma2[llama-cpp]")
+    with pytest.raises(BadModelFile, match="query_pre_attn_scalar"):
+        open_reference("llama.cpp", folder("scale", query_pre_attn_scalar=36))
+    path = gemma2.convert(folder(query_pre_attn_scalar=16), tmp_path / "x.gguf").path
+    opened = open_checkpoint(path)
+    peer = llama_cpp(opened)
+    with pytest.raises(CannotDo, match="takes 256 rows, not 257"):
+        peer.batched([[5]] * 257)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(BadModelFile, match=r"x\.gguf: llama\.cpp does not load it: .*corrupted or incomplete"):
+        llama_cpp(opened)
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_we_ourselves_show_every_site_and_keep_what_is_promised(dtype: torch.dtype, folder: Folder) -> None:
-    path = folder()
+    path = folder(**SHAPES["9b"])
     peer = open_reference("self", path, dtype)
     assert peer.sites == sites(peer.config).keys()
     check_reference(peer, gemma2.Gemma2Config.from_file(path / "config.json"))
@@ -112,7 +246,7 @@ def test_we_ourselves_show_every_site_and_keep_what_is_promised(dtype: torch.dty
 
 @pytest.mark.parametrize("numerics", ["transformers", "gemma_pytorch", "llama.cpp"])
 def test_we_ourselves_with_other_numerics_keep_what_is_promised(numerics: str, folder: Folder) -> None:
-    path = folder()
+    path = folder(**SHAPES["9b"])
     peer = open_reference(f"self:dtype=float32,device=cpu,numerics={numerics}", path)
     assert numerics in peer.system
     # llama.cpp's GELU is looked up by a 16-bit number, so an ulp of its input can become 2**-11 of its output.
@@ -226,7 +360,9 @@ def test_specs_that_name_nothing_are_refused_with_the_cure(folder: Folder) -> No
             open_reference(spec, place)
 
 
-@pytest.mark.parametrize("spec, peer, extra", [("transformers", "transformers", "transformers")])
+@pytest.mark.parametrize(
+    "spec, peer, extra", [("transformers", "transformers", "transformers"), ("llama.cpp", "llama_cpp", "llama-cpp")]
+)
 def test_a_peer_that_is_not_installed_is_named_with_its_extra(
     spec: str, peer: str, extra: str, folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,6 +77,7 @@ def open_reference(spec: str, path: Path, dtype: torch.dtype | None = None) -> R
     Raises:
         ImportError: the system is not installed; says which extra has it.
         BadModelFile: the checkpoint, the trace or the folder is not what it must be, or of another model.
+        CannotDo: the system does not compute in this dtype, or has no place for a number of the config.
         ValueError: a spec that names no reference.
     """
     # Each file imports its peer, so it is imported only when it is asked for.
@@ -95,6 +96,14 @@ def open_reference(spec: str, path: Path, dtype: torch.dtype | None = None) -> R
         from gemma2.parity.references.transformers import Transformers
 
         reference = Transformers(opened, dtype or opened.weights.dtype)
+    elif spec == "llama.cpp":
+        from gemma2.parity.references.llama_cpp import LlamaCpp
+
+        reference = LlamaCpp(opened, dtype or opened.weights.dtype)
+    elif kind == "gemma_pytorch" and rest:
+        from gemma2.parity.references.gemma_pytorch import GemmaPyTorch
+
+        reference = GemmaPyTorch(Path(rest), opened, dtype or opened.weights.dtype)
     else:
         raise ValueError(f"no reference {spec!r}; there are {SPECS}")
     for name in SHAPE:
