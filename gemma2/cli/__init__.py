@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
 
-from gemma2.cli import chat, convert, generate, inspect, parity, trace
+from gemma2.cli import chat, convert, generate, inspect, parity, trace, verify
 from gemma2.errors import BadModelFile, ContextOverflow, NonFiniteError
 
 ARGUMENTS, FAILED, INTERRUPTED = 2, 1, 130
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="gemma2", description="Gemma 2 in plain PyTorch.")
     parser.add_argument("--version", action="version", version=f"gemma2 {version('gemma2')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generate, chat, convert, inspect, parity, trace):
+    for command in (generate, chat, convert, inspect, parity, trace, verify):
         command.add(commands)
     args = parser.parse_args(argv)
     try:

@@ -1,0 +1,102 @@
+"""gemma2 verify MODEL: a certificate for this machine and dtype. What must agree is computed and measured: in a batch
+and alone, with the cache and without, in chunks and whole, compiled and not, here and on the CPU, saved and loaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma2.cli.options import SOURCE, add_common_options, add_model_options, load_model
+from gemma2.cli.trace import name_of, versions
+from gemma2.convert import convert
+from gemma2.generate import Gemma
+from gemma2.load import load
+from gemma2.model import Gemma2
+from gemma2.parity.tolerances import TOLERANCES
+from gemma2.parity.verify import LENGTH, Check, narrowed, verify
+from gemma2.sampling import checked_count
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+TYPES = {"bfloat16": "bf16", "float16": "f16"}  # dtype -> what is saved so that it loads again to the bit; else f32
+WORDS = {True: "passed", False: "FAILED", None: "not run"}
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add_parser("verify", help="certify that a model agrees with itself here", description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help=f"{SOURCE}; pocket: the one inside")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave torch.compile out, which takes a minute or more"
+    )
+    parser.add_argument("--length", type=int, default=LENGTH, metavar="N", help=f"ids of the prompt [{LENGTH}]")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    add_model_options(parser)
+    add_common_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    checked_count("length", args.length)
+    gemma = load_model(args)
+    saved = {how: saver(args, gemma, name) for how, name in (("safetensors", "model"), ("GGUF", "model.gguf"))}
+    about, checks = describe(args, gemma), list[Check]()
+    if not args.json:
+        print(*(f"{name:9} {value}" for name, value in about.items()), "", sep="\n")
+    for check in verify(gemma.model, saved, compiled=not args.no_compile, length=args.length):
+        checks.append(check)
+        if not args.json:
+            print(row(check), flush=True)
+    failed = sum(check.passed is False for check in checks)
+    if args.json:
+        print(json.dumps({**about, "checks": [check.to_dict() for check in checks], "passed": not failed}, indent=2))
+    else:
+        ran = sum(check.passed is not None for check in checks)
+        print("", f"{ran - failed} of {ran} passed, {len(checks) - ran} not run", sep="\n")
+    return 1 if failed else 0
+
+
+def saver(args: argparse.Namespace, gemma: Gemma, name: str) -> Callable[[], Gemma2]:
+    """Converts the model's source into a temporary place, and loads it from there."""
+    weight = gemma.model.model.embed_tokens.weight
+
+    def save_and_load() -> Gemma2:
+        with tempfile.TemporaryDirectory() as place:
+            target, type_ = Path(place) / name, TYPES.get(name_of(gemma), "f32")
+            options: dict[str, Any] = {"tokenizer": args.tokenizer, "progress": False}
+            convert(args.model, target, type=type_, revision=args.revision, **options)
+            same: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype, "progress": False}
+            return load(target, force_float16=True, allow_nonfinite=args.allow_nonfinite, **same).model
+
+    return save_and_load
+
+
+def describe(args: argparse.Namespace, gemma: Gemma) -> dict[str, str]:
+    """What the certificate is of."""
+    window = narrowed(gemma.model, args.length).config.sliding_window
+    own = "" if window == gemma.config.sliding_window else f", narrowed from {gemma.config.sliding_window:,}"
+    machine = versions(gemma)
+    return {
+        "model": f"{args.model} ({gemma.config.parameter_count:,} parameters)",
+        "dtype": name_of(gemma),
+        "device": machine["device"],
+        "versions": f"gemma2 {machine['gemma2']}, torch {machine['torch']}, Python {platform.python_version()}, "
+        f"{sys.platform}, {machine['threads']} threads",
+        "prompt": f"{args.length} random ids, window {window}{own}",
+        "tolerance": str(TOLERANCES[gemma.model.model.embed_tokens.weight.dtype]),
+    }
+
+
+def row(check: Check) -> str:
+    """name, how, distance and tolerance, verdict."""
+    start = f"{check.name:17}  {WORDS[check.passed]:7}  "
+    if check.distance is None:
+        return f"{start}{check.why_not} ({check.what})"
+    bits = "every bit equal" if check.bitwise else f"apart by {check.distance:.2g}, allowed {check.allowed:.2g}"
+    return f"{start}{bits} ({check.what}; {check.seconds:.1f} s)"

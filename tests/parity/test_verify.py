@@ -1,0 +1,191 @@
+"""The certificate: it passes what is sound, fails what is not, each check at its own fault, and says what did not run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gemma2
+from gemma2 import cache, ops
+from gemma2.cli import main
+from gemma2.cli import verify as command
+from gemma2.parity import verify as module
+from gemma2.parity.tolerances import TOLERANCES
+from gemma2.parity.verify import Check, Saved, narrowed, verify
+from tests.conftest import tiny
+
+LENGTH = 40
+FEEDING = {"cached = uncached", "chunked = whole"}
+
+
+def certificate(model: gemma2.Gemma2, saved: Saved | None = None, compiled: bool = False) -> dict[str, Check]:
+    return {check.name: check for check in verify(model, saved, compiled=compiled, length=LENGTH)}
+
+
+def failures(model: gemma2.Gemma2, saved: Saved | None = None, compiled: bool = False) -> set[str]:
+    return {name for name, check in certificate(model, saved, compiled).items() if check.passed is False}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", ["2b", "9b", "27b"])
+def test_a_sound_model_passes_everything_that_can_run(size: str, dtype: torch.dtype) -> None:
+    model = tiny(size).to(dtype)
+    found = certificate(model, {"as it is": lambda: model})
+    assert all(check.passed for name, check in found.items() if not name.startswith(("compiled", "device")))
+    assert found["save = load"].bitwise and found["save = load"].distance == 0
+    assert not found["cached = uncached"].bitwise or dtype == torch.bfloat16
+
+
+def test_the_order_of_checks_is_told_and_none_is_left_out() -> None:
+    names = ["batch = solo", "cached = uncached", "chunked = whole", "compiled = eager", "device = CPU", "save = load"]
+    model = tiny()
+    assert list(certificate(model, {"so": lambda: model})) == names
+
+
+def test_padding_that_is_seen_fails_the_batch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+        back = queries[:, :, None] - keys[:, None, :]
+        return ((back >= 0) & (back < (window or 10**6)))[:, None]
+
+    monkeypatch.setattr(ops, "visible", careless)
+    assert failures(tiny()) == {"batch = solo"}
+
+
+@pytest.mark.parametrize("missing, found", [(1, {"cached = uncached"}), (2, FEEDING)])
+def test_a_ring_that_is_too_short_fails_what_is_fed_to_a_cache(
+    missing: int, found: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk brings its own first key along, so it needs one slot less than a single token."""
+    original = cache.LayerCache.__init__
+
+    def short(self: cache.LayerCache, batch: int, slots: int, *rest: Any) -> None:
+        original(self, batch, slots - missing * (slots == 16), *rest)
+
+    monkeypatch.setattr(cache.LayerCache, "__init__", short)
+    assert failures(tiny()) == found
+
+
+def test_a_chunk_that_evicts_what_it_still_sees_fails_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written before it is read, as a ring may be fed with one token and not with more."""
+
+    def update(self: cache.LayerCache, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        where = torch.arange(self.length, self.length + positions.shape[1])[-self.slots :] % self.slots
+        for slot, new in ((self.keys, keys), (self.values, values), (self.positions, positions.int())):
+            slot[:, where] = new[:, -self.slots :]
+        self.length += positions.shape[1]
+        return self.keys, self.values, self.positions
+
+    monkeypatch.setattr(cache.LayerCache, "update", update)
+    assert "chunked = whole" in failures(tiny())
+
+
+@torch.no_grad()
+def test_a_bit_lost_in_saving_fails_even_where_no_logit_shows_it() -> None:
+    model, changed = tiny(), tiny()
+    weight = dict(changed.named_parameters())["model.layers.0.mlp.down_proj.weight"]
+    weight[0, 0] = weight[0, 0].nextafter(torch.tensor(9.0))
+    found = certificate(model, {"badly": lambda: changed})["save = load"]
+    assert found.passed is False and found.distance is not None and 0 < found.distance < 1e-6
+
+
+def test_a_compiler_that_miscompiles_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: lambda tokens: model(tokens) * 1.001)
+    assert failures(tiny(), compiled=True) == {"compiled = eager"}
+
+
+def test_a_compiler_that_is_missing_is_said_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile(model: object, dynamic: bool) -> Callable[[Tensor], Tensor]:
+        raise RuntimeError("no C++ compiler was found\nand much more")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    found = certificate(tiny(), compiled=True)["compiled = eager"]
+    assert found.passed is None and found.why_not == "torch.compile failed (RuntimeError: no C++ compiler was found)"
+    assert certificate(tiny())["compiled = eager"].why_not == "left out, as asked"
+
+
+def test_a_device_is_held_against_the_cpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert certificate(tiny())["device = CPU"].why_not == "no accelerator here"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+    assert certificate(tiny())["device = CPU"].bitwise
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    assert certificate(tiny())["device = CPU"].why_not.startswith("meta cannot (")
+
+
+def test_nan_is_never_passed() -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    found = certificate(model)
+    assert {name for name, check in found.items() if check.passed is False} >= {"batch = solo", *FEEDING}
+    assert "NaN" not in json.dumps([check.to_dict() for check in found.values()])
+
+
+def test_a_model_that_cannot_be_saved_says_why() -> None:
+    def full() -> gemma2.Gemma2:
+        raise OSError("9 GB are needed there, and 1 GB are free")
+
+    found = certificate(tiny(), {"GGUF": full})["save = load"]
+    assert found.passed is None and found.why_not == "9 GB are needed there, and 1 GB are free"
+
+
+def test_the_window_is_narrowed_to_leave_some_of_the_prompt_outside_and_the_model_is_left_alone() -> None:
+    model = tiny(sliding_window=200)
+    twin = narrowed(model, 60)
+    assert twin.config.sliding_window == 40 and model.config.sliding_window == 200
+    assert all(mine is theirs for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True))
+    assert narrowed(tiny(), 60).config.sliding_window == 16
+    assert certificate(model)["cached = uncached"].passed
+
+
+@pytest.mark.parametrize("length", [16, 17, 33])
+@pytest.mark.parametrize("window", [1, 2, 9, 200])
+def test_every_prompt_and_window_can_be_certified(length: int, window: int) -> None:
+    model = tiny("2b", sliding_window=window).double()
+    assert all(check.passed is not False for check in verify(model, compiled=False, length=length))
+
+
+def test_prompts_that_are_too_short_or_exceed_the_context_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 16"):
+        list(verify(tiny(), length=15))
+    with pytest.raises(gemma2.ContextOverflow, match="257 ids exceed the context of 256"):
+        list(verify(tiny(), length=257))
+
+
+def test_the_command_certifies_the_pocket_model_and_saves_it_in_two_formats(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["--no-compile", "--length", "150", "--dtype", "float32", "--device", "cpu"]
+    assert main(["verify", "pocket", *options]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and "dtype     float32" in out and "150 random ids, window 100, narrowed from 128" in out
+    assert out.count("passed   every bit equal (safetensors") == out.count("passed   every bit equal (GGUF") == 1
+    assert out.endswith("5 of 5 passed, 2 not run\n") or torch.accelerator.is_available()
+
+
+def test_the_command_fails_with_1_and_says_where_also_for_machines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = [Check("a = b", "so", 2.0, 1.0, False, 0.1), Check("c = d", "so", None, 1.0, False, 0.1, "no time")]
+    monkeypatch.setattr(command, "verify", lambda *args, **options: iter(checks))
+    assert main(["verify", "pocket", "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert "a = b              FAILED   apart by 2, allowed 1 (so; 0.1 s)" in out
+    assert "c = d              not run  no time (so)" in out and out.endswith("0 of 1 passed, 1 not run\n")
+    assert main(["verify", "pocket", "--device", "cpu", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["passed"] is False and [check["passed"] for check in found["checks"]] == [False, None]
+    assert found["dtype"] == "bfloat16" and module.LENGTH == 192
+
+
+def test_contributing_has_the_table_of_tolerances() -> None:
+    page = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text()
+    for dtype, tolerance in TOLERANCES.items():
+        assert f"| {str(dtype).removeprefix('torch.')} | {tolerance} | {tolerance.why} |" in page
