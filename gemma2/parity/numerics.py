@@ -15,12 +15,14 @@ import torch
 from gemma2.model import Gemma2
 from gemma2.parity.bits import Bit, Kinds
 from gemma2.parity.parts import in_parts
-from gemma2.parity.profiles import gemma_pytorch, llama_cpp, transformers
+from gemma2.parity.profiles import gemma_pytorch, jax, litgpt, llama_cpp, transformers
 
 PROFILES: dict[str, tuple[Bit, ...]] = {
     "transformers": transformers.BITS,
     "gemma_pytorch": gemma_pytorch.BITS,
     "llama.cpp": llama_cpp.BITS,
+    "jax": jax.BITS,
+    "litgpt": litgpt.BITS,
 }
 GGML = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 

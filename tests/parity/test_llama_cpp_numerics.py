@@ -152,6 +152,12 @@ def test_llama_cpps_logits_are_met_to_the_bit(name: str) -> None:
 
 
 @shared
+@pytest.mark.parametrize("name", ["q5_0", "q6_k", "iq3_s"])
+def test_logits_of_types_without_minima_are_met_up_to_a_last_bit(name: str) -> None:
+    assert apart(name).abs().max() <= 4e-6
+
+
+@shared
 @pytest.mark.parametrize("bit", [bit.name for bit in PROFILES["llama.cpp"]])
 def test_no_bit_can_be_left_out_but_those_that_float32_weights_make_void(bit: str) -> None:
     """float32 has nothing to widen, the query scale is a power of two here, and what is hidden weighs nothing."""

@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import gemma2
+from gemma2 import ops
 from gemma2.model import Tap
 from gemma2.parity.numerics import PROFILES, with_numerics
 from gemma2.parity.parts import in_parts
+from gemma2.parity.profiles import jax, litgpt
 from tests.conftest import SHAPES, SHARED, ids, tiny
 
 DATA = SHARED / "data" / "parity-model"
@@ -119,6 +121,36 @@ def test_gradients_reach_the_shared_parameters() -> None:
 def test_a_twin_is_put_in_place_of_every_module_that_computes() -> None:
     kinds = {type(module) for module in in_parts(tiny()).modules()}
     assert nn.Linear not in kinds and gemma2.model.RMSNorm not in kinds
+
+
+@torch.no_grad()
+def test_litgpt_in_float32_is_transformers_but_for_hidden_scores() -> None:
+    model, tokens = tiny(), ids(2, 60)
+    assert torch.equal(with_numerics(model, "litgpt")(tokens), model(tokens))
+    wide = model.bfloat16()
+    assert not torch.equal(with_numerics(wide, "litgpt")(tokens), wide(tokens))
+
+
+@pytest.mark.parametrize("operation", ["norm", "softmax", "gelu", "cap", "query scale"])
+def test_jaxs_operations_one_by_one_are_met_to_the_bit_in_bfloat16(operation: str) -> None:
+    peer = pytest.importorskip("jax", reason="the live comparison needs jax")
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(64, 288, generator=generator) * 4).bfloat16()
+    w = (torch.randn(288, generator=generator) * 0.3).bfloat16()
+    a, s = (peer.numpy.asarray(t.float().numpy()).astype("bfloat16") for t in (x, w))
+    if operation == "norm":
+        theirs = a * peer.lax.rsqrt(peer.numpy.mean(peer.numpy.square(a), axis=-1, keepdims=True) + 1e-06) * (1 + s)
+        ours = jax.normalized(x, jax.inverse_scale(x, 1e-6)) * litgpt.gain(w)
+    elif operation == "softmax":
+        theirs, ours = peer.nn.softmax(a, axis=-1), jax.softmaxed(x, x.dtype)
+    elif operation == "gelu":
+        theirs, ours = peer.nn.gelu(a) * a, jax.gated(x, x)
+    elif operation == "cap":
+        theirs, ours = peer.numpy.tanh(a / 5.0) * 5.0, ops.softcap(x, 5.0)
+    else:
+        theirs, ours = a * (1 / 12), jax.scaled_queries(x, 1 / 12)
+    assert ours.dtype == torch.bfloat16
+    assert ours.float().tolist() == theirs.astype("float32").tolist()
 
 
 @torch.no_grad()

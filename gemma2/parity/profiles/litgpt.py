@@ -1,0 +1,50 @@
+"""Lightning-AI/litgpt 0.5.13, litgpt/model.py: one pass without its cache, whose mask is broken for Gemma 2
+(litgpt#1672), and its rotary table left in float32, as `GPT(config)` makes it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemma2.model import Gemma2
+from gemma2.parity.bits import Bit, Kinds, replacing
+from gemma2.parity.parts import AttentionInParts, NormInParts, ScoresInParts
+from gemma2.parity.profiles.gemma_pytorch import rotated_wide
+from gemma2.parity.profiles.llama_cpp import masked as hidden_by_infinity
+
+
+def gain(weight: Tensor) -> Tensor:
+    return 1 + weight
+
+
+def hidden_by_sum(scores: Tensor, visible: Tensor) -> Tensor:
+    return scores + torch.zeros_like(scores).masked_fill(~visible, torch.finfo(scores.dtype).min)
+
+
+def add_masks(model: Gemma2, kinds: Kinds) -> None:
+    for module in model.modules():
+        if isinstance(module, AttentionInParts):
+            assert isinstance(module.attend, ScoresInParts)
+            module.attend.masked = hidden_by_sum if module.window is None else hidden_by_infinity
+
+
+BITS = (
+    Bit(
+        "norm_1p=param_dtype",
+        "1 + w is rounded to the weights' dtype; transformers adds in float32",
+        "RMSNorm.forward",
+        replacing(NormInParts, gain=gain),
+    ),
+    Bit(
+        "rope_mul=float32",
+        "rotation is computed in float32 and rounded once; transformers rounds cosines, sines, products and sum",
+        "apply_rope",
+        replacing(AttentionInParts, rotated=rotated_wide),
+    ),
+    Bit(
+        "mask=added",
+        "global layers add the lowest finite number to hidden scores, local ones minus infinity; transformers fills in",
+        "CausalSelfAttention.forward and scaled_dot_product_attention",
+        add_masks,
+    ),
+)
