@@ -14,7 +14,7 @@ import torch
 
 import gemma2
 from gemma2.checkpoints.gguf import read_header
-from gemma2.checkpoints.gguf_weights import llama_cpp_name
+from gemma2.checkpoints.gguf_weights import GGUFWeights, llama_cpp_name
 from tests.gguf_files import SCALARS, STRING, WEIGHTS, Entry, File, blocks, pocket_vocabulary, small, tiny_model, weight
 
 GOOD = tiny_model("F32")
@@ -217,6 +217,22 @@ def test_a_model_of_every_type_has_gguf_pys_numbers(kind: str, tmp_path: Path) -
     path = tmp_path / "model.gguf"
     path.write_bytes(tiny_model(kind).write())
     same_as_gguf_py(path)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_any_rows_of_a_tensor_are_those_of_the_whole(kind: str, tmp_path: Path) -> None:
+    """A large matrix is read a few rows at a time, a tiny one never is."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(tiny_model(kind).write())
+    weights = GGUFWeights(read_header(path))
+    for name in ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"):
+        shape, _ = weights.tensors[name]
+        whole = torch.empty(shape)
+        weights.read(name, 0, whole)
+        for start, stop in ((0, 1), (1, 3), (5, 32), (shape[0] - 1, shape[0])):
+            rows = torch.empty(stop - start, *shape[1:])
+            weights.read(name, start, rows)
+            assert torch.equal(rows, whole[start:stop]), (name, start, stop)
 
 
 def test_the_tokenizer_is_that_of_the_file_it_was_written_from(tmp_path: Path) -> None:
