@@ -1,0 +1,249 @@
+"""Mistakes that were made in real ports of Gemma 2, planted one at a time; and models in which nothing but rounding
+differs. `parity` must find the first kind, at its place, and let the second kind pass.
+
+    python -m tests.parity.planted     # prints the table in docs/parity.md
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gemma2
+from gemma2 import ops
+from gemma2.cache import LayerCache, NoCache
+from gemma2.model import (
+    MLP,
+    Attention,
+    Gemma2,
+    RMSNorm,
+    Rotation,
+    ScaledEmbedding,
+    SoftCap,
+    SoftcapAttention,
+    TiedHead,
+)
+from gemma2.parity.compare import Row, compare, first_to_part, observed
+from gemma2.parity.numerics import with_numerics
+from gemma2.research.sites import sites
+from tests.conftest import SHAPES, tiny
+
+TEXT = (
+    "In the beginning God created the heaven and the earth. And the earth was without form, and void; and darkness was "
+    "upon the face of the deep. And the Spirit of God moved upon the face of the waters. "
+) * 4
+
+
+def as_class(kind: type[nn.Module], twin: type[nn.Module]) -> Callable[[Gemma2], None]:
+    """Every module of `kind` computes as `twin`, a subclass with another forward."""
+
+    def plant(model: Gemma2) -> None:
+        for module in model.modules():
+            if type(module) is kind:
+                module.__class__ = twin
+
+    return plant
+
+
+class UnscaledEmbedding(ScaledEmbedding):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
+class NarrowNorm(RMSNorm):
+    """1 + weight in the parameter's dtype, as in litgpt."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = ops.widened(x)
+        normalized = self.hook_normalized(wide * self.hook_inv_scale(ops.inverse_rms(wide, self.eps)))
+        return (normalized * ops.widened(1.0 + self.weight)).to(x.dtype)
+
+
+class CapAfterMask(SoftcapAttention):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, *(x.repeat_interleave(self.group, dim=2) for x in (k, v))))
+        scores = self.hook_scores_raw(q @ k.transpose(2, 3) * self.scale)
+        scores = self.softcap(scores.masked_fill(~visible, torch.finfo(scores.dtype).min))
+        pattern = ops.widened(self.hook_attn_scores(scores)).softmax(dim=-1).to(q.dtype)
+        return self.hook_z((self.hook_pattern(pattern) @ v).transpose(1, 2).contiguous())
+
+
+class Interleaved(Attention):
+    """Rotary pairs (2i, 2i + 1), as Llama's original code has them, instead of (i, i + c/2)."""
+
+    def forward(self, x: Tensor, positions: Tensor, rotation: Rotation, cache: LayerCache | NoCache) -> Tensor:
+        half = self.head_dim // 2
+        cos, sin = (part[..., :half].repeat_interleave(2, -1)[:, :, None] for part in rotation)
+
+        def rotate(y: Tensor) -> Tensor:
+            return y * cos + torch.stack((-y[..., 1::2], y[..., ::2]), -1).flatten(-2) * sin
+
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k = self.hook_q(self.q_proj(x).view(heads)), self.hook_k(self.k_proj(x).view(heads))
+        v = self.hook_v(self.v_proj(x).view(heads))
+        q, k = self.hook_rot_q(rotate(q)), self.hook_rot_k(rotate(k))
+        k, v, key_positions = cache.update(k, v, positions)
+        z = self.attend(q, k, v, ops.visible(positions, key_positions, self.window))
+        return self.o_proj(z.flatten(2))
+
+
+class ErfMLP(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.hook_post(F.gelu(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class CappedHiddenHead(TiedHead):
+    """The cap on what the head reads instead of on the logits, as in torchtune."""
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return F.linear(ops.softcap(x, 30.0), embedding)
+
+
+class NoCap(SoftCap):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class WideLinear(nn.Linear):
+    """No mistake: a product summed in float32 and rounded once, as by another kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float()).to(x.dtype)
+
+
+class WideAttention(SoftcapAttention):
+    """No mistake either: products summed in float32, every result rounded."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+        dtype = q.dtype
+        q, k, v = (x.transpose(1, 2).float() for x in (q, *(x.repeat_interleave(self.group, dim=2) for x in (k, v))))
+        scores = self.hook_scores_raw((q @ k.transpose(2, 3) * self.scale).to(dtype))
+        scores = self.softcap(scores).masked_fill(~visible, torch.finfo(dtype).min)
+        pattern = self.hook_pattern(ops.widened(self.hook_attn_scores(scores)).softmax(dim=-1).to(dtype))
+        return self.hook_z((pattern.float() @ v).to(dtype).transpose(1, 2).contiguous())
+
+
+def window_one_wider(model: Gemma2) -> None:
+    for module in model.modules():
+        if isinstance(module, Attention) and module.window is not None:
+            module.window += 1
+
+
+def layers_swapped(model: Gemma2) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.window = None if layer.self_attn.window else model.config.sliding_window
+
+
+def post_norms_swapped(model: Gemma2) -> None:
+    for layer in model.model.layers:
+        first, second = layer.post_attention_layernorm, layer.post_feedforward_layernorm
+        first.weight, second.weight = second.weight, first.weight
+
+
+def scaled_by_width(model: Gemma2) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.attend.scale = (model.config.hidden_size / model.config.num_attention_heads) ** -0.5
+
+
+def cap_on_hidden(model: Gemma2) -> None:
+    model.lm_head.__class__ = CappedHiddenHead
+    model.softcap.__class__ = NoCap
+
+
+def no_final_cap(model: Gemma2) -> None:
+    model.softcap.__class__ = NoCap
+
+
+def no_score_cap(model: Gemma2) -> None:
+    for layer in model.model.layers:
+        layer.get_submodule("self_attn.attend.softcap").__class__ = NoCap
+
+
+def norm_read_twice(model: Gemma2) -> None:
+    """A norm weight that already holds 1 + w, as a GGUF has it, with 1 added once more."""
+    with torch.no_grad():
+        model.get_parameter("model.layers.2.pre_feedforward_layernorm.weight").add_(1)
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A mistake, the site at which it must be found first, and the least that shows it."""
+
+    plant: Callable[[Gemma2], None]
+    first: str
+    dtype: torch.dtype = torch.float32
+    length: int = 64
+
+
+BUGS = {
+    "window off by one": Bug(window_one_wider, "blocks.0.attn.hook_attn_scores", length=160),
+    "layers swapped": Bug(layers_swapped, "blocks.0.attn.hook_attn_scores", length=160),
+    "cap after mask": Bug(as_class(SoftcapAttention, CapAfterMask), "blocks.0.attn.hook_attn_scores"),
+    "cap on the hidden state": Bug(cap_on_hidden, "logits_raw"),
+    "cap on logits left out": Bug(no_final_cap, "logits"),
+    "cap on scores left out": Bug(no_score_cap, "blocks.0.attn.hook_attn_scores"),
+    "1 + w in the parameter's dtype": Bug(
+        as_class(RMSNorm, NarrowNorm), "blocks.0.hook_attn_out", dtype=torch.bfloat16
+    ),
+    "1 added to a norm twice": Bug(norm_read_twice, "blocks.2.ln2"),
+    "wrong query scale": Bug(scaled_by_width, "blocks.0.attn.hook_scores_raw"),
+    "interleaved rotary": Bug(as_class(Attention, Interleaved), "blocks.0.attn.hook_rot_q"),
+    "swapped post-norms": Bug(post_norms_swapped, "blocks.0.hook_attn_out"),
+    "unscaled embedding": Bug(as_class(ScaledEmbedding, UnscaledEmbedding), "hook_embed"),
+    "erf GELU": Bug(as_class(MLP, ErfMLP), "blocks.0.mlp.hook_post"),
+}
+
+
+def planted_rows(bug: Bug, gemma: gemma2.Gemma) -> list[Row]:
+    """What parity says of the pocket model with one mistake in it."""
+    model = copy.deepcopy(gemma.model).to(bug.dtype)
+    ids = gemma.tokenizer.encode(TEXT)[: bug.length]
+    broken = copy.deepcopy(model)
+    bug.plant(broken)
+    return compare(model, ids, observed(broken, ids, sites(model.config)))
+
+
+def sound_rows(models: int = 54, length: int = 24) -> Iterator[tuple[str, list[Row]]]:
+    """What parity says of random bfloat16 models that are computed otherwise, and rightly: with Google's arithmetic,
+    which rounds at other places, or with products of another kernel."""
+    for number in range(models):
+        size, seed = list(SHAPES)[number % 3], number // 3
+        model = tiny(size, seed=seed).to(torch.bfloat16)
+        ids = torch.randint(512, (length,), generator=torch.Generator().manual_seed(number)).tolist()
+        if number % 2:
+            other = with_numerics(model, "gemma_pytorch")
+        else:
+            other = copy.deepcopy(model)
+            as_class(nn.Linear, WideLinear)(other)
+            as_class(SoftcapAttention, WideAttention)(other)
+        yield f"{size}, seed {seed}", compare(model, ids, observed(other, ids, sites(model.config)))
+
+
+def main() -> None:
+    gemma = gemma2.load(device="cpu", dtype="float32")
+    print("| planted | dtype, ids | called | first site | times what rounding explains |\n|---|---|---|---|---|")
+    found = 0
+    for name, bug in BUGS.items():
+        first = first_to_part(planted_rows(bug, gemma))
+        found += first is not None
+        dtype = str(bug.dtype).removeprefix("torch.")
+        seen = "a difference" if first else "rounding"
+        ratio = (first.why or f"{first.ratio:.3g}") if first else ""
+        print(
+            f"| {name} | {dtype}, {bug.length} | {seen} | {f'`{first.site}`' if first else ''} | {ratio} |", flush=True
+        )
+    highest = [max(row.ratio for row in rows) for _, rows in sound_rows()]
+    wrong = sum(ratio > 1 for ratio in highest)
+    print("\n| | called a difference | called rounding |\n|---|---|---|")
+    print(f"| a planted bug | {found} | {len(BUGS) - found} |")
+    print(f"| bfloat16 rounding in {len(highest)} random models | {wrong} | {len(highest) - wrong} |")
+    print(f"\nThe highest of the {len(highest)} models' sites is {max(highest):.2f} times what rounding explains.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""`parity` finds mistakes that were made in real ports, at their place, and does not take rounding for one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import gemma2
+from gemma2.parity.compare import first_to_part
+from tests.parity.planted import BUGS, planted_rows, sound_rows
+
+
+@pytest.fixture(scope="module")
+def shipped() -> gemma2.Gemma:
+    return gemma2.load(device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_each_planted_mistake_is_found_first_at_its_place(name: str, shipped: gemma2.Gemma) -> None:
+    first = first_to_part(planted_rows(BUGS[name], shipped))
+    assert first is not None and first.site == BUGS[name].first
+
+
+def test_a_mistake_is_reported_at_its_own_places_and_nowhere_downstream(shipped: gemma2.Gemma) -> None:
+    wrong = {row.site for row in planted_rows(BUGS["erf GELU"], shipped) if row.parts}
+    assert wrong == {f"blocks.{i}.mlp.hook_post" for i in range(6)}
+    wrong = {row.site for row in planted_rows(BUGS["window off by one"], shipped) if row.parts}
+    assert wrong == {f"blocks.{i}.attn.hook_attn_scores" for i in (0, 2, 4)}
+
+
+def test_rounding_is_no_difference_in_fifty_random_models() -> None:
+    count = 0
+    for name, rows in sound_rows(models=54):
+        parting = first_to_part(rows)
+        assert parting is None, f"{name}: {parting}"
+        assert any(not row.bitwise for row in rows)
+        count += 1
+    assert count >= 50
+
+
+def test_a_trace_without_a_bos_parts_in_the_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from gemma2.cli import main
+
+    ids = tmp_path / "ids.json"
+    gemma = gemma2.load(device="cpu")
+    ids.write_text(json.dumps(gemma.tokenizer.encode("In the beginning God created", bos=False)))
+    trace = tmp_path / "trace.safetensors"
+    assert main(["trace", "pocket", "--ids", str(ids), "-o", str(trace), "--sites", "logits"]) == 0
+    capsys.readouterr()
+    assert main(["parity", "pocket", "--against", str(trace), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["verdict"], found["first"]) == ("difference", "ids")
+
+
+def test_a_value_that_is_not_finite_is_named_where_it_arises(shipped: gemma2.Gemma) -> None:
+    import copy
+
+    from gemma2.parity.compare import compare, observed
+    from gemma2.research.sites import sites
+
+    broken = copy.deepcopy(shipped.model)
+    with torch.no_grad():
+        broken.get_parameter("model.layers.3.mlp.up_proj.weight")[0, 0] = torch.nan
+    ids = shipped.tokenizer.encode("In the beginning")
+    first = first_to_part(compare(shipped.model, ids, observed(broken, ids, sites(shipped.config))))
+    assert first is not None and first.site == "blocks.3.mlp.hook_pre_linear" and "not finite" in first.why
