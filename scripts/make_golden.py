@@ -1,11 +1,14 @@
 """Make tests/golden anew: a small random Gemma 2 and what its peers compute with it.
 
-    python scripts/make_golden.py [--gemma-pytorch FOLDER]
+    python scripts/make_golden.py [--pocket] [--gemma-pytorch FOLDER]
 
 Writes `model.safetensors` and `config.json` (shaped like 27B: the query scale is not the head width, the width not
 heads times head width), `transformers.safetensors` (transformers, eager, float32: the residual stream after each block,
 the final norm, all logits) and, when the source folder of google/gemma_pytorch is named, `gemma_pytorch.safetensors`
 (the same sites, last logits), all on `ids` stored beside them. Each file's metadata says what made it.
+
+Of the pocket model it writes traces as in docs/traces.md, by transformers, in float32 and bfloat16: `pocket_short_*`,
+the stream at every block and all logits, and `pocket_long_*`, the final norm of a prompt longer than the window.
 """
 
 from __future__ import annotations
@@ -21,6 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gemma2 import Gemma2, Gemma2Config
+from gemma2.load import POCKET
+from gemma2.parity.references import open_reference
+from gemma2.parity.trace import About, TraceWriter
+from gemma2.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 RAW: dict[str, Any] = {
@@ -43,6 +50,17 @@ RAW: dict[str, Any] = {
     "rope_theta": 10000.0,
 }
 LENGTH = 40  # five windows
+OPENING = "In the beginning God created the heaven and the earth."
+PSALM = (
+    "The Lord is my shepherd; I shall not want. He maketh me to lie down in green pastures: he leadeth me beside "
+    "the still waters. He restoreth my soul: he leadeth me in the paths of righteousness for his name's sake. "
+    "Yea, though I walk through the valley of the shadow of death, I will fear no evil: for thou art with me; thy "
+    "rod and thy staff they comfort me. Thou preparest a table before me in the presence of mine enemies: thou "
+    "anointest my head with oil; my cup runneth over. Surely goodness and mercy shall follow me all the days of "
+    "my life: and I will dwell in the house of the Lord for ever."
+)
+STREAM = ("hook_embed", "blocks.*.hook_resid_mid", "blocks.*.hook_resid_post", "ln_final", "logits")
+POCKET_TRACES = {"short": (OPENING, STREAM), "long": (PSALM, ("ln_final",))}
 
 
 def make_model() -> Gemma2:
@@ -133,12 +151,32 @@ def run_google(model: Gemma2, ids: Tensor, source: Path) -> tuple[dict[str, Tens
     return seen, "google/gemma_pytorch, GemmaModel and Sampler, float32, CPU"
 
 
+def write_pocket_traces() -> None:
+    tokenizer = Tokenizer.from_file(POCKET / "tokenizer.model")
+    for dtype in (torch.float32, torch.bfloat16):
+        peer = open_reference("transformers", POCKET, dtype)
+        named = str(dtype).removeprefix("torch.")
+        about = About(peer.system, named, peer.config, {**peer.versions, "threads": str(torch.get_num_threads())})
+        for name, (text, sites) in POCKET_TRACES.items():
+            ids, path = tokenizer.encode(text), GOLDEN / f"pocket_{name}_{named}.safetensors"
+            with TraceWriter(path, about, ids, sites, dtype, force=True) as trace:
+                for site, value in peer.run(ids, trace.sites).items():
+                    trace.add(site, value)
+            print(
+                f"{path.name}: {peer.system}, {len(trace.sites)} sites of {len(ids)} ids, {path.stat().st_size:,} bytes"
+            )
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gemma-pytorch", type=Path, metavar="FOLDER", help="a checkout of google/gemma_pytorch")
+    parser.add_argument("--pocket", action="store_true", help="only the traces of the pocket model")
     args = parser.parse_args()
     GOLDEN.mkdir(exist_ok=True)
+    write_pocket_traces()
+    if args.pocket:
+        return
     model = make_model()
     ids = torch.randint(RAW["vocab_size"], (LENGTH,), generator=torch.Generator().manual_seed(3))
     (GOLDEN / "config.json").write_text(json.dumps(RAW, indent=2) + "\n")
