@@ -152,7 +152,7 @@ def test_llama_cpps_logits_are_met_to_the_bit(name: str) -> None:
 
 
 @shared
-@pytest.mark.parametrize("name", ["q5_0", "q6_k", "iq3_s"])
+@pytest.mark.parametrize("name", ["q4_0", "q5_0", "iq4_nl", "iq4_xs", "q6_k", "iq3_s"])
 def test_logits_of_types_without_minima_are_met_up_to_a_last_bit(name: str) -> None:
     assert apart(name).abs().max() <= 4e-6
 

@@ -12,6 +12,8 @@ PARTNERS = {"F32": "F32", "F16": "F16", "BF16": "BF16", "Q4_1": "Q8_1", "Q5_1": 
     ("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4", "Q1_0"), "Q8_0"
 )
 
+REPACKED = ("Q4_0", "IQ4_NL")  # eight rows of the weight are interleaved while loading, if their number allows
+
 
 def partner(kind: str) -> str:
     return PARTNERS.get(kind, "Q8_K")
@@ -58,6 +60,8 @@ def summed(x: Tensor, weight: Tensor, kind: str) -> Tensor:
         y = lane_product(rows, weight, lanes=16)
     elif to == "Q8_K":
         y = _summed_by_256(rows, weight)
+    elif kind in REPACKED:  # arch/x86/repack.cpp, gemm_q4_b32_8x8_q8_0_lut_avx: a lane a column, a block a step
+        y = lane_product(rows, weight, lanes=1, group=32)
     else:
         y = lane_product(rows, weight, lanes=8, group=4)
     return y.unflatten(0, x.shape[:-1])
