@@ -63,7 +63,7 @@ def _lane_sums(x: Tensor, w: Tensor) -> Tensor:
 
 
 def exp(x: Tensor) -> Tensor:
-    """ggml's expf for x <= 0, good to 2 ulp: 2^n times a polynomial of what remains. (vec.h, ggml_v_expf)"""
+    """ggml's expf for x <= 0, good to 2.2 ulp: 2^n times a polynomial of what remains. (vec.h, ggml_v_expf)"""
     shift = f32("0x1.8p23")
     n = fma(x, f32("0x1.715476p+0"), shift) - shift
     b = fma(-n, f32("0x1.7f7d1cp-20"), fma(-n, f32("0x1.62e4p-1"), x))
