@@ -13,6 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gemma2
+from gemma2.checkpoints.gguf_weights import llama_cpp_name
+from gemma2.checkpoints.gguf_write import BLOCKS, architecture_metadata, header_bytes, padding
+from gemma2.checkpoints.weights import shapes_of
 from gemma2.load import POCKET
 from tests.conftest import ids, raw_config, tensors_of, tiny
 
@@ -180,6 +183,19 @@ def test_whether_a_model_was_tuned_for_chat_is_read_from_its_stops(folder: Folde
         assert gemma2.load(place).chat_tuned is tuned
 
 
+def write_zeros(path: Path, config: gemma2.Gemma2Config, kind: str) -> None:
+    """A GGUF whose every block is zero, without a tokenizer."""
+    described = []
+    for name, shape in shapes_of(config).items():
+        block = BLOCKS["F32" if len(shape) == 1 else kind]
+        size = torch.Size(shape).numel() // block.values * block.bytes
+        described.append((llama_cpp_name(name), tuple(shape), block, size))
+    header = header_bytes(architecture_metadata(config, "zeros"), described)
+    path.write_bytes(header)
+    with path.open("r+b") as file:
+        file.truncate(len(header) + sum(size + padding(size) for *_, size in described))
+
+
 # VmHWM, because ru_maxrss of a child starts at what its parent held when it forked.
 PEAK = """
 import re, sys
@@ -195,7 +211,12 @@ print(before, peak(), sum(p.nbytes for p in gemma.model.parameters()))
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from Linux's /proc")
 @pytest.mark.parametrize(
     ("form", "stored", "dtype"),
-    [("safetensors", "bfloat16", "bfloat16"), ("safetensors", "float32", "bfloat16"), ("ckpt", "bfloat16", "bfloat16")],
+    [
+        ("safetensors", "bfloat16", "bfloat16"),
+        ("safetensors", "float32", "bfloat16"),
+        ("ckpt", "bfloat16", "bfloat16"),
+        ("gguf", "Q4_K", "bfloat16"),
+    ],
 )
 def test_loading_takes_the_final_weights_and_little_more(tmp_path: Path, form: str, stored: str, dtype: str) -> None:
     """Peak resident memory of a child, mapped pages of the file and Python with torch included: at most 1.10 x the
@@ -205,11 +226,15 @@ def test_loading_takes_the_final_weights_and_little_more(tmp_path: Path, form: s
     ) | {"query_pre_attn_scalar": 128}
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in gemma2.Gemma2(gemma2.Gemma2Config.from_dict(raw)).named_parameters()}
-    kind = getattr(torch, stored)
-    tensors = {name: torch.full(shape, 0.01, dtype=kind) for name, shape in shapes.items()}
-    (tmp_path / "config.json").write_text(json.dumps(raw))
     path = tmp_path / f"model.{form}"
-    if form == "ckpt":
+    if form == "gguf":
+        write_zeros(path, gemma2.Gemma2Config.from_dict(raw), stored)
+        shapes = {}
+    tensors = {name: torch.full(shape, 0.01, dtype=getattr(torch, stored)) for name, shape in shapes.items()}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    if form == "gguf":
+        pass
+    elif form == "ckpt":
         torch.save({"model_state_dict": to_google(tensors)}, path)
     else:
         save_file(tensors, path)
