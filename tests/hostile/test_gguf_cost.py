@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from gemma2.checkpoints.gguf import CHUNK, MOST_HEADER, read_header
 from gemma2.errors import BadModelFile
 from tests.conftest import SHARED
-from tests.gguf_files import Entry, File, small, tiny_model
+from tests.gguf_files import Entry, File, array, small, string, tiny_model
 from tests.hostile.child import attempts, complaints, in_a_child, memory
 
 OFFICIAL = SHARED / "data" / "gemma2-tokenizer" / "vocab-official.gguf"
@@ -33,6 +34,7 @@ def costs(paths: list[str]) -> Iterator[tuple[float, int, int]]:
         del header, tokens
 
 
+@cache
 def vocabulary() -> File:
     """As much as the converter writes for Gemma 2: pieces of two to twenty bytes, not all of them Latin."""
     pieces = [f"▁{i:x}" if i % 2 else f"{i**3:x}" for i in range(PIECES)]
@@ -94,7 +96,7 @@ def with_pairs(*pairs: tuple[str, str, Any]) -> Callable[[], File]:
 
 
 COSTLIEST: dict[str, Callable[[], File]] = {
-    "strings of few characters, as many as are taken": with_pairs(("x", "str[]", ["🙂🙂🙂"] * 2**20)),
+    "strings of few characters, as many as are taken": with_pairs(("x", "", array(8, 2**20, string("🙂🙂🙂") * 2**20))),
     "strings that quadruple": with_pairs(
         ("x", "str", "a" * (2**24 - 4) + "🙂"), ("y", "str", "a" * (2**23 - 99) + "🙂")
     ),
@@ -105,8 +107,8 @@ COSTLIEST: dict[str, Callable[[], File]] = {
         tensors=tuple(Entry(f"{i:032}🙂", (1, 1, 1, 1), "F32", bytes(4)) for i in range(2**16)),
         alignment=1,
     ),
-    "flags": lambda: File(pairs=tuple((f"x{i}", "bool[]", bytes(2**22)) for i in range(5))),
-    "numbers": lambda: File(pairs=(("x", "f64[]", [0.0] * (3 * 2**20 - 50)),)),
+    "flags": lambda: File(pairs=tuple((f"x{i}", "", array(7, 2**22, bytes(2**22))) for i in range(5))),
+    "numbers": with_pairs(("x", "", array(12, 3 * 2**20 - 50, bytes(8 * (3 * 2**20 - 50))))),
 }
 
 
