@@ -12,6 +12,7 @@ from gemma2.checkpoints.weights import TARGETS, build
 from gemma2.errors import BadModelFile
 from gemma2.generate import Gemma
 from gemma2.hub import download, download_gguf
+from gemma2.parity.numerics import check_profile, stored_kinds, with_numerics
 from gemma2.tokenizer import Tokenizer
 
 POCKET = Path(__file__).parent / "assets" / "pocket"
@@ -32,6 +33,7 @@ def load(
     revision: str | None = None,
     force_float16: bool = False,
     allow_nonfinite: bool = False,
+    numerics: str | None = None,
     progress: bool | None = None,
 ) -> Gemma:
     """Load a Gemma 2.
@@ -48,6 +50,8 @@ def load(
         revision: branch, tag or commit, for a hub name.
         force_float16: run in float16 all the same.
         allow_nonfinite: take weights with NaN or infinity in them.
+        numerics: compute as another implementation does, rounding for rounding: one of the profiles of
+            `gemma2/parity/numerics.py`, as "gemma_pytorch" or "llama.cpp" (which computes in float32).
         progress: a bar while loading; None shows it on a terminal only.
     Raises:
         BadModelFile: anything that is not exactly a Gemma 2 this program runs; says what, where, and the cure.
@@ -55,11 +59,16 @@ def load(
     """
     where = check_device(device)
     wanted = check_dtype(dtype, force_float16)
+    if numerics is not None:
+        check_profile(numerics)
+        wanted = wanted or (torch.float32 if numerics == "llama.cpp" else None)
     opened = open_checkpoint(locate(source, revision), tokenizer)
     final = wanted or opened.weights.dtype
     if final == torch.float16 and not force_float16:
         raise BadModelFile(f"{opened.path}: {FLOAT16}")
     model = build(opened.weights, opened.config, where, final, allow_nonfinite=allow_nonfinite, progress=progress)
+    if numerics is not None:
+        model = with_numerics(model, numerics, kinds=stored_kinds(opened.weights))
     return Gemma(model, opened.tokenizer, opened.chat_tuned, opened.notes)
 
 

@@ -244,3 +244,15 @@ def test_loading_takes_the_final_weights_and_little_more(tmp_path: Path, form: s
     print(f"{form} {stored}: weights {weights / 1e6:.0f} MB, before {before / 1e6:.0f}, peak {peak / 1e6:.0f} MB")
     assert weights > 500e6
     assert peak <= 1.10 * weights + 256e6
+
+
+def test_a_numerics_profile_computes_otherwise_with_the_same_weights() -> None:
+    plain, google = gemma2.load(device="cpu"), gemma2.load(device="cpu", numerics="gemma_pytorch")
+    tokens = torch.tensor([plain.tokenizer.encode("In the beginning God created the heaven")])
+    with torch.no_grad():
+        apart = (plain.model(tokens) - google.model(tokens)).abs().max()
+    assert 0 < apart < 0.5
+    assert same(google, dict(plain.model.named_parameters()))
+    assert gemma2.load(device="cpu", numerics="llama.cpp").model.model.embed_tokens.weight.dtype == torch.float32
+    with pytest.raises(ValueError, match="numerics 'ggml' is not one of transformers, gemma_pytorch, llama.cpp"):
+        gemma2.load("nowhere", numerics="ggml")

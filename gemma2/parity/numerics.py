@@ -12,6 +12,8 @@ from collections.abc import Iterable
 
 import torch
 
+from gemma2.checkpoints.gguf_weights import GGUFWeights
+from gemma2.checkpoints.weights import Weights
 from gemma2.model import Gemma2
 from gemma2.parity.bits import Bit, Kinds
 from gemma2.parity.parts import in_parts
@@ -39,8 +41,7 @@ def with_numerics(model: Gemma2, profile: str, bits: Iterable[str] | None = None
     Raises:
         ValueError: an unknown profile or bit, or a dtype that the profile's implementation does not compute in.
     """
-    if profile not in PROFILES:
-        raise ValueError(f"numerics {profile!r} is not one of {', '.join(PROFILES)}")
+    check_profile(profile)
     known = {bit.name: bit for bit in PROFILES[profile]}
     wanted = list(known) if bits is None else list(bits)
     unknown = [name for name in wanted if name not in known]
@@ -57,3 +58,16 @@ def with_numerics(model: Gemma2, profile: str, bits: Iterable[str] | None = None
         if name in wanted:
             bit.apply(twin, types)
     return twin
+
+
+def check_profile(name: str) -> None:
+    """Raises ValueError for one that there is not."""
+    if name not in PROFILES:
+        raise ValueError(f"numerics {name!r} is not one of {', '.join(PROFILES)}")
+
+
+def stored_kinds(weights: Weights) -> Kinds | None:
+    """In which ggml type each tensor of a GGUF is stored, on which llama.cpp's arithmetic depends; else None."""
+    if not isinstance(weights, GGUFWeights):
+        return None
+    return {name: weights.stored(name).kind.name for name in weights.tensors}
