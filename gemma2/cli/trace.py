@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     trace = TraceWriter(args.output, about, ids, patterns, dtypes(gemma.model, patterns), args.force)
     tokens = torch.tensor([ids], device=gemma.model.model.embed_tokens.weight.device)
     held = f"{len(trace.sites)} sites of {len(ids)} tokens, {size(trace.bytes)}"
-    print(f"{args.output}: {held}", file=sys.stderr)
+    print(f"{args.output}: {held}", flush=True)
     bar = tqdm(total=len(trace.sites), desc="sites", disable=None, leave=False, delay=1)  # shown from a second on
 
     def see(name: str, value: torch.Tensor) -> None:

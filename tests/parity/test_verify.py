@@ -1,4 +1,4 @@
-"""The certificate: it passes what is sound, fails what is not, each check at its own fault, and says what did not run."""
+"""The certificate passes what is sound, fails what is not, each check at its own fault, and says what did not run."""
 
 from __future__ import annotations
 

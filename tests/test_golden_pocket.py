@@ -1,0 +1,140 @@
+"""The pocket model's golden traces: what transformers computed with the weights that ship, met with no peer installed.
+
+They are in the format of docs/traces.md, so they also show that another's trace is read. To the bit transformers is met
+where it is installed (tests/parity/test_golden.py): elsewhere another processor may add in another order.
+
+Features are switched off one by one, as in test_golden.py. Two cannot show in this model, and show there: its query
+scale is that of the head width, and its scores stay so far below the cap that a capped mask still hides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import gemma2
+from gemma2.parity.tolerances import TOLERANCES
+from gemma2.parity.trace import Trace
+from gemma2.research.capture import capture
+from tests.test_golden import (
+    interleaved,
+    with_another_function,
+    with_erf_gelu,
+    with_relu,
+    with_window,
+    without_embedding_scale,
+    without_final_norm,
+    without_gate,
+    without_logit_cap,
+    without_norm,
+    without_one_plus,
+    without_score_cap,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TRACES = sorted(GOLDEN.glob("pocket_*.safetensors"))
+Change = Callable[..., None]
+
+
+def distances(model: gemma2.Gemma2, trace: Trace) -> dict[str, float]:
+    """Largest difference at each site, by the site's largest value."""
+    with torch.no_grad(), capture(model, trace.names) as seen:
+        model(torch.tensor([trace.ids]))
+    return {name: apart(seen[name][0], trace[name]) for name in trace.names}
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    return ((found.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+def test_there_is_a_short_and_a_long_one_in_two_dtypes_within_a_megabyte() -> None:
+    assert [path.stem for path in TRACES] == [
+        f"pocket_{length}_{dtype}" for length in ("long", "short") for dtype in sorted(DTYPES)
+    ]
+    assert sum(path.stat().st_size for path in TRACES) < 1e6
+
+
+@pytest.mark.parametrize("path", TRACES, ids=lambda path: path.stem)
+def test_every_site_is_met(path: Path) -> None:
+    trace, gemma = Trace(path), gemma2.load(dtype=path.stem.split("_")[-1], device="cpu")
+    trace.refuse_other(gemma.config, "the pocket model")
+    found = distances(gemma.model, trace)
+    assert set(found) == set(trace.names) and found
+    assert max(found.values()) <= TOLERANCES[DTYPES[trace.about.dtype]].bound, found
+
+
+def test_the_long_prompt_leaves_the_window_and_the_short_one_shows_every_block() -> None:
+    long, short = Trace(GOLDEN / "pocket_long_float32.safetensors"), Trace(GOLDEN / "pocket_short_float32.safetensors")
+    assert len(long.ids) > long.about.config.sliding_window
+    blocks = {f"blocks.{i}.hook_resid_{place}" for i in range(6) for place in ("mid", "post")}
+    assert set(short.names) == {"hook_embed", *blocks, "ln_final", "logits"}
+    for trace in (long, short):
+        assert trace.about.system.startswith("transformers 5.") and trace.about.versions["torch"]
+
+
+def local_layers_only(model: gemma2.Gemma2) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.window = model.config.sliding_window
+
+
+def without_positions_of_the_first_block(model: gemma2.Gemma2) -> None:
+    model.model.layers[0].self_attn.hook_rot_q.register_forward_hook(lambda m, i, o: o.flip(1))
+
+
+def with_heads_of_another_group(model: gemma2.Gemma2) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.hook_k.register_forward_hook(lambda m, i, o: o.roll(1, dims=2))
+
+
+def without_scale(model: gemma2.Gemma2) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.attend.scale = 1.0
+
+
+def with_untied_head(model: gemma2.Gemma2) -> None:
+    model.lm_head.register_forward_hook(lambda m, i, o: o.roll(1, dims=-1))
+
+
+SWITCHED: dict[str, tuple[str, Change]] = {
+    **{
+        f"{name} left out": ("short", without_norm(name))
+        for name in (
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+        )
+    },
+    "final norm left out": ("short", without_final_norm),
+    "gain w instead of 1 + w": ("short", without_one_plus),
+    "scores not capped": ("short", without_score_cap),
+    "logits not capped": ("short", without_logit_cap),
+    "embedding not scaled": ("short", without_embedding_scale),
+    "scores not scaled": ("short", without_scale),
+    "another token's query": ("short", without_positions_of_the_first_block),
+    "another group's keys": ("short", with_heads_of_another_group),
+    "another head": ("short", with_untied_head),
+    "no rotation": ("short", with_another_function("rotate", lambda x, cos, sin: x)),
+    "rotary pairs interleaved": ("short", with_another_function("rotate", interleaved)),
+    "relu instead of gelu": ("short", with_relu),
+    "erf gelu": ("short", with_erf_gelu),
+    "no gate": ("short", without_gate),
+    "window off": ("long", with_window(None)),
+    "window one wider": ("long", with_window(129)),
+    "window one narrower": ("long", with_window(127)),
+    "every layer local": ("long", local_layers_only),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHED)
+def test_each_feature_switched_off_breaks_a_golden_trace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    which, change = SWITCHED[name]
+    model = gemma2.load(dtype="float32", device="cpu").model
+    change(model, monkeypatch) if change.__code__.co_argcount == 2 else change(model)
+    found = distances(model, Trace(GOLDEN / f"pocket_{which}_float32.safetensors"))
+    assert max(found.values()) > 5 * TOLERANCES[torch.float32].bound, found
