@@ -50,7 +50,7 @@ class Row:
         size, gain: the error made at this place: rms by the truth's rms, and the part that all tokens share.
         own_size, own_gain: the same of the yardstick.
         bitwise: whether the other system has the yardstick's bits.
-        why: what is wrong beyond size: other keys are masked, or values that are not finite; else empty.
+        why: what is wrong beyond size: other keys are masked, or values that are not finite, and whose; else empty.
     """
 
     site: str
@@ -96,7 +96,9 @@ class LogitsRow:
     largest: float
 
 
-def compare(model: Gemma2, ids: list[int], other: Values, theirs: Gemma2 | None = None) -> list[Row]:
+def compare(
+    model: Gemma2, ids: list[int], other: Values, theirs: Gemma2 | None = None, truth: Values | None = None
+) -> list[Row]:
     """A row for every site of `other`, in the order of computation.
 
     Args:
@@ -104,24 +106,31 @@ def compare(model: Gemma2, ids: list[int], other: Values, theirs: Gemma2 | None 
         ids: of one row.
         other: what the other system computed.
         theirs: the yardstick where it is not `model`: its twin with a numerics profile.
+        truth: `predicted(model, ids)`, where the caller has it already.
     Raises:
         ValueError: a value of another shape than the site's. Fewer positions than ids are taken as the last ones.
     """
-    tokens = torch.tensor([ids], device=model.model.embed_tokens.weight.device)
     _check_shapes(model, len(ids), other)
     own = observed(theirs or model, ids, [name for name in sites(model.config) if name in other])
-    with torch.no_grad():
-        truth = predicted(model, tokens, {})
-        from_other, from_own = predicted(model, tokens, other), predicted(model, tokens, own)
-    dtype = model.model.embed_tokens.weight.dtype
-    return [
-        _row(name, truth[name], own[name], other[name].cpu(), from_own[name], from_other[name], UNIT[dtype])
-        for name in own
-    ]
+    truth = predicted(model, ids) if truth is None else truth
+    from_own, from_other = predicted(model, ids, own), predicted(model, ids, other)
+    unit = UNIT[model.model.embed_tokens.weight.dtype]
+    return [_row(name, truth[name], own[name], other[name], from_own[name], from_other[name], unit) for name in own]
 
 
-def predicted(model: Gemma2, tokens: Tensor, given: Values) -> dict[str, Tensor]:
-    """Every site in float64 as it follows from the values `given` for the sites before it, and else from our own."""
+def compare_end(truth: Tensor, own: Tensor, other: Tensor) -> Row:
+    """A row for logits [t v] alone, with no site before them: the whole model is judged as one place.
+
+    Args:
+        truth: in float64; `own`: the yardstick, in the dtype of the model.
+    """
+    return _row("logits", truth, own, other, truth, truth, UNIT[own.dtype])
+
+
+@torch.no_grad()
+def predicted(model: Gemma2, ids: list[int], given: Values | None = None) -> dict[str, Tensor]:
+    """Every site in float64 as it follows from the values `given` for the sites before it, and else from our own;
+    without the batch axis."""
     by_module: dict[str, list[str]] = {}
     for name, site in sites(model.config).items():
         by_module.setdefault(site.module, []).append(name)
@@ -132,7 +141,7 @@ def predicted(model: Gemma2, tokens: Tensor, given: Values) -> dict[str, Tensor]
             stated = None
             for name in names:
                 seen[name] = output[0].cpu()
-                if name in given and given[name].shape == output.shape[1:]:
+                if given and name in given and given[name].shape == output.shape[1:]:
                     stated = given[name].to(output.device, torch.float64)[None]
             return stated
 
@@ -141,7 +150,7 @@ def predicted(model: Gemma2, tokens: Tensor, given: Values) -> dict[str, Tensor]
     with ExitStack() as hooks, _in_float64(model):
         for path, names in by_module.items():
             hooks.callback(model.get_submodule(path).register_forward_hook(hook(names)).remove)
-        model(tokens)
+        model(_tokens(model, ids))
     return seen
 
 
@@ -150,15 +159,12 @@ def observed(model: Gemma2, ids: list[int], names: Iterable[str]) -> dict[str, T
     """What the model itself computes at some sites, without the batch axis."""
     wanted = list(names)
     with capture(model, wanted) as seen:
-        model(torch.tensor([ids], device=model.model.embed_tokens.weight.device))
+        model(_tokens(model, ids))
     return {name: seen[name][0].cpu() for name in wanted}
 
 
-@torch.no_grad()
-def predicted_alone(model: Gemma2, ids: list[int], name: str) -> Tensor:
-    """One site in float64 from our own values, without the batch axis."""
-    tokens = torch.tensor([ids], device=model.model.embed_tokens.weight.device)
-    return predicted(model, tokens, {})[name]
+def _tokens(model: Gemma2, ids: list[int]) -> Tensor:
+    return torch.tensor([ids], device=model.model.embed_tokens.weight.device)
 
 
 @contextmanager
@@ -195,7 +201,7 @@ def _check_shapes(model: Gemma2, t: int, other: Values) -> None:
         if name not in known:
             raise ValueError(f"{name} is no site of this model")
         wanted = known[name].sizes(model.config, t)[1:]
-        last = (value.shape[0], *wanted[1:]) if value.ndim == 2 and value.shape[0] <= t else wanted
+        last = (value.shape[0], *wanted[1:]) if value.ndim == 2 and 1 <= value.shape[0] <= t else wanted
         if tuple(value.shape) not in (wanted, last):
             raise ValueError(f"{name} is {list(value.shape)}, and this model's is {list(wanted)}")
 
@@ -206,11 +212,10 @@ def _row(
     count = other.shape[0] if other.ndim == 2 else None
     if count is not None:  # perhaps the last positions alone
         truth, own, from_own, from_other = (x[-count:] for x in (truth, own, from_own, from_other))
-    truth, own, other, from_own, from_other = (x.double() for x in (truth, own, other, from_own, from_other))
-    why = "" if other.isfinite().all() else "values that are not finite"
-    if name.endswith(SCORES):
+    truth, own, other, from_own, from_other = (x.cpu().double() for x in (truth, own, other, from_own, from_other))
+    why = "; ".join(filter(None, (_not_finite("ours", own, name), _not_finite("theirs", other, name))))
+    if name.endswith(SCORES) and not why:
         # Whatever number stands in a masked place, it is masked in both, or the two look at different keys.
-        why = "NaN" if other.isnan().any() else ""
         masked = truth < MASKED
         if not torch.equal(masked, other < MASKED):
             why = f"{int((masked ^ (other < MASKED)).sum())} keys seen by one system alone"
@@ -234,6 +239,14 @@ def _row(
         torch.equal(own, other),
         why,
     )
+
+
+def _not_finite(whose: str, value: Tensor, name: str) -> str:
+    """Where a value first is not finite, in words; a masked score may be minus infinity."""
+    wrong = ~value.isfinite()
+    if name.endswith(SCORES):
+        wrong &= value != -math.inf
+    return f"{whose} not finite: {value[wrong][0].item()} at {wrong.nonzero()[0].tolist()}" if wrong.any() else ""
 
 
 def _relative(error: Tensor, of: Tensor) -> float:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from gemma2.checkpoints.checkpoint import Checkpoint
-from gemma2.checkpoints.gguf_weights import GGUFWeights
-from gemma2.errors import BadModelFile
-from gemma2.parity.cases import DIFFERS, Case, run_cases
-from gemma2.parity.compare import LogitsRow, Row, compare, compare_logits, first_to_part, observed, predicted_alone
+from gemma2.errors import BadModelFile, ContextOverflow, NonFiniteError
+from gemma2.parity.cases import BEGINS, DIFFERS, Case, run_cases
+from gemma2.parity.compare import LogitsRow, Row, compare, compare_logits, first_to_part, observed, predicted
 from gemma2.parity.numerics import PROFILES, with_numerics
 from gemma2.parity.references import Reference
 from gemma2.parity.references.ourselves import Ourselves
@@ -19,6 +21,7 @@ from gemma2.research.sites import chosen
 
 EQUAL, ROUNDING, DIFFERENCE = "equal to the bit", "rounding", "difference"
 IDS = "ids"
+OURS = "transformers"  # the profile without bits
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Judgement:
     @property
     def first(self) -> str | None:
         """Where the systems part first: a site, or the ids themselves."""
-        if any(case.name == "begins with <bos>" and case.outcome == DIFFERS for case in self.cases):
+        if any(case.name == BEGINS and case.outcome == DIFFERS for case in self.cases):
             return IDS
         parting = first_to_part(self.rows)
         return None if parting is None else parting.site
@@ -58,9 +61,12 @@ class Judgement:
         return EQUAL if all(row.bitwise for row in self.rows) else ROUNDING
 
     def to_dict(self) -> dict[str, Any]:
-        """For machines; infinite ratios are null."""
-        rows = [dataclasses.asdict(row) | {"ratio": _plain(row.ratio), "parts": row.parts} for row in self.rows]
-        return dataclasses.asdict(self) | {"rows": rows, "first": self.first, "verdict": self.verdict}
+        """For machines; what is not finite is None."""
+        rows = [dataclasses.asdict(row) | {"ratio": row.ratio, "parts": row.parts} for row in self.rows]
+        plain: dict[str, Any] = finite(
+            dataclasses.asdict(self) | {"rows": rows, "first": self.first, "verdict": self.verdict}
+        )
+        return plain
 
 
 def judge(
@@ -88,32 +94,39 @@ def judge(
     wanted = [name for name in chosen(opened.config, sites) if name in reference.sites]
     if not wanted:
         raise BadModelFile(f"{reference.system} shows none of the sites asked for; it has {len(reference.sites)}")
-    tell("ours")
-    ours = Ourselves(opened, reference.dtype)
-    kinds = _kinds(opened)
-    theirs = with_numerics(ours.model, numerics, kinds=kinds) if numerics else None
+    given = _checked(ids, opened)
     tell(reference.system)
-    other = reference.run(ids, wanted)
+    other = reference.run(given, wanted)
     tell("comparing")
-    rows = compare(ours.model, list(ids), other, theirs)
-    logits = None
-    if "logits" in other:
-        logits = compare_logits(predicted_alone(ours.model, list(ids), "logits"), other["logits"])
+    ours = Ourselves(opened, reference.dtype, numerics=numerics)
+    truth = predicted(ours.model, given)
+    rows = compare(ours.model, given, other, ours.computing, truth)
+    logits = compare_logits(truth["logits"], other["logits"]) if "logits" in other else None
     done: list[Case] = []
     if cases:
-        for case in run_cases(reference, ours, ids, opened.tokenizer.special["bos"]):
+        for case in run_cases(reference, ours, given, opened.tokenizer.special["bos"]):
             tell(case.name)
             done.append(case)
     dtype = str(reference.dtype).removeprefix("torch.")
-    return Judgement(reference.system, dtype, numerics, len(ids), rows, logits, done)
+    return Judgement(reference.system, dtype, numerics, len(given), rows, logits, done)
+
+
+def _checked(ids: Sequence[int], opened: Checkpoint) -> list[int]:
+    """Raises ContextOverflow for more ids than the model's context; whether they are ids, every system checks."""
+    context = opened.config.max_position_embeddings
+    if len(ids) > context:
+        raise ContextOverflow(f"{len(ids):,} ids exceed the model's context of {context:,}")
+    return list(ids)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One bit on the way from our arithmetic to another's.
+    """One bit on the way from one arithmetic to another.
 
     Attributes:
-        bit, about: the bit that was added to all before it; "" at the start.
+        bit: the one that was added to all before it, "gemma_pytorch rope_mul=float32", or after a "-" taken away; ""
+            at the start.
+        about: in words.
         distance: rms of our logits' distance to the other system's.
         closed: by how much of the first distance the gap became smaller with this bit.
         bitwise: sites, of so many, that have the other system's bits.
@@ -127,41 +140,59 @@ class Step:
     sites: int
 
 
-def explain(reference: Reference, opened: Checkpoint, ids: Sequence[int], profile: str) -> list[Step]:
-    """Walk from our arithmetic to a profile's, a bit at a time, and see how much of the gap each closes.
+def explain(
+    reference: Reference, opened: Checkpoint, ids: Sequence[int], profile: str, start: str = OURS
+) -> list[Step]:
+    """Walk from one profile's arithmetic to another's, a bit at a time, and see how much of the gap to a reference each
+    closes. What `start` has of its own is taken away first, last bit first: the way leads over ours.
 
     Raises:
-        ValueError: an unknown profile.
+        ValueError: an unknown profile, or one that does not compute in the reference's dtype.
         BadModelFile: the reference shows no logits.
+        ContextOverflow: more ids than a context.
+        NonFiniteError: logits that are not finite, from which nothing has a distance.
     """
-    if profile not in PROFILES:
-        raise ValueError(f"numerics {profile!r} is not one of {', '.join(PROFILES)}")
+    for name in (profile, start):
+        if name not in PROFILES:
+            raise ValueError(f"numerics {name!r} is not one of {', '.join(PROFILES)}")
     if "logits" not in reference.sites:
         raise BadModelFile(f"{reference.system} shows no logits, by which the gap is measured")
-    ours = Ourselves(opened, reference.dtype)
-    kinds = _kinds(opened)
+    given = _checked(ids, opened)
     names = [name for name in chosen(opened.config) if name in reference.sites]
-    other = reference.run(ids, names)
+    other = reference.run(given, names)
+    ours = Ourselves(opened, reference.dtype)
     steps: list[Step] = []
-    applied: list[str] = []
-    for bit in (None, *PROFILES[profile]):
-        applied += [bit.name] if bit else []
-        own = observed(with_numerics(ours.model, profile, applied, kinds), list(ids), names)
+    for label, about, way, bits in _walk(start, profile):
+        own = observed(with_numerics(ours.model, way, bits, ours.kinds), given, names)
         apart = own["logits"][-len(other["logits"]) :].double() - other["logits"].double()
         distance = apart.square().mean().sqrt().item()
-        same = sum(bool((own[name] == other[name]).all()) for name in names if own[name].shape == other[name].shape)
-        start = steps[0].distance if steps else distance
-        closed = (steps[-1].distance - distance) / start if steps and start else 0.0
-        steps.append(Step(bit.name if bit else "", bit.about if bit else "", distance, closed, same, len(names)))
+        if not math.isfinite(distance):
+            raise NonFiniteError(f"logits of {reference.system} or of ours are not finite: run without --explain")
+        first = steps[0].distance if steps else distance
+        closed = (steps[-1].distance - distance) / first if steps and first else 0.0
+        same = sum(_same(own[name], other[name]) for name in names)
+        steps.append(Step(label, about, distance, closed, same, len(names)))
     return steps
 
 
-def _kinds(opened: Checkpoint) -> dict[str, str] | None:
-    """In which ggml type each tensor is stored, which llama.cpp's arithmetic depends on."""
-    if not isinstance(opened.weights, GGUFWeights):
-        return None
-    return {name: opened.weights.stored(name).kind.name for name in opened.weights.tensors}
+def _walk(start: str, end: str) -> Iterator[tuple[str, str, str, list[str]]]:
+    """Each step: the bit that changes, in words, and the profile and bits to compute with then."""
+    first, last = PROFILES[start], PROFILES[end]
+    yield "", "", start, [bit.name for bit in first]
+    for count in reversed(range(len(first))):
+        yield f"- {start} {first[count].name}", first[count].about, start, [bit.name for bit in first[:count]]
+    for count, bit in enumerate(last, 1):
+        yield f"{end} {bit.name}", bit.about, end, [bit.name for bit in last[:count]]
 
 
-def _plain(number: float) -> float | None:
-    return number if number < float("inf") else None
+def _same(own: Tensor, other: Tensor) -> bool:
+    return own.shape == other.shape and bool((own == other).all())
+
+
+def finite(value: Any) -> Any:
+    """The same for strict JSON, which has no infinity and no NaN: null in their place."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -28,7 +28,7 @@ SHAPE = (
 )
 
 
-class CannotDo(Exception):
+class CannotDo(RuntimeError):
     """A reference cannot do what was asked of it; the message says why, for people."""
 
 

@@ -60,6 +60,7 @@ class Ourselves:
     """
 
     longest: int | None = None
+    kinds: dict[str, str] | None  # of a GGUF, in which ggml type each parameter is stored
 
     def __init__(
         self, opened: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu", numerics: str | None = None
@@ -72,7 +73,7 @@ class Ourselves:
             torch.empty(0, device=self._device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ValueError(f"device {device!r} is not available here ({str(error).splitlines()[0][:100]})") from None
-        self._kinds = {name: gguf.stored(name).kind.name for name in gguf.tensors} if gguf else None
+        self.kinds = {name: gguf.stored(name).kind.name for name in gguf.tensors} if gguf else None
         self._numerics = numerics
         plain = build(opened.weights, opened.config, self._device, dtype, progress=False)
         self._arrange(plain, opened.config)
@@ -87,6 +88,11 @@ class Ourselves:
     def model(self) -> Gemma2:
         """The model without any profile."""
         return self._plain
+
+    @property
+    def computing(self) -> Gemma2:
+        """The model with the profile's arithmetic; without one it is `model`."""
+        return self._model
 
     @torch.no_grad()
     def run(self, ids: Sequence[int], sites: Iterable[str]) -> dict[str, Tensor]:
@@ -121,4 +127,4 @@ class Ourselves:
             model = Gemma2(config)
         model.load_state_dict(dict(plain.named_parameters()), strict=True, assign=True)
         self.config, self._plain = config, model.eval()
-        self._model = with_numerics(model, self._numerics, kinds=self._kinds) if self._numerics else model
+        self._model = with_numerics(model, self._numerics, kinds=self.kinds) if self._numerics else model
