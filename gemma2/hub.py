@@ -22,7 +22,8 @@ from gemma2.config import read_json
 from gemma2.errors import BadModelFile
 
 NEEDED = ("config.json", "tokenizer.model")
-OPTIONAL = ("generation_config.json",)
+# Whether it was tuned for chat; and its template, which is passed on when converting and never run.
+OPTIONAL = ("generation_config.json", "chat_template.jinja", "tokenizer_config.json")
 TAG = re.compile(r"[\w.-]*")  # such as Q4_K_M
 MOST_NAMES, MOST_PATH = 20, 1000  # files in one message; characters
 SHA256, SHA1 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import gemma2
 from gemma2.checkpoints.safetensors import INDEX, SINGLE
 from gemma2.errors import BadModelFile
-from gemma2.hub import download
+from gemma2.hub import OPTIONAL, download
 from tests.hub_server import (
     FILES,
     HOWS,
@@ -78,12 +78,13 @@ def test_only_needed_files_are_asked_for(hub: Hub) -> None:
     folder = download(NAME)
     assert content(folder) == {file: FILES[file] for file in NEEDED}
     assert sorted(hub.got()) == sorted(NEEDED)
-    assert {file for _, file in hub.requests} == {*NEEDED, "generation_config.json", INDEX}
+    assert {file for _, file in hub.requests} == {*NEEDED, *OPTIONAL, INDEX}
 
 
-def test_a_generation_config_comes_along_when_there_is_one(hub: Hub) -> None:
-    hub.push({**FILES, "generation_config.json": b"{}"})
-    assert (download(NAME) / "generation_config.json").read_bytes() == b"{}"
+@pytest.mark.parametrize("file", OPTIONAL)
+def test_what_says_how_a_chat_goes_comes_along_when_it_is_there(hub: Hub, file: str) -> None:
+    hub.push({**FILES, file: b"{}"})
+    assert (download(NAME) / file).read_bytes() == b"{}"
 
 
 def test_a_second_download_asks_once_whether_anything_is_new_and_transfers_nothing(hub: Hub) -> None:
@@ -282,7 +283,7 @@ def test_an_index_that_reaches_elsewhere_is_refused_and_nothing_it_names_asked_f
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors", "lm_head.weight": shard}}
     hub.push({**FILES, INDEX: json.dumps(index).encode()})
     assert "is not a plain .safetensors file name" in refused()
-    known = {"config.json", "tokenizer.model", "generation_config.json", INDEX}
+    known = {"config.json", "tokenizer.model", *OPTIONAL, INDEX}
     assert {file for _, file in hub.requests} == known
 
 
