@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma2.checkpoints.weights import EMBEDDING, refuse_foreign
+from gemma2.checkpoints.weights import EMBEDDING, PlainWeights, refuse_foreign
 from gemma2.config import PUBLISHED, Gemma2Config
 from gemma2.errors import BadModelFile
 
@@ -24,7 +24,7 @@ SCALER = "_scaler"  # int8: weight * weight_scaler[:, None], one scale a row
 EMBEDDER, FUSED = "embedder.weight", "self_attn.qkv_proj.weight"
 
 
-class GoogleWeights:
+class GoogleWeights(PlainWeights):
     """A `Weights` over a `.ckpt`. `config` says where q ends and k begins; without one, the published sizes are tried
     in turn."""
 
@@ -56,16 +56,6 @@ class GoogleWeights:
         if stray:
             raise BadModelFile(f"{path}: scales without weights: {', '.join(stray[:5])}")
         self.release()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensors[EMBEDDING][1] if EMBEDDING in self.tensors else torch.float32
-
-    def dtype_for(self, name: str, wanted: torch.dtype) -> torch.dtype:
-        return wanted
-
-    def in_file(self, name: str) -> str:
-        return name
 
     def read(self, name: str, start: int, place: Tensor) -> None:
         google, first = self._place[name]

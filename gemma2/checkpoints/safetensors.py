@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gemma2.checkpoints.weights import EMBEDDING, refuse_foreign
+from gemma2.checkpoints.weights import PlainWeights, refuse_foreign
 from gemma2.config import read_json
 from gemma2.errors import BadModelFile
 
@@ -33,7 +33,7 @@ DTYPES = {
 }
 
 
-class SafetensorsWeights:
+class SafetensorsWeights(PlainWeights):
     """A `Weights` over one or more safetensors files. Headers are read at once, tensors when asked for."""
 
     def __init__(self, files: list[Path], where: str) -> None:
@@ -52,17 +52,6 @@ class SafetensorsWeights:
                 part = handle.get_slice(name)
                 self.tensors[name] = (tuple(part.get_shape()), DTYPES.get(part.get_dtype(), torch.uint8))
         self.release()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        # Without an embedding the file is refused, whatever the dtype.
-        return self.tensors[EMBEDDING][1] if EMBEDDING in self.tensors else torch.float32
-
-    def dtype_for(self, name: str, wanted: torch.dtype) -> torch.dtype:
-        return wanted
-
-    def in_file(self, name: str) -> str:
-        return name
 
     def read(self, name: str, start: int, place: Tensor) -> None:
         place.copy_(self._handle(self._file[name]).get_slice(name)[start : start + len(place)])

@@ -63,6 +63,23 @@ class Weights(Protocol):
         """Let go of the mapped pages read so far."""
 
 
+class PlainWeights:
+    """The part of `Weights` that formats of plain floats have in common."""
+
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        # Without an embedding the file is refused, whatever the dtype.
+        return self.tensors[EMBEDDING][1] if EMBEDDING in self.tensors else torch.float32
+
+    def dtype_for(self, name: str, wanted: torch.dtype) -> torch.dtype:
+        return wanted
+
+    def in_file(self, name: str) -> str:
+        return name
+
+
 def build(
     weights: Weights,
     config: Gemma2Config,
