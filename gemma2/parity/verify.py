@@ -185,5 +185,5 @@ def _refusing(why: str) -> Callable[[], tuple[Tensor, Tensor]]:
 
 
 def _first_line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [""])[0][:200]
-    return line if isinstance(error, BadModelFile | OSError) else f"{type(error).__name__}: {line}"
+    line = (str(error).strip().splitlines() or [""])[0]
+    return line if isinstance(error, BadModelFile | OSError) else f"{type(error).__name__}: {line[:200]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from gemma2.parity import verify as module
 from gemma2.parity.tolerances import TOLERANCES
 from gemma2.parity.verify import Check, Saved, narrowed, verify
 from tests.conftest import tiny
+from tests.hostile.conftest import SMALL
 
 LENGTH = 40
 FEEDING = {"cached = uncached", "chunked = whole"}
@@ -99,6 +101,12 @@ def test_a_compiler_that_miscompiles_fails(monkeypatch: pytest.MonkeyPatch) -> N
     assert failures(tiny(), compiled=True) == {"compiled = eager"}
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_torch_compile_itself_is_run_and_is_within_rounding() -> None:
+    check = certificate(tiny(**{**SMALL, "num_hidden_layers": 1}), compiled=True)["compiled = eager"]
+    assert check.passed and check.seconds > 0.5, check
+
+
 def test_a_compiler_that_is_missing_is_said_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile(model: object, dynamic: bool) -> Callable[[Tensor], Tensor]:
         raise RuntimeError("no C++ compiler was found\nand much more")
@@ -168,6 +176,18 @@ def test_the_command_certifies_the_pocket_model_and_saves_it_in_two_formats(
     assert err == "" and "dtype     float32" in out and "150 random ids, window 100, narrowed from 128" in out
     assert out.count("passed   every bit equal (safetensors") == out.count("passed   every bit equal (GGUF") == 1
     assert out.endswith("5 of 5 passed, 2 not run\n") or torch.accelerator.is_available()
+
+
+def test_what_is_saved_has_every_bit_of_a_float32_model_or_says_that_no_gguf_can_state_it(
+    folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--no-compile", "--length", "40", "--device", "cpu"]
+    assert main(["verify", str(folder(query_pre_attn_scalar=16)), *options]) == 0
+    out = capsys.readouterr().out
+    assert "dtype     float32" in out and out.count("save = load        passed   every bit equal") == 2
+    assert main(["verify", str(folder("no-gguf")), *options]) == 0
+    out = capsys.readouterr().out
+    assert "every bit equal (safetensors" in out and "which no GGUF can state" in out and out.endswith("3 not run\n")
 
 
 def test_the_command_fails_with_1_and_says_where_also_for_machines(
