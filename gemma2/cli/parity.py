@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +16,13 @@ from gemma2.cli.inspect import table
 from gemma2.cli.options import SOURCE
 from gemma2.cli.trace import add_text_options, read_text
 from gemma2.load import check_dtype, locate
+from gemma2.parity.cases import DIFFERS
 from gemma2.parity.compare import Row
-from gemma2.parity.judge import Judgement, Step, explain, judge
+from gemma2.parity.judge import DIFFERENCE, OURS, Judgement, Step, explain, judge
 from gemma2.parity.numerics import PROFILES
 from gemma2.parity.references import SPECS, Reference, open_reference
 from gemma2.parity.references.trace import Recorded
-from gemma2.parity.report import write_report
+from gemma2.parity.report import check_page, write_report
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -37,6 +37,9 @@ def add(commands: Commands) -> None:
     parser.add_argument("--sites", action="append", metavar="GLOB", help="as 'blocks.*.hook_resid_*'; repeatable [*]")
     parser.add_argument("--numerics", choices=PROFILES, help="our arithmetic, so that it counts as rounding")
     parser.add_argument("--explain", choices=PROFILES, metavar="PROFILE", help="how much of the gap each bit closes")
+    parser.add_argument(
+        "--from", dest="start", choices=PROFILES, metavar="PROFILE", help="where --explain begins [ours]"
+    )
     parser.add_argument("--no-cases", action="store_true", help="one pass only: no window, cache, chunks or batches")
     parser.add_argument(
         "--all", action="store_true", help="print every site, not only blocks' ends and where they part"
@@ -49,13 +52,16 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    refuse_unused(args)
     dtype = check_dtype(args.dtype, force_float16=True)
+    if args.html:
+        check_page(args.html)  # before anything is computed
     path = locate(args.model, args.revision)
     opened = open_checkpoint(path)
     reference = open_reference(args.against, path, dtype)
     ids = read_ids(args, reference, opened)
     if args.explain:
-        show_steps(explain(reference, opened, ids, args.explain), args.json)
+        show_steps(explain(reference, opened, ids, args.explain, args.start or OURS), args.json)
         return 0
     with tqdm(desc="parity", bar_format="{desc}", disable=True if args.json else None, leave=False) as bar:
         found = judge(
@@ -70,10 +76,20 @@ def run(args: argparse.Namespace) -> int:
     if args.html:
         write_report(found, args.html)
     if args.json:
-        print(json.dumps(found.to_dict(), indent=2))
+        print(json.dumps(found.to_dict(), indent=2, allow_nan=False))
     else:
         show(found, args.all)
-    return 1 if found.verdict == "difference" else 0
+    return 1 if found.verdict == DIFFERENCE else 0
+
+
+def refuse_unused(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that would do nothing."""
+    if args.start and not args.explain:
+        raise ValueError("--from says where --explain begins: give --explain PROFILE too")
+    judged = {"--html": args.html, "--sites": args.sites, "--numerics": args.numerics, "--all": args.all}
+    unused = [option for option, value in judged.items() if value]
+    if args.explain and unused:
+        raise ValueError(f"--explain walks by the logits and prints its own table: leave out {', '.join(unused)}")
 
 
 def read_ids(args: argparse.Namespace, reference: Reference, opened: Checkpoint) -> list[int]:
@@ -101,11 +117,11 @@ def show(found: Judgement, everything: bool) -> None:
     print(f"{found.system}, {found.dtype}, {found.ids} ids{profile}\n")
     print(*table([head, *rows], words=(0, 6)), sep="\n")
     if len(rows) < len(found.rows):
-        print(f"... {len(found.rows) - len(rows)} more sites, all rounding (--all shows them)")
+        print(f"... {len(found.rows) - len(rows)} more sites, where the systems do not part (--all shows them)")
     if found.logits:
         it = found.logits
-        flips = f"{it.flips} of {it.positions} top tokens differ"
-        flips += f", the widest gap among them {it.margin:.3g}" if it.margin is not None else ""
+        flips = f"{it.flips} of {it.positions} top tokens flip"
+        flips += f", which led by {it.margin:.3g} at most" if it.margin is not None else ""
         print(f"\npredictions: KL {it.kl_mean:.3g} nats on average, {it.kl_largest:.3g} at most; {flips}")
     if found.cases:
         print("", *table([(case.name, case.outcome, case.detail) for case in found.cases], words=(0, 1, 2)), sep="\n")
@@ -120,7 +136,7 @@ def explanation(found: Judgement) -> str:
         return f", first at {found.first}{why}{more}"
     if found.first:
         return f", already in the {found.first}"
-    wrong = [case.name for case in found.cases if case.outcome == "differs"]
+    wrong = [case.name for case in found.cases if case.outcome == DIFFERS]
     if wrong:
         return f" in: {', '.join(wrong)}"
     same = sum(row.bitwise for row in found.rows)
@@ -139,12 +155,12 @@ def line(row: Row) -> tuple[str, ...]:
 
 def show_steps(steps: Sequence[Step], as_json: bool) -> None:
     if as_json:
-        print(json.dumps([vars(step) for step in steps], indent=2))
+        print(json.dumps([vars(step) for step in steps], indent=2, allow_nan=False))
         return
     rows = [("bit", "distance", "closes", "equal sites", "")]
     for step in steps:
-        shown = step.bit or "(ours)", f"{step.distance:.3e}", f"{step.closed:.1%}" if step.bit else ""
+        shown = step.bit or "(start)", f"{step.distance:.3e}", f"{step.closed:.1%}" if step.bit else ""
         rows.append((*shown, f"{step.bitwise} of {step.sites}", step.about))
     print(*table(rows, words=(0, 4)), sep="\n")
     remains = steps[-1].distance / steps[0].distance if steps[0].distance else 0.0
-    print(f"\nremains: {remains:.2%} of the first distance", file=sys.stdout)
+    print(f"\nremains: {remains:.2%} of the first distance")

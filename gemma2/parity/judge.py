@@ -105,7 +105,7 @@ def judge(
     done: list[Case] = []
     if cases:
         for case in run_cases(reference, ours, given, opened.tokenizer.special["bos"]):
-            tell(case.name)
+            tell(f"{case.name}: {case.outcome}")
             done.append(case)
     dtype = str(reference.dtype).removeprefix("torch.")
     return Judgement(reference.system, dtype, numerics, len(given), rows, logits, done)
