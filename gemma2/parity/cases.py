@@ -127,7 +127,7 @@ class _Both:
         else:
             measured = wanted * _from_pattern(products * wanted, seen[pattern], self.config.attn_logit_softcapping)
         if not math.isfinite(measured):
-            raise CannotDo(f"these {len(self.ids)} ids leave nothing to measure it by")
+            raise CannotDo("its queries, keys or scores are not finite, or all 0: nothing to measure it by")
         detail = f"scores are q·k times {measured:.5g}; {number:g} ** -0.5 is {wanted:.5g}"
         return abs(measured / wanted - 1) < SCALE_WITHIN, detail
 
@@ -138,7 +138,8 @@ class _Both:
         if not shown:
             raise CannotDo(f"{self.reference.system} shows neither logits nor scores")
         seen = self.reference.run(self.ids, shown)
-        largest = {name: value[value > MASKED].abs().max().item() for name, value in seen.items()}
+        # What is not finite stays among them, and is beyond any cap.
+        largest = {name: value[~(value < MASKED)].abs().max().item() for name, value in seen.items()}
         detail = ", ".join(f"|{name}| up to {found:.4g} of {limits[name]:g}" for name, found in largest.items())
         return all(found <= limits[name] * CAP_WITHIN for name, found in largest.items()), detail
 
