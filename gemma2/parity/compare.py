@@ -187,10 +187,9 @@ def _in_float64(model: Gemma2) -> Iterator[None]:
             for module in model.modules():
                 if module._parameters or module is model.lm_head:  # the head is handed the embedding
                     hooks.callback(module.register_forward_pre_hook(widen).remove)
-                    # Also after an error, else the model would stay half in float64.
-                    hooks.callback(module.register_forward_hook(restore, always_call=True).remove)
+                    hooks.callback(module.register_forward_hook(restore).remove)
             yield
-        finally:
+        finally:  # after an error, else the model would stay half in float64
             for module, parameters in narrow.items():
                 module._parameters.update(parameters)
 

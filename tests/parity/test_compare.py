@@ -245,6 +245,12 @@ def test_predictions_are_measured_as_by_hand() -> None:
     assert row.largest == pytest.approx(7 - math.log(1 / 0.9), rel=1e-6)
 
 
+def test_the_margin_is_the_widest_among_the_flips_alone() -> None:
+    truth = torch.tensor([[0.0, 9.0, 1.0], [0.0, 2.0, 1.5], [3.0, 0.0, 2.0]])
+    row = compare_logits(truth, torch.tensor([[0.0, 9.0, 1.0], [0.0, 1.0, 2.0], [2.0, 0.0, 3.0]]))
+    assert (row.flips, row.positions, row.margin) == (2, 3, 1.0)
+
+
 def test_predictions_of_the_last_positions_and_of_equal_logits() -> None:
     truth = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     row = compare_logits(truth, truth[-2:])
