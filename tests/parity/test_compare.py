@@ -181,11 +181,11 @@ def test_the_truth_is_the_model_in_float64_and_leaves_it_as_it_was(sound: Models
 def test_an_error_in_the_middle_leaves_the_model_as_it_was(place: str, sound: Models) -> None:
     model = copy.deepcopy(sound[0]).to(torch.bfloat16)
 
-    def fail(module: nn.Module, inputs: object) -> None:
-        raise RuntimeError("out of memory")
+    def fail(module: nn.Module, inputs: object, output: object) -> None:
+        raise RuntimeError("out of memory")  # while the module is wide
 
     expected = observed(model, ROW, ["logits"])["logits"]
-    handle = model.get_submodule(place).register_forward_pre_hook(fail)
+    handle = model.get_submodule(place).register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         predicted(model, ROW)
     handle.remove()
