@@ -5,8 +5,8 @@
                                                        # in every type that `gemma2 convert` writes
 
 The rows are ours in float32 on the file's dequantised weights; then, step by step, with what llama.cpp's processor
-kernels do otherwise: GELU from a table of 16-bit numbers, and activations rounded to what a weight's type is multiplied
-with (8 bits in blocks for quantized weights, 16 for F16 and BF16).
+kernels do otherwise (`gemma2/parity/profiles/llama_cpp.py`): GELU from a table of 16-bit numbers; activations rounded
+to what a weight's type is multiplied with; and all the rest.
 """
 
 from __future__ import annotations
@@ -14,81 +14,25 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 import gemma2
 from gemma2.checkpoints.checkpoint import open_checkpoint
-from gemma2.checkpoints.gguf_weights import GGUFWeights
-from gemma2.checkpoints.weights import EMBEDDING
 from gemma2.convert import TYPES, convert
-from gemma2.model import MLP
+from gemma2.parity.numerics import stored_kinds, with_numerics
 
-# ggml-cpu.c, type_traits_cpu: what the activations become before they meet weights of a type. Q8_K for all others.
-PARTNERS = {"F32": "F32", "F16": "F16", "BF16": "BF16"} | dict.fromkeys(
-    ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4"), "Q8_0"
-)
 SCORED = 48  # last positions, as in the stored logits
-
-
-class TableMLP(nn.Module):
-    """The MLP with llama.cpp's GELU: a table over float16 (ggml's vec.h, ggml_vec_geglu_f32)."""
-
-    def __init__(self, plain: MLP) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = plain.gate_proj, plain.up_proj, plain.down_proj
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate_proj(x)
-        looked_up = F.gelu(gate.half().float(), approximate="tanh").half().float()
-        gelu = torch.where(gate <= -10, 0.0, torch.where(gate >= 10, gate, looked_up))
-        return self.down_proj(gelu * self.up_proj(x))
-
-
-def rounded(x: Tensor, partner: str) -> Tensor:
-    """x [... d] as llama.cpp hands it to a product with weights of a type."""
-    if partner == "F32":
-        return x
-    if partner in ("F16", "BF16"):
-        return x.to(torch.float16 if partner == "F16" else torch.bfloat16).float()
-    if partner == "Q8_0":  # blocks of 32, the scale in float16 (quantize_row_q8_0)
-        blocks = x.unflatten(-1, (-1, 32))
-        scale = blocks.abs().amax(-1, keepdim=True) / 127
-        q = (blocks * torch.where(scale == 0, 0.0, 1 / scale)).round()
-        return (q * scale.half().float()).flatten(-2)
-    blocks = x.unflatten(-1, (-1, 256))  # Q8_K: the largest becomes -127, the scale stays float32
-    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
-    inverse = torch.where(largest == 0, 0.0, -127 / largest)
-    q = (blocks * inverse).round().clamp(max=127)
-    return (q * torch.where(inverse == 0, 0.0, 1 / inverse)).flatten(-2)
-
-
-def stages(path: Path) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    """The model of a file as it is, then with llama.cpp's GELU, then with its activations too."""
-    gemma = gemma2.load(path, dtype="float32", device="cpu")
-    yield "float32", gemma.model
-    for layer in gemma.model.model.layers:
-        assert isinstance(layer.mlp, MLP)
-        layer.mlp = TableMLP(layer.mlp)
-    yield "16-bit GELU", gemma.model
-    weights = open_checkpoint(path).weights
-    assert isinstance(weights, GGUFWeights)
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-        partner = PARTNERS.get(weights.stored(name).kind.name, "Q8_K")
-        return lambda module, args: (rounded(args[0], partner), *args[1:])
-
-    for name, module in gemma.model.named_modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(hook(f"{name}.weight"))
-    gemma.model.lm_head.register_forward_pre_hook(hook(EMBEDDING))
-    yield "and activations", gemma.model
+# What is added at each step, as bits of the profile `llama.cpp`; None is all of it.
+STEPS: dict[str, tuple[str, ...] | None] = {
+    "float32": (),
+    "with 16-bit GELU": ("gelu=float16",),
+    "and its activations": ("gelu=float16", "activations=partner"),
+    "all its arithmetic": None,
+}
 
 
 def llama_cpp_logits(path: Path, ids: list[int]) -> Tensor:
@@ -111,11 +55,14 @@ def llama_cpp_logits(path: Path, ids: list[int]) -> Tensor:
     return torch.from_numpy(other.scores[: len(ids)].copy())
 
 
+@torch.no_grad()
 def row(path: Path, ids: list[int], reference: Tensor) -> str:
+    plain = gemma2.load(path, dtype="float32", device="cpu").model
+    kinds = stored_kinds(open_checkpoint(path).weights)
     cells = []
-    for name, model in stages(path):
-        with torch.no_grad():
-            ours = model(torch.tensor([ids]))[0, -len(reference) :]
+    for name, bits in STEPS.items():
+        model = with_numerics(plain, "llama.cpp", bits, kinds) if bits != () else plain
+        ours = model(torch.tensor([ids]))[0, -len(reference) :]
         apart = (ours - reference).double()
         cells.append(f"{apart.abs().max():.4f} / {apart.pow(2).mean().sqrt():.4f}")
         if name == "float32":
@@ -128,7 +75,7 @@ def main() -> None:
     parser.add_argument("source", nargs="?", type=Path, help="the folder; with --live, a model to convert")
     parser.add_argument("--live", action="store_true", help="run llama.cpp here")
     args = parser.parse_args()
-    print("| file | float32 | with 16-bit GELU | and its activations | same top token |\n|---|---|---|---|---|")
+    print(f"| file | {' | '.join(STEPS)} | same top token |\n|---|{'---|' * len(STEPS)}---|")
     if not args.live:
         if args.source is None:
             parser.error("name the folder with the files and llama.cpp's logits, or --live")

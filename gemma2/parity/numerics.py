@@ -47,6 +47,8 @@ def with_numerics(model: Gemma2, profile: str, bits: Iterable[str] | None = None
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise ValueError(f"{profile} has no bit {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+    if wanted and model.model.embed_tokens.weight.dtype == torch.float64:
+        raise ValueError(f"numerics {profile!r}: no float64 is computed there; use float32 or bfloat16")
     parameters = dict(model.named_parameters())
     with torch.device("meta"):
         twin = Gemma2(model.config)

@@ -187,3 +187,9 @@ def test_gemma_pytorch_is_not_met_without_its_rotation(missing: str, dtype: str)
     kept = [bit.name for bit in PROFILES["gemma_pytorch"] if bit.name != missing]
     ours = google_places(with_numerics(gemma2.load(DATA, dtype=dtype, device="cpu").model, "gemma_pytorch", kept))
     assert not all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("profile", [name for name, bits in PROFILES.items() if bits])
+def test_float64_is_refused_by_every_profile_that_rounds(profile: str) -> None:
+    with pytest.raises(ValueError, match="no float64 is computed there; use float32 or bfloat16"):
+        with_numerics(tiny().double(), profile)

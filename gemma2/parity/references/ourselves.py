@@ -14,11 +14,11 @@ from torch import Tensor
 
 from gemma2.cache import HybridCache
 from gemma2.checkpoints.checkpoint import Checkpoint
-from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.weights import TARGETS, build
 from gemma2.config import Gemma2Config
 from gemma2.model import Gemma2
-from gemma2.parity.numerics import with_numerics
+from gemma2.parity.bits import Kinds
+from gemma2.parity.numerics import stored_kinds, with_numerics
 from gemma2.parity.references import check_row, check_sites, left_padded, open_local, spans
 from gemma2.research.capture import capture
 from gemma2.research.sites import sites as all_sites
@@ -60,20 +60,19 @@ class Ourselves:
     """
 
     longest: int | None = None
-    kinds: dict[str, str] | None  # of a GGUF, in which ggml type each parameter is stored
+    kinds: Kinds | None  # of a GGUF, in which ggml type each parameter is stored
 
     def __init__(
         self, opened: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu", numerics: str | None = None
     ) -> None:
-        gguf = opened.weights if isinstance(opened.weights, GGUFWeights) else None
+        self.kinds = stored_kinds(opened.weights)
         if dtype is None:
-            dtype = torch.float32 if gguf and numerics == WIDE else opened.weights.dtype
+            dtype = torch.float32 if self.kinds and numerics == WIDE else opened.weights.dtype
         try:
             self._device = torch.device(device)
             torch.empty(0, device=self._device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ValueError(f"device {device!r} is not available here ({str(error).splitlines()[0][:100]})") from None
-        self.kinds = {name: gguf.stored(name).kind.name for name in gguf.tensors} if gguf else None
         self._numerics = numerics
         plain = build(opened.weights, opened.config, self._device, dtype, progress=False)
         self._arrange(plain, opened.config)
