@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,6 +94,28 @@ def dequantize_into(raw: Tensor, kind: BlockType, out: Tensor) -> None:
             place.copy_(values)
 
 
+class Scales(NamedTuple):
+    """What the integers of super-blocks are multiplied with: a value is scale * q - minimum, and of 256 values each
+    scale is an integer times a unit, each minimum an integer times a step. float32."""
+
+    unit: Tensor  # [..., blocks]
+    scale: Tensor  # [..., blocks * groups]
+    step: Tensor | None = None  # [..., blocks]
+    minimum: Tensor | None = None  # [..., blocks * groups]
+
+
+def scales(raw: Tensor, kind: BlockType) -> Scales | None:
+    """The scales of blocks, as for `dequantize`; None for a format without super-blocks, or not among `_UNITS`."""
+    if kind.name not in _UNITS:
+        return None
+    _values(raw, kind)
+    blocks = raw.reshape(-1, kind.bytes)
+    unit, step = (None if at is None else ggml_blocks.half(blocks, at) for at in _UNITS[kind.name])
+    _, scale, minimum = _UNPACK[kind.name](blocks)
+    found = (None if part is None else part.reshape(*raw.shape[:-1], -1) for part in (unit, scale, step, minimum))
+    return Scales(*found)  # type: ignore[arg-type]
+
+
 def _values(raw: Tensor, kind: BlockType) -> int:
     """Numbers in a row of `raw`."""
     if raw.dtype != torch.uint8 or raw.ndim == 0 or raw.shape[-1] % kind.bytes:
@@ -134,3 +157,13 @@ _FORMATS: tuple[tuple[BlockType, Callable[[Tensor], Parts]], ...] = (
 )
 _UNPACK = {kind.name: unpack for kind, unpack in _FORMATS}
 TYPES: Mapping[int, BlockType] = MappingProxyType({kind.id: kind for kind, _ in _FORMATS})
+# At which byte of a super-block the scale of its scales is, and that of its minima.
+_UNITS: Mapping[str, tuple[int, int | None]] = {
+    "Q2_K": (80, 82),
+    "Q3_K": (108, None),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208, None),
+    "IQ3_S": (0, None),
+    "IQ4_XS": (0, None),
+}

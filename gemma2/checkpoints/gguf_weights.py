@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemma2.checkpoints.ggml import dequantize_into
+from gemma2.checkpoints.ggml import Scales, dequantize_into, scales
 from gemma2.checkpoints.gguf import FLOAT, GGUF, INTEGER, TensorInfo, Value
 from gemma2.checkpoints.weights import EMBEDDING, HEAD
 from gemma2.config import GLOBAL, LOCAL, MOST_LAYERS, Gemma2Config
@@ -37,6 +37,7 @@ INSIDE = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 REDUNDANT = ("rope_freqs.weight",)  # the rotary table, computed from the config
+ROWS = 4096  # read at once where only a little of each is kept
 NORM = "norm.weight"  # how the name of every norm weight ends, here and in Hugging Face's layers
 # Beside a norm tensor, which holds 1 + w in float32, this project writes w itself where the sum has lost bits of it.
 ZERO_CENTRED = "gemma2.norm_weight."
@@ -231,6 +232,18 @@ class GGUFWeights:
         """Where and as what a tensor lies in the file."""
         return self._info[name]
 
+    def scales(self, name: str) -> Scales | None:
+        """What the integers of a whole tensor are multiplied with, if its type has super-blocks."""
+        info = self._info[name]
+        pieces = []
+        for start in range(0, info.shape[0], ROWS):
+            found = scales(self._raw(info, start, min(ROWS, info.shape[0] - start)), info.kind)
+            if found is None:
+                return None
+            pieces.append(found)
+        joined = (None if part[0] is None else torch.cat(part) for part in zip(*pieces, strict=True))
+        return Scales(*joined)  # type: ignore[arg-type]
+
     def _stored(self, name: str) -> Tensor:
         """A whole small tensor as the file has it, in float32."""
         info = self._info[name]
@@ -254,14 +267,18 @@ class GGUFWeights:
 
     def _dequantize(self, info: TensorInfo, start: int, place: Tensor) -> None:
         rows = len(place) if place.ndim > 1 else 1
-        offset, size = (start * info.row_bytes, rows * info.row_bytes) if place.ndim > 1 else (0, info.bytes)
+        raw = self._raw(info, start if place.ndim > 1 else 0, rows)
+        dequantize_into(raw.to(place.device), info.kind, place.view(rows, -1))
+
+    def _raw(self, info: TensorInfo, start: int, rows: int) -> Tensor:
+        """Rows of a tensor as they lie in the file, uint8 [rows, bytes of a row]; a vector is one row."""
         raw = torch.empty(rows, info.row_bytes, dtype=torch.uint8)
         # Read rather than mapped: a file that another program cuts short is an error then, not the end of the process.
         with info.path.open("rb", buffering=0) as file:
-            file.seek(info.offset + offset)
-            if file.readinto(raw.numpy().data) != size:
+            file.seek(info.offset + start * info.row_bytes)
+            if file.readinto(raw.numpy().data) != raw.nbytes:
                 raise BadModelFile(f"{info.path}: ended while it was read: it has become shorter")
-        dequantize_into(raw.to(place.device), info.kind, place.view(rows, -1))
+        return raw
 
 
 class _Keys:

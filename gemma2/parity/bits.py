@@ -8,9 +8,24 @@ from typing import Any
 
 from torch import nn
 
+from gemma2.checkpoints.ggml import Scales
 from gemma2.model import Gemma2
 
-Kinds = Mapping[str, str]  # parameter name -> the ggml type it is stored in, such as "Q8_0"
+
+@dataclass(frozen=True)
+class Stored:
+    """How a file holds a parameter.
+
+    Attributes:
+        kind: ggml's name for the type, as "Q8_0".
+        scales: reads what its integers are multiplied with, if the type has super-blocks; None if that is not known.
+    """
+
+    kind: str
+    scales: Callable[[], Scales | None] | None = None
+
+
+Kinds = Mapping[str, Stored]  # parameter name -> how it is stored
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ A profile is an ordered list of bits; what it leaves out is as in `gemma2/model.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 
 from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.weights import Weights
 from gemma2.model import Gemma2
-from gemma2.parity.bits import Bit, Kinds
+from gemma2.parity.bits import Bit, Kinds, Stored
 from gemma2.parity.parts import in_parts
 from gemma2.parity.profiles import gemma_pytorch, jax, litgpt, llama_cpp, transformers
 
@@ -37,7 +38,7 @@ def with_numerics(model: Gemma2, profile: str, bits: Iterable[str] | None = None
     Args:
         profile: one of `PROFILES`.
         bits: names of the bits to apply; default all.
-        kinds: for `llama.cpp`, parameter name -> ggml type; default what the parameter's dtype is called in ggml.
+        kinds: for `llama.cpp`, parameter name -> how it is stored; default what its dtype is called in ggml.
     Raises:
         ValueError: an unknown profile or bit, or a dtype that the profile's implementation does not compute in.
     """
@@ -54,7 +55,7 @@ def with_numerics(model: Gemma2, profile: str, bits: Iterable[str] | None = None
         twin = Gemma2(model.config)
     twin.load_state_dict(parameters, strict=True, assign=True)
     twin.train(model.training)
-    types = {name: GGML.get(tensor.dtype, "F32") for name, tensor in parameters.items()} | dict(kinds or {})
+    types = {name: Stored(GGML.get(tensor.dtype, "F32")) for name, tensor in parameters.items()} | dict(kinds or {})
     in_parts(twin)
     for name, bit in known.items():
         if name in wanted:
@@ -69,7 +70,7 @@ def check_profile(name: str) -> None:
 
 
 def stored_kinds(weights: Weights) -> Kinds | None:
-    """In which ggml type each tensor of a GGUF is stored, on which llama.cpp's arithmetic depends; else None."""
+    """How each tensor of a GGUF is stored, on which llama.cpp's arithmetic depends; else None."""
     if not isinstance(weights, GGUFWeights):
         return None
-    return {name: weights.stored(name).kind.name for name in weights.tensors}
+    return {name: Stored(weights.stored(name).kind.name, partial(weights.scales, name)) for name in weights.tensors}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import gemma2
 from gemma2 import ops
 from gemma2.model import Tap
+from gemma2.parity.bits import Stored
 from gemma2.parity.numerics import PROFILES, with_numerics
 from gemma2.parity.parts import in_parts
 from gemma2.parity.profiles import jax, litgpt
@@ -90,7 +91,7 @@ def test_each_bit_alone_changes_something(profile: str, name: str) -> None:
     """In float32 or bfloat16, at some place: some bits round only what bfloat16 can lose, or only the hidden scores."""
     for dtype in DTYPES.values():
         model = tiny("27b").to(dtype)
-        kinds = {parameter: "F16" for parameter, _ in model.named_parameters()}
+        kinds = {parameter: Stored("F16") for parameter, _ in model.named_parameters()}
         twin = with_numerics(model, profile, bits=[name], kinds=kinds)
         plain, theirs = seen(model, ids(1, 60)), seen(twin, ids(1, 60))
         if any(theirs[at].dtype != dtype or not torch.equal(theirs[at], output) for at, output in plain.items()):

@@ -22,6 +22,7 @@ from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gemma2.errors import BadModelFile, ContextOverflow
 from gemma2.load import POCKET
 from gemma2.parity.references import CannotDo, Reference, open_reference
+from gemma2.parity.references.ourselves import Ourselves
 from gemma2.parity.trace import About, TraceWriter
 from gemma2.research.capture import watching
 from gemma2.research.sites import sites
@@ -193,6 +194,21 @@ def test_llama_cpp_computes_at_43_nodes_what_was_recorded_of_it(name: str) -> No
         found = by_name[label if not number else "ffn_post_norm" if number == 1 else f"ffn_post_norm {number}"]
         found = found[0, -len(value) :] if value.ndim == 3 else found[0, 0, -len(value) :]
         assert found.shape == value.shape and (found - value).norm() <= 1e-3 * value.norm(), label
+
+
+@pytest.mark.parametrize("name", ["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k", "iq4_xs"])
+@pytest.mark.skipif(not DATA.is_dir(), reason="the files in shared/data/parity-model are not here")
+def test_llama_cpps_numerics_are_its_bits_for_prompts_of_any_length(name: str) -> None:
+    """One row of activations, fewer than a tile, a number that is no multiple of four: each has kernels of its own."""
+    pytest.importorskip("llama_cpp", reason="the live comparison needs the extra gemma2[llama-cpp]")
+    opened = open_checkpoint(DATA / f"{name}.gguf")
+    peer, ours = llama_cpp(opened), Ourselves(opened, torch.float32, numerics="llama.cpp")
+    for length in (1, 2, 5, 7, 8, 11, 60):
+        theirs, found = (system.run(ROW[:length], peer.sites) for system in (peer, ours))
+        assert [site for site in found if not torch.equal(found[site], theirs[site])] == [], length
+    for chunks in ([12, *[1] * 4], [7, 9]):  # with its cache, as long as no local layer has left its window of 16
+        theirs, found = (system.cached(ROW[:16], chunks) for system in (peer, ours))
+        assert torch.equal(found, theirs), chunks
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the files in shared/data/parity-model are not here")

@@ -5,14 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gemma2.checkpoints.ggml import Scales
 from gemma2.parity.profiles.ggml_math import f32, lane_product, over
+from gemma2.parity.profiles.ggml_superblocks import TILE, summed_apart, summed_by_block, summed_in_lanes
 
 # ggml-cpu.c, type_traits_cpu: what the activations become. Q8_K for all other types.
 PARTNERS = {"F32": "F32", "F16": "F16", "BF16": "BF16", "Q4_1": "Q8_1", "Q5_1": "Q8_1"} | dict.fromkeys(
     ("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4", "Q1_0"), "Q8_0"
 )
 
-REPACKED = ("Q4_0", "IQ4_NL")  # eight rows of the weight are interleaved while loading, if their number allows
+# Eight rows of such a weight are interleaved while loading, if their number allows; and how many products at a time
+# are added as integers.
+REPACKED = {"Q4_0": 32, "IQ4_NL": 32, "MXFP4": 32, "Q4_K": 64, "Q2_K": 128}
 
 
 def partner(kind: str) -> str:
@@ -47,31 +51,46 @@ def _rounded_to_q8_k(x: Tensor) -> Tensor:
     return ((blocks * inverse).round().clamp(max=127).double() * scale.double()).flatten(-2)
 
 
-def summed(x: Tensor, weight: Tensor, kind: str) -> Tensor:
-    """x [b t n], as `rounded` leaves it, times weight [m n] -> [b t m] in ggml's order of float32 sums."""
+def summed(x: Tensor, weight: Tensor, kind: str, scales: Scales | None = None) -> Tensor:
+    """x [b t n], as `rounded` leaves it, times weight [m n] -> [b t m] in ggml's order of float32 sums.
+
+    Without the `scales` that the weight's integers have in the file, types with super-blocks are met but for roundings
+    in between.
+    """
     rows = x.flatten(0, -2)
     to = partner(kind)
+    repacked = kind in REPACKED and len(weight) % 8 == 0
     if to in ("F32", "F16"):  # one row goes to ggml_vec_dot_f32, more to llamafile's sgemm.cpp
         y = lane_product(rows, weight, lanes=64 if len(rows) == 1 else 16)
-    elif to == "BF16":  # of a pair, vdpbf16ps adds the second product first
-        rows, weight = (
-            part.unflatten(-1, (-1, 16, 2)).flip(-1).transpose(-1, -2).flatten(-3) for part in (rows, weight)
-        )
-        y = lane_product(rows, weight, lanes=16)
+    elif to == "BF16" and len(rows) == 1:
+        y = _one_row_of_bf16(rows, weight)
+    elif to == "BF16":
+        y = lane_product(_turned_pairs(rows), _turned_pairs(weight), lanes=16)
+    elif to == "Q8_K" and repacked and scales is not None:  # fours of rows, and what is left of them
+        fours = len(rows) - len(rows) % 4
+        parts = (rows[:fours], REPACKED[kind]), (rows[fours:], 256)
+        y = torch.cat([summed_apart(some, weight, scales, group) for some, group in parts])
+    elif to == "Q8_K" and len(rows) < TILE and scales is not None:
+        y = summed_in_lanes(rows, weight, scales, offset=32 if kind == "Q6_K" else 0)
     elif to == "Q8_K":
-        y = _summed_by_256(rows, weight)
-    elif kind in REPACKED:  # arch/x86/repack.cpp, gemm_q4_b32_8x8_q8_0_lut_avx: a lane a column, a block a step
-        y = lane_product(rows, weight, lanes=1, group=32)
+        y = summed_by_block(rows, weight, scales)
+    elif repacked:  # arch/x86/repack.cpp, gemm_q4_b32_8x8_q8_0_lut_avx: a lane a column, a block a step
+        y = lane_product(rows, weight, lanes=1, group=REPACKED[kind])
     else:
         y = lane_product(rows, weight, lanes=8, group=4)
     return y.unflatten(0, x.shape[:-1])
 
 
-def _summed_by_256(rows: Tensor, weight: Tensor) -> Tensor:
-    """A block's integer sum times the weight's scale, times the activations' scale, then onto the sum of the blocks
-    (tiled/tiled-kernel.cpp). Types with minima round once more in between, which dequantised weights do not show."""
-    y = torch.zeros((), device=rows.device)
-    for x, w in zip(rows.double().split(256, dim=-1), weight.double().split(256, dim=-1), strict=True):
-        scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=2.0**-149)
-        y = y + (((x @ w.T) / scale).float().double() * scale).float()
-    return y
+def _turned_pairs(x: Tensor) -> Tensor:
+    """[.. n] with neighbours 16 apart, the second of a pair first, in which order vdpbf16ps adds their products."""
+    return x.unflatten(-1, (-1, 16, 2)).flip(-1).transpose(-1, -2).flatten(-3)
+
+
+def _one_row_of_bf16(row: Tensor, weight: Tensor) -> Tensor:
+    """Every other 32 in sums of their own, what is left of 64 in float64. (vec.cpp, ggml_vec_dot_bf16)"""
+    whole = row.shape[-1] - row.shape[-1] % 64
+    y = row[:, whole:].double() @ weight[:, whole:].double().T
+    for half in range(2) if whole else ():
+        x, w = (part[:, :whole].unflatten(-1, (-1, 2, 32))[:, :, half].flatten(-2) for part in (row, weight))
+        y = y + lane_product(_turned_pairs(x), _turned_pairs(w), lanes=16)
+    return y.float()

@@ -109,15 +109,16 @@ def gated_by_table(gate: Tensor, up: Tensor) -> Tensor:
 def round_activations(model: Gemma2, kinds: Kinds) -> None:
     for name, module in model.named_modules():
         if isinstance(module, LinearInParts | HeadInParts):
-            kind = kinds[EMBEDDING if isinstance(module, HeadInParts) else f"{name}.weight"]
-            module.received = partial(rounded, to=partner(kind))
+            stored = kinds[EMBEDDING if isinstance(module, HeadInParts) else f"{name}.weight"]
+            module.received = partial(rounded, to=partner(stored.kind))
 
 
 def sum_in_lanes(model: Gemma2, kinds: Kinds) -> None:
     for name, module in model.named_modules():
         if isinstance(module, LinearInParts | HeadInParts):
-            kind = kinds[EMBEDDING if isinstance(module, HeadInParts) else f"{name}.weight"]
-            module.product = partial(summed, kind=kind)
+            stored = kinds[EMBEDDING if isinstance(module, HeadInParts) else f"{name}.weight"]
+            scales = stored.scales() if stored.scales else None
+            module.product = partial(summed, kind=stored.kind, scales=scales)
     replacing(ScoresInParts, product=matched_in_lanes, mixed=mixed_in_lanes)(model, kinds)
 
 
