@@ -95,8 +95,8 @@ def dequantize_into(raw: Tensor, kind: BlockType, out: Tensor) -> None:
 
 
 class Scales(NamedTuple):
-    """What the integers of super-blocks are multiplied with: a value is scale * q - minimum, and of 256 values each
-    scale is an integer times a unit, each minimum an integer times a step. float32."""
+    """What the integers of blocks are multiplied with: a value is scale * q - minimum, and in a block each scale is an
+    integer times a unit, each minimum of a super-block an integer times a step. float32."""
 
     unit: Tensor  # [..., blocks]
     scale: Tensor  # [..., blocks * groups]
@@ -105,7 +105,7 @@ class Scales(NamedTuple):
 
 
 def scales(raw: Tensor, kind: BlockType) -> Scales | None:
-    """The scales of blocks, as for `dequantize`; None for a format without super-blocks, or not among `_UNITS`."""
+    """The scales of blocks, as for `dequantize`; None for a format that is not among `_UNITS`."""
     if kind.name not in _UNITS:
         return None
     _values(raw, kind)
@@ -157,8 +157,10 @@ _FORMATS: tuple[tuple[BlockType, Callable[[Tensor], Parts]], ...] = (
 )
 _UNPACK = {kind.name: unpack for kind, unpack in _FORMATS}
 TYPES: Mapping[int, BlockType] = MappingProxyType({kind.id: kind for kind, _ in _FORMATS})
-# At which byte of a super-block the scale of its scales is, and that of its minima.
+# At which byte of a block the scale of its scales is, and that of its minima, where that is another number.
 _UNITS: Mapping[str, tuple[int, int | None]] = {
+    "Q4_1": (0, None),
+    "Q5_1": (0, None),
     "Q2_K": (80, 82),
     "Q3_K": (108, None),
     "Q4_K": (0, 2),
@@ -166,4 +168,6 @@ _UNITS: Mapping[str, tuple[int, int | None]] = {
     "Q6_K": (208, None),
     "IQ3_S": (0, None),
     "IQ4_XS": (0, None),
+    "TQ1_0": (52, None),
+    "TQ2_0": (64, None),
 }

@@ -233,7 +233,7 @@ class GGUFWeights:
         return self._info[name]
 
     def scales(self, name: str) -> Scales | None:
-        """What the integers of a whole tensor are multiplied with, if its type has super-blocks."""
+        """What the integers of a whole tensor are multiplied with; None where `ggml.scales` has none."""
         info = self._info[name]
         pieces = []
         for start in range(0, info.shape[0], ROWS):

@@ -18,7 +18,7 @@ class Stored:
 
     Attributes:
         kind: ggml's name for the type, as "Q8_0".
-        scales: reads what its integers are multiplied with, if the type has super-blocks; None if that is not known.
+        scales: reads what its integers are multiplied with; None if that is not known.
     """
 
     kind: str

@@ -38,8 +38,9 @@ def rounded_scale(scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def multiplied(x: Tensor, weight: Tensor) -> Tensor:
-    """In x's dtype, which is float64 where a product of `received` activations must be exact."""
-    return F.linear(x, weight.to(x.dtype))
+    """In x's dtype, which is float64 where a product of `received` activations must be exact. What those have beside
+    their values, after them, is left out."""
+    return F.linear(x[..., : weight.shape[-1]], weight.to(x.dtype))
 
 
 def divided(x: Tensor, cap: float) -> Tensor:

@@ -1,6 +1,9 @@
-"""Products with weights in super-blocks, against loops that take the integers from the blocks themselves."""
+"""Products with weights in blocks that have minima or super-blocks, against loops that take the integers from the
+blocks themselves."""
 
 from __future__ import annotations
+
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -11,18 +14,20 @@ from gemma2.checkpoints import ggml
 from gemma2.checkpoints.ggml import TYPES, Scales, dequantize, scales
 from gemma2.parity.profiles.ggml_products import rounded, summed
 from tests.gguf_files import blocks
-from tests.parity.test_llama_cpp_numerics import fused, randn
+from tests.parity.test_llama_cpp_numerics import fused, nearest, randn
 
-KINDS = {kind.name: kind for kind in TYPES.values() if kind.name in ggml._UNITS}
+UNITS = {kind.name: kind for kind in TYPES.values() if kind.name in ggml._UNITS}
+KINDS = {name: kind for name, kind in UNITS.items() if kind.values == 256}
+OFFSETS = {"Q6_K": 32, "TQ1_0": 1, "TQ2_0": 1}
 F = np.float32
 
 
 def weight(name: str, rows: int = 8, seed: int = 0) -> tuple[Tensor, Tensor, Scales]:
     """[rows 512]: raw bytes, numbers and scales."""
     raw = torch.frombuffer(bytearray(blocks(name, rows * 512, seed)), dtype=torch.uint8).view(rows, -1)
-    found = scales(raw, KINDS[name])
+    found = scales(raw, UNITS[name])
     assert found is not None
-    return raw, dequantize(raw, KINDS[name]), found
+    return raw, dequantize(raw, UNITS[name]), found
 
 
 def integers(name: str, raw: Tensor) -> tuple[list[list[int]], list[list[int]], list[F], list[F], list[list[int]]]:
@@ -74,19 +79,54 @@ def repacked(name: str, raw: Tensor, x: Tensor, group: int) -> F:
 
 def in_lanes(name: str, raw: Tensor, x: Tensor) -> F:
     (codes, minima, units, steps, factors), (q, scale), less = integers(name, raw), activations(x), F(0)
-    lanes = [F(0)] * 8
+    lanes, offset = [F(0)] * 8, OFFSETS.get(name, 0)
     for i in range(len(q)):
         for lane in range(8):
             total = 0
             for at in (32 * run + 4 * lane + k for run in range(8) for k in range(4)):
-                above = 32 * factors[i][at // 16] if name == "Q6_K" else 0
-                total += q[i][at] * (codes[i][at] + above)
-            if name == "Q6_K":
-                total -= sum(32 * q[i][at] * factors[i][at // 16] for at in range(32 * lane, 32 * lane + 32))
+                total += q[i][at] * (codes[i][at] + offset * factors[i][at * len(factors[i]) // 256])
+            for at in range(32 * lane, 32 * lane + 32):
+                total -= offset * q[i][at] * factors[i][at * len(factors[i]) // 256]
             lanes[lane] = fused(F(total), units[i] * scale[i], lanes[lane])
         less = fused(dot(q[i], minima[i]), -scale[i] * steps[i], less)
     halves = [lanes[k] + lanes[k + 4] for k in range(4)]
     return (halves[0] + halves[2]) + (halves[1] + halves[3]) + less
+
+
+def beside_minima(name: str, raw: Tensor, x: Tensor) -> F:
+    """x as `rounded` leaves it for Q8_1."""
+    q, scale, minimum = ggml._UNPACK[name](raw.view(-1, UNITS[name].bytes))
+    assert scale is not None and minimum is not None
+    values, sums = x[:512].unflatten(-1, (-1, 8, 4)).tolist(), x[512:].tolist()
+    lanes, least = [F(0)] * 8, F(0)
+    for i, codes in enumerate(q.reshape(len(q), 8, 4).tolist()):
+        least = fused(F(sums[i]), F(-minimum[i].item()), least)
+        for lane in range(8):
+            exact = sum(Fraction(a) * b for a, b in zip(values[i][lane], codes[lane], strict=True))
+            lanes[lane] = F(nearest(Fraction(float(lanes[lane])) + exact * Fraction(scale[i].item())))
+    halves = [lanes[k] + lanes[k + 4] for k in range(4)]
+    return (halves[0] + halves[2]) + (halves[1] + halves[3]) + least
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q5_1"])
+def test_minima_are_multiplied_with_the_sums_that_activations_keep(name: str) -> None:
+    raw, w, found = weight(name)
+    x = rounded(randn(5, 512) * 3, "Q8_1")
+    got = summed(x[None], w, name, found)[0]
+    for t in range(5):
+        for m in range(8):
+            assert got[t, m].item() == float(beside_minima(name, raw[m], x[t])), (t, m)
+    assert (summed(x[None, :, :512], w, name, found)[0] - got).abs().max() < 0.1
+    assert (summed(x[None], w, name)[0] - got).abs().max() < 0.1
+
+
+def test_activations_keep_the_sums_of_their_integers_in_float16() -> None:
+    x = randn(3, 64) * 10
+    values, sums = rounded(x, "Q8_1").split((64, 2), dim=-1)
+    assert torch.equal(values, rounded(x, "Q8_0"))
+    largest = x.unflatten(-1, (2, 32)).abs().amax(-1)
+    integers = (values.unflatten(-1, (2, 32)) / (largest / 127).half().float()[..., None]).round().sum(-1)
+    assert torch.equal(sums, (torch.div(largest, torch.tensor(127.0)) * integers).half().float())
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -101,7 +141,7 @@ def test_a_product_is_a_loop_over_the_integers_in_the_blocks(name: str, count: i
                 group = {"Q4_K": 64, "Q2_K": 128}[name] if t < count - count % 4 else 256
                 expected = repacked(name, raw[m], x[t], group)
             else:
-                expected = tiled(name, raw[m], x[t]) if count >= 8 else in_lanes(name, raw[m], x[t])
+                expected = (in_lanes if count < 8 or name[0] == "T" else tiled)(name, raw[m], x[t])
             assert got[t, m].item() == float(expected), (t, m)
 
 

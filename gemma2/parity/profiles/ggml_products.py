@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gemma2.checkpoints.ggml import Scales
-from gemma2.parity.profiles.ggml_math import f32, lane_product, over
+from gemma2.parity.profiles.ggml_math import f32, fma, lane_product, over
 from gemma2.parity.profiles.ggml_superblocks import TILE, summed_apart, summed_by_block, summed_in_lanes
 
 # ggml-cpu.c, type_traits_cpu: what the activations become. Q8_K for all other types.
@@ -17,6 +17,8 @@ PARTNERS = {"F32": "F32", "F16": "F16", "BF16": "BF16", "Q4_1": "Q8_1", "Q5_1": 
 # Eight rows of such a weight are interleaved while loading, if their number allows; and how many products at a time
 # are added as integers.
 REPACKED = {"Q4_0": 32, "IQ4_NL": 32, "MXFP4": 32, "Q4_K": 64, "Q2_K": 128}
+OFFSETS = {"Q6_K": 32, "TQ1_0": 1, "TQ2_0": 1}  # of q as it is stored
+UNTILED = ("TQ1_0", "TQ2_0")
 
 
 def partner(kind: str) -> str:
@@ -24,22 +26,24 @@ def partner(kind: str) -> str:
 
 
 def rounded(x: Tensor, to: str) -> Tensor:
-    """x [... n] as a partner type holds it: exactly, so in float64 for Q8_K."""
+    """x [... n] as a partner type holds it: exactly, so in float64 for Q8_K; for Q8_1 with the sums of its blocks of 32
+    behind, [... n + n / 32]."""
     if to == "F32":
         return x
     if to in ("F16", "BF16"):
         return x.to(torch.float16 if to == "F16" else torch.bfloat16).float()
-    return _rounded_to_q8_k(x) if to == "Q8_K" else _rounded_to_q8_0(x)
+    return _rounded_to_q8_k(x) if to == "Q8_K" else _rounded_to_q8_0(x, sums=to == "Q8_1")
 
 
-def _rounded_to_q8_0(x: Tensor) -> Tensor:
-    """Blocks of 32, the largest becomes 127, and the scale is stored in float16. (x86/quants.c, quantize_row_q8_0;
-    Q8_1 holds the same values, and their sum beside them)"""
+def _rounded_to_q8_0(x: Tensor, sums: bool) -> Tensor:
+    """Blocks of 32, the largest becomes 127, and scales and sums are stored in float16. (x86/quants.c,
+    quantize_row_q8_0, quantize_row_q8_1)"""
     blocks = x.unflatten(-1, (-1, 32))
     largest = blocks.abs().amax(-1, keepdim=True)
     inverse = torch.where(largest == 0, 0.0, over(f32(127.0), largest))
-    scale = over(largest, f32(127.0)).half().float()
-    return ((blocks * inverse).round() * scale).flatten(-2)
+    q, scale = (blocks * inverse).round(), over(largest, f32(127.0))
+    values = (q * scale.half().float()).flatten(-2)
+    return torch.cat((values, (scale[..., 0] * q.sum(-1)).half().float()), dim=-1) if sums else values
 
 
 def _rounded_to_q8_k(x: Tensor) -> Tensor:
@@ -54,10 +58,10 @@ def _rounded_to_q8_k(x: Tensor) -> Tensor:
 def summed(x: Tensor, weight: Tensor, kind: str, scales: Scales | None = None) -> Tensor:
     """x [b t n], as `rounded` leaves it, times weight [m n] -> [b t m] in ggml's order of float32 sums.
 
-    Without the `scales` that the weight's integers have in the file, types with super-blocks are met but for roundings
-    in between.
+    Without the `scales` that the weight's integers have in the file, types with minima or super-blocks are met but for
+    roundings in between.
     """
-    rows = x.flatten(0, -2)
+    rows, beside = x.flatten(0, -2).tensor_split((weight.shape[-1],), dim=-1)
     to = partner(kind)
     repacked = kind in REPACKED and len(weight) % 8 == 0
     if to in ("F32", "F16"):  # one row goes to ggml_vec_dot_f32, more to llamafile's sgemm.cpp
@@ -70,15 +74,28 @@ def summed(x: Tensor, weight: Tensor, kind: str, scales: Scales | None = None) -
         fours = len(rows) - len(rows) % 4
         parts = (rows[:fours], REPACKED[kind]), (rows[fours:], 256)
         y = torch.cat([summed_apart(some, weight, scales, group) for some, group in parts])
-    elif to == "Q8_K" and len(rows) < TILE and scales is not None:
-        y = summed_in_lanes(rows, weight, scales, offset=32 if kind == "Q6_K" else 0)
+    elif to == "Q8_K" and scales is not None and (len(rows) < TILE or kind in UNTILED):
+        y = summed_in_lanes(rows, weight, scales, offset=OFFSETS.get(kind, 0))
     elif to == "Q8_K":
         y = summed_by_block(rows, weight, scales)
+    elif to == "Q8_1" and scales is not None:
+        y = _summed_beside_minima(rows, beside, weight, scales)
     elif repacked:  # arch/x86/repack.cpp, gemm_q4_b32_8x8_q8_0_lut_avx: a lane a column, a block a step
         y = lane_product(rows, weight, lanes=1, group=REPACKED[kind])
     else:
         y = lane_product(rows, weight, lanes=8, group=4)
     return y.unflatten(0, x.shape[:-1])
+
+
+def _summed_beside_minima(rows: Tensor, sums: Tensor, weight: Tensor, scales: Scales) -> Tensor:
+    """Minima times the activations' own sums, a block after the other, and then onto the rest. (arch/x86/quants.c,
+    ggml_vec_dot_q4_1_q8_1, ggml_vec_dot_q5_1_q8_1)"""
+    assert scales.minimum is not None
+    minimum = scales.minimum.to(weight.device)
+    least = torch.zeros((), device=rows.device)
+    for m, s in zip(minimum.T, sums.T if sums.numel() else rows.unflatten(-1, (-1, 32)).sum(-1).T, strict=True):
+        least = fma(s[:, None], -m, least)
+    return lane_product(rows, weight + minimum.repeat_interleave(32, dim=-1), lanes=8, group=4) + least
 
 
 def _turned_pairs(x: Tensor) -> Tensor:
