@@ -64,7 +64,8 @@ def row(path: Path, ids: list[int], reference: Tensor) -> str:
         model = with_numerics(plain, "llama.cpp", bits, kinds) if bits != () else plain
         ours = model(torch.tensor([ids]))[0, -len(reference) :]
         apart = (ours - reference).double()
-        cells.append(f"{apart.abs().max():.4f} / {apart.pow(2).mean().sqrt():.4f}")
+        equal = torch.equal(ours, reference)
+        cells.append("equal bits" if equal else f"{apart.abs().max():.4f} / {apart.pow(2).mean().sqrt():.4f}")
         if name == "float32":
             same = (ours.argmax(-1) == reference.argmax(-1)).double().mean()
     return f"| {path.stem} | {' | '.join(cells)} | {same:.0%} |"

@@ -121,6 +121,15 @@ def test_a_profile_makes_what_is_documented_equal_and_says_so(small: Path, capsy
     assert printed[-1] == "verdict: equal to the bit (60 of 60 sites have our bits)"
 
 
+def test_a_difference_that_a_profile_documents_is_said_to_be_one(capsys: Capture) -> None:
+    pytest.importorskip("llama_cpp", reason="the live comparison needs the extra gemma2[llama-cpp]")
+    asked = ("pocket:pocket-q8_0.gguf", "--against", "llama.cpp", "--ids", IDS, "--no-cases")
+    printed = lines(capsys, *asked, code=1)
+    hint = "what is documented of llama.cpp's rounding counts as agreement with --numerics llama.cpp"
+    assert printed[-2].startswith("verdict: difference") and printed[-1] == hint
+    assert hint not in lines(capsys, *asked, "--numerics", "llama.cpp")
+
+
 def test_explain_prints_what_each_bit_closes_and_what_remains(small: Path, capsys: Capture) -> None:
     argv = [small, "--against", BFLOAT16, "--ids", IDS, "--explain"]
     printed = lines(capsys, *argv, "gemma_pytorch")

@@ -79,6 +79,9 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(found.to_dict(), indent=2, allow_nan=False))
     else:
         show(found, args.all)
+        kind = args.against.partition(":")[0]
+        if found.verdict == DIFFERENCE and kind in PROFILES and args.numerics is None and PROFILES[kind]:
+            print(f"what is documented of {kind}'s rounding counts as agreement with --numerics {kind}")
     return 1 if found.verdict == DIFFERENCE else 0
 
 
