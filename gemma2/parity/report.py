@@ -26,7 +26,7 @@ tr.parts { background: #fdd } .difference { color: #b00 } .rounding, .equal { co
 CAPTION = f"""Above: the whole distance of both systems to the same model in float64, all that came before included; the
 band reaches {SIZE_FACTOR:g} times above and below ours, and a line is broken where values are exact or not finite.
 Below: the error made at each place alone, in multiples of what rounding explains there; above the dashed line it is
-something else."""
+something else, and points at 0.01 stand for less."""
 
 
 def check_page(path: Path) -> None:
@@ -110,9 +110,9 @@ def _chart(rows: Sequence[Row]) -> str:
     below.margins(y=0.2)
     for row, place, ratio in zip(rows, depth, ratios, strict=True):
         if row.parts:
-            below.annotate(
-                f"{row.site} {row.why}", (place, ratio), fontsize=8, xytext=(4, -10), textcoords="offset points"
-            )
+            said = f"{row.site} {row.why}".strip()
+            box = {"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1}  # other points may lie under it
+            below.annotate(said, (place, ratio), fontsize=8, xytext=(4, 6), textcoords="offset points", bbox=box)
             break
     text = io.StringIO()
     figure.savefig(text, format="svg")
