@@ -50,6 +50,11 @@ def test_every_peer_is_on_the_page_and_its_row_leads_to_its_section() -> None:
     assert len({peer.name for peer in PEERS}) == len(PEERS) == len({anchor(peer.name) for peer in PEERS})
 
 
+def test_a_heading_is_named_as_github_names_it() -> None:
+    assert anchor("litgpt 0.5.13, as its generate() calls it") == "litgpt-0513-as-its-generate-calls-it"
+    assert anchor("transformers 5.23.0, flex_attention") == "transformers-5230-flex_attention"
+
+
 def test_peers_with_other_requirements_are_installed_in_other_folders() -> None:
     folders: dict[str, set[tuple[str, ...]]] = {}
     for peer in PEERS:
@@ -150,16 +155,17 @@ def test_a_mask_that_is_added_hides_only_what_the_cache_does_not_hold() -> None:
     assert seen(peer_changes.added_mask(empty=True), (2, 1, 1), 3)[3] == ({1: 1.0, 2: 1.0, 3: 1.0}, 0)
 
 
-def test_an_empty_slot_is_a_key_and_a_value_of_zeros() -> None:
+def test_an_empty_slot_is_a_key_and_a_value_of_zeros_and_sums_are_on_capped_scores() -> None:
     def one_empty(run: Fed, window: int | None) -> Tensor:
-        return run.as_published(window) | (run.slot == 0)
+        visible = run.as_published(window) | (run.slot == 0)
+        return torch.where(run.key == 1, 2.0, 0.0).masked_fill(~visible, HIDDEN)
 
     model, ids = random_model(TINY), torch.arange(6)[None]
     planted = with_cache(one_empty)(model, (6,))
     attend = planted.model.layers[0].get_submodule("self_attn.attend")
     q, k, v = torch.randn(1, 6, 8, 16), torch.randn(1, 6, 4, 16), torch.randn(1, 6, 4, 16)
     z = attend(q, k, v, torch.ones(1, 1, 6, 6, dtype=torch.bool))
-    scores = 50 * torch.tanh(q[0, 2, 5] @ k[0, :3, 2].T * 36**-0.5 / 50)
+    scores = 50 * torch.tanh(q[0, 2, 5] @ k[0, :3, 2].T * 36**-0.5 / 50) + torch.tensor([0.0, 2.0, 0.0])
     weights = torch.cat((scores, torch.zeros(1))).softmax(-1)
     torch.testing.assert_close(z[0, 2, 5], weights[:3] @ v[0, :3, 2])
     assert not torch.allclose(planted(ids), model(ids), atol=1e-2)
