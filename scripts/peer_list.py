@@ -68,8 +68,10 @@ def transformers(number: str, attention: str = "eager", finding: Finding | None 
     if number == "5.23.0":
         more = ("gguf==0.19.0", "accelerate==1.15.0", "protobuf==7.36.2")
     name = f"transformers {number}, {attention}"
-    requires, options = (f"transformers=={number}", *more), (f"attention={attention}",)
-    return Peer(name, "transformers", requires, options, finding=finding, refuses=refuses)
+    requires, options = (f"transformers=={number}", *more), [f"attention={attention}"]
+    if attention.startswith("default"):  # "default (sdpa)": it must be what is chosen where nothing is asked for
+        options = ["attention=default", f"chosen={attention[9:-1]}"]
+    return Peer(name, "transformers", requires, tuple(options), finding=finding, refuses=refuses)
 
 
 UNCAPPED = Finding(ALL, "no cap on attention scores", "Scores are not capped.", without_score_cap)
@@ -89,12 +91,12 @@ TABLE_GELU = Finding(
 )
 PEERS = [
     transformers("5.23.0"),
-    transformers("5.23.0", "default"),
+    transformers("5.23.0", "default (eager)"),
     transformers("5.23.0", "sdpa", refuses=True),
     transformers("5.23.0", "flex_attention"),
-    transformers("5.20.2", "default", UNCAPPED),
+    transformers("5.20.2", "default (sdpa)", UNCAPPED),
     transformers("4.57.1"),
-    transformers("4.57.1", "default", UNCAPPED),
+    transformers("4.57.1", "default (sdpa)", UNCAPPED),
     transformers("4.51.3", finding=EARLY_SHIFT),
     transformers(
         "4.48.0",
@@ -138,8 +140,24 @@ PEERS = [
             changed(query_pre_attn_scalar=256),
         ),
     ),
-    Peer("llama-cpp-python 0.3.36", "llama.cpp", LLAMA_CPP, (), "4 layers, query scale 16", ("float32",), TABLE_GELU),
-    Peer("llama-cpp-python 0.3.36, 46 layers", "llama.cpp", LLAMA_CPP, (), "46 layers", ("float32",), TABLE_GELU),
+    Peer(
+        "llama.cpp in llama-cpp-python 0.3.36",
+        "llama.cpp",
+        LLAMA_CPP,
+        (),
+        "4 layers, query scale 16",
+        ("float32",),
+        TABLE_GELU,
+    ),
+    Peer(
+        "llama.cpp in llama-cpp-python 0.3.36, 46 layers",
+        "llama.cpp",
+        LLAMA_CPP,
+        (),
+        "46 layers",
+        ("float32",),
+        TABLE_GELU,
+    ),
     Peer(
         "TransformerLens 4.3.0, TransformerBridge on transformers 5.24.0",
         "transformer_bridge",

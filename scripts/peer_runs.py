@@ -121,6 +121,8 @@ def explained(peer: Peer, outcomes: list[Outcome], out: Path, model: Gemma2) -> 
     unknown = "something else; not explained", "Something else; not explained."
     if all(one.verdict == "refuses" for one in outcomes):
         return "nothing: it refuses", "It refuses to build this model."
+    if not runs and any(one.verdict == "not run" for one in outcomes):
+        return "as published in one pass; with a cache not run", "Gemma 2 as published, in one pass."
     if not runs:
         return "as published", "Gemma 2 as published."
     if finding is None or finding.runs != runs:

@@ -90,7 +90,8 @@ def spans(chunks: Iterable[int]) -> Iterable[tuple[int, int]]:
         start += length
 
 
-def transformers_(given: Given, attention: str = "eager", gguf: str = "") -> Peer:
+def transformers_(given: Given, attention: str = "eager", gguf: str = "", chosen: str = "") -> Peer:
+    """With attention=default it chooses for itself, and must choose what is `chosen`."""
     transformers = import_module("transformers")
     number = tuple(map(int, transformers.__version__.split(".")[:2]))
     options: dict[str, Any] = {"dtype" if number >= (4, 56) else "torch_dtype": given.dtype}
@@ -117,7 +118,10 @@ def transformers_(given: Given, attention: str = "eager", gguf: str = "") -> Pee
             parts.append(model(tokens[:, start:stop], past_key_values=cache, use_cache=True, **where).logits)
         return torch.cat(parts, dim=1)
 
-    attention += f", which is {model.config._attn_implementation}" if attention == "default" else ""
+    if attention == "default":
+        attention += f", which is {model.config._attn_implementation}"
+        if model.config._attn_implementation != chosen:
+            raise ValueError(f"chose {model.config._attn_implementation}, where {chosen} was expected")
     how = f"GGUF, {attention}" if gguf else attention
     return Peer(f"transformers {transformers.__version__} {how}", run, cached)
 

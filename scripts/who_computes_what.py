@@ -47,8 +47,8 @@ RUN = """## The runs
 The model is shaped like Gemma 2 27B, scaled down: {layers} layers, width {width}, {heads} query and {groups} key/value
 heads of {head}, query scale {scale}^-0.5, caps {cap_scores:g} and {cap_logits:g}, and a window of {window}, where
 the published models have 4096: what depends on the window shows here beyond {window} ids, and there beyond 4096.
-Another model, where a peer was given one, is named in its section. A peer whose name says "default" chose its
-attention itself.
+Another model, where a peer was given one, is named in its section. A peer whose name says "default"
+was asked for no attention and chose the one in brackets.
 
 One pass over 12 ids, shorter than the window, and over 64, longer; with the peer's own cache, 12 ids as a
 prefill of 6 and then one at a time, 64 as 32 and then one at a time, and 64 from a prefill of 8. A run's word is the

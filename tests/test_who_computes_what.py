@@ -11,9 +11,9 @@ import peer_changes
 import peer_runs
 import pytest
 import torch
-from peer_changes import CAPACITY, EMPTY, HIDDEN, Fed, Rule, fed, with_cache
+from peer_changes import EMPTY, HIDDEN, Fed, Rule, fed, with_cache
 from peer_list import ALL, CACHED, LONG, PAST, PEERS, Finding, Peer
-from peer_models import MODELS, RUNS, TINY, random_model, write_model
+from peer_models import CAPACITY, MODELS, RUNS, TINY, random_model, write_model
 from peer_runs import Found, Outcome, differing, explained, held, look_at, traces
 from safetensors.torch import save_file
 from torch import Tensor
@@ -176,6 +176,14 @@ def test_a_run_that_a_peer_refuses_is_told_in_its_words(tmp_path: Path) -> None:
     found = {one.run: one for one in held(tmp_path, random_model(TINY))}
     assert (found["64 cached"].verdict, found["64 cached"].said) == ("fails", "ValueError: too long")
     assert found["64"].verdict == "not run"
+
+
+def test_a_peer_is_not_said_to_be_right_where_it_was_not_run(tmp_path: Path) -> None:
+    model = random_model(TINY)
+    outcomes = [Outcome(run, "not run" if run in CACHED else "rounding") for run in RUNS]
+    assert explained(PEERS[0], outcomes, tmp_path, model)[0] == "as published in one pass; with a cache not run"
+    outcomes = [Outcome(run, "rounding") for run in RUNS]
+    assert explained(PEERS[0], outcomes, tmp_path, model)[0] == "as published"
 
 
 def test_a_peer_that_does_not_build_its_model_is_told_in_a_line(tmp_path: Path) -> None:
