@@ -90,10 +90,13 @@ def spans(chunks: Iterable[int]) -> Iterable[tuple[int, int]]:
         start += length
 
 
-def transformers_(given: Given, attention: str = "eager", gguf: str = "") -> Peer:
+def transformers_(given: Given, attention: str = "eager", gguf: str = "", chosen: str = "") -> Peer:
+    """With attention=default it chooses for itself, and must choose what is `chosen`."""
     transformers = import_module("transformers")
     number = tuple(map(int, transformers.__version__.split(".")[:2]))
-    options = {"dtype" if number >= (4, 56) else "torch_dtype": given.dtype, "attn_implementation": attention}
+    options: dict[str, Any] = {"dtype" if number >= (4, 56) else "torch_dtype": given.dtype}
+    if attention != "default":
+        options["attn_implementation"] = attention
     if gguf:
         options["gguf_file"] = gguf
     model = transformers.Gemma2ForCausalLM.from_pretrained(given.folder, **options).eval()
@@ -115,6 +118,10 @@ def transformers_(given: Given, attention: str = "eager", gguf: str = "") -> Pee
             parts.append(model(tokens[:, start:stop], past_key_values=cache, use_cache=True, **where).logits)
         return torch.cat(parts, dim=1)
 
+    if attention == "default":
+        attention += f", which is {model.config._attn_implementation}"
+        if model.config._attn_implementation != chosen:
+            raise ValueError(f"chose {model.config._attn_implementation}, where {chosen} was expected")
     how = f"GGUF, {attention}" if gguf else attention
     return Peer(f"transformers {transformers.__version__} {how}", run, cached)
 
@@ -142,7 +149,8 @@ def nnsight(given: Given) -> Peer:
     return Peer(f"nnsight {version('nnsight')} with transformers {version('transformers')}", run, None)
 
 
-def litgpt(given: Given) -> Peer:
+def litgpt(given: Given, ends: str = "no") -> Peer:
+    """With `ends=yes` it is told where the cache ends, as its generate() tells it."""
     said = given.config
     own = import_module("litgpt.config").Config.from_name("Gemma-2-27b")
     config = import_module("litgpt.config").Config.from_name(
@@ -196,7 +204,10 @@ def litgpt(given: Given) -> Peer:
         model.max_seq_length = given.longest
         model.set_kv_cache(batch_size=1, dtype=given.dtype)
         try:
-            parts = [model(tokens[:, a:b], input_pos=torch.arange(a, b)) for a, b in spans(chunks)]
+            parts = [
+                model(tokens[:, a:b], input_pos=torch.arange(a, b), input_pos_maxp1=b if ends == "yes" else None)
+                for a, b in spans(chunks)
+            ]
         finally:
             model.clear_kv_cache()
         return torch.cat(parts, dim=1)
@@ -283,18 +294,43 @@ def transformer_lens(given: Given) -> Peer:
     model.load_and_process_state_dict(convert(source, model.cfg), **dict.fromkeys(processing, False))
     model.eval()
     ends = ("hook_attn_out", "hook_mlp_out", "hook_resid_post")
+    if hasattr(lens, "TransformerLensKeyValueCache"):
+        kind = lens.TransformerLensKeyValueCache
+    else:
+        kind = lens.past_key_value_caching.HookedTransformerKeyValueCache
 
     def run(tokens: Tensor) -> Values:
         logits, seen = model.run_with_cache(tokens, names_filter=lambda name: name.endswith(ends))
         return {**dict(seen.items()), "logits": logits}
 
     def cached(tokens: Tensor, chunks: list[int]) -> Tensor:
-        cache = lens.past_key_value_caching.HookedTransformerKeyValueCache.init_cache(model.cfg, "cpu", 1)
+        cache = kind.init_cache(model.cfg, "cpu", 1)
         ones = torch.ones_like(tokens)  # without a tokenizer it does not know that nothing is padding
         parts = [model(tokens[:, a:b], past_kv_cache=cache, attention_mask=ones[:, a:b]) for a, b in spans(chunks)]
         return torch.cat(parts, dim=1)
 
     return Peer(f"TransformerLens {version('transformer-lens')} HookedTransformer", run, cached)
+
+
+def transformer_bridge(given: Given) -> Peer:
+    """Its TransformerBridge, over the folder; with a cache, the one that it gives back is handed in again."""
+    boot = import_module("transformer_lens.model_bridge").TransformerBridge.boot_transformers
+    model = boot(str(given.folder), dtype=given.dtype, device="cpu").eval()
+    ends = ("hook_attn_out", "hook_mlp_out", "hook_resid_post")
+
+    def run(tokens: Tensor) -> Values:
+        logits, seen = model.run_with_cache(tokens, names_filter=lambda name: name.endswith(ends))
+        return {**dict(seen.items()), "logits": logits}
+
+    def cached(tokens: Tensor, chunks: list[int]) -> Tensor:
+        parts, cache = [], None
+        for a, b in spans(chunks):
+            logits, cache = model(tokens[:, a:b], past_key_values=cache, return_type="logits_and_cache")
+            parts.append(logits)
+        return torch.cat(parts, dim=1)
+
+    versions = f"{version('transformer-lens')} TransformerBridge on transformers {version('transformers')}"
+    return Peer(f"TransformerLens {versions}", run, cached)
 
 
 def llama_cpp(given: Given) -> Peer:
@@ -318,6 +354,7 @@ RECIPES: dict[str, Callable[..., Peer]] = {
     "torchtune": torchtune,
     "transformer_lens": transformer_lens,
     "llama.cpp": llama_cpp,
+    "transformer_bridge": transformer_bridge,
 }
 
 

@@ -1,0 +1,202 @@
+"""What peers compute instead, planted in our model: each change gives a twin and leaves the model alone.
+
+A change is given the chunks in which a run feeds its ids to a peer's cache. Our twin takes all ids in one pass
+nevertheless: what a cache holds and which of its slots are seen is a sum on the scores, by the positions of queries and
+keys and by where chunks begin and end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from peer_models import CAPACITY
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gemma2 import Gemma2, ops
+from gemma2.config import GLOBAL, LOCAL
+from gemma2.model import Attention, SoftCap, SoftcapAttention, TiedHead
+
+Chunks = Sequence[int]  # none: one pass without a cache
+HIDDEN = float("-inf")
+EMPTY = CAPACITY  # slots of a cache that hold zeros, after the keys of a run
+
+
+class Change(Protocol):
+    """Our model with a change planted, as it is for a run that is fed in these chunks."""
+
+    def __call__(self, model: Gemma2, chunks: Chunks = (), /) -> Gemma2: ...
+
+
+class CappedHiddenHead(TiedHead):
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return F.linear(ops.softcap(x, 50.0), embedding)
+
+
+class NoCap(SoftCap):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class AddingCap(SoftCap):
+    """The cap, and then a sum on the capped scores."""
+
+    addend: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.addend.to(x.dtype)
+
+
+class CacheAttention(SoftcapAttention):
+    """Attention over the run's keys and, after them, empty slots."""
+
+    addend: Tensor  # [t s+EMPTY], HIDDEN where a key is not seen
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+        k, v = (F.pad(x, (0, 0, 0, 0, 0, EMPTY)) for x in (k, v))
+        return super().forward(q, k, v, (self.addend > HIDDEN)[None, None])
+
+
+@dataclass(frozen=True)
+class Fed:
+    """A run that is fed to a cache, by the positions in it.
+
+    Attributes:
+        query: [t 1].
+        start, stop: [t 1], of the query's chunk: it ends before `stop`.
+        key: [1 s+EMPTY]; the last `EMPTY` are no keys of the run, and have the numbers that follow.
+        back: [t s+EMPTY], how far a key lies behind the query.
+    """
+
+    query: Tensor
+    start: Tensor
+    stop: Tensor
+    key: Tensor
+
+    @property
+    def back(self) -> Tensor:
+        return self.query - self.key
+
+    @property
+    def slot(self) -> Tensor:
+        """[1 s+EMPTY]: 0, 1 ... for what is no key of the run, negative for its keys."""
+        return self.key - len(self.query)
+
+    def as_published(self, window: int | None) -> Tensor:
+        seen = (self.back >= 0) & (self.slot < 0)
+        return seen if window is None else seen & (self.back < window)
+
+
+# What is added to the capped scores in a layer of that window (None: global): [t s+EMPTY], or bool, for seen or not.
+Rule = Callable[[Fed, int | None], Tensor]
+
+
+def fed(chunks: Chunks) -> Fed:
+    lengths = torch.tensor(chunks)
+    stops = lengths.cumsum(0)
+    t = int(stops[-1])
+    start, stop = (x.repeat_interleave(lengths)[:, None] for x in (stops - lengths, stops))
+    return Fed(torch.arange(t)[:, None], start, stop, torch.arange(t + EMPTY)[None])
+
+
+def cached(rule: Rule, model: Gemma2, chunks: Chunks) -> Gemma2:
+    """The model whose attention sees what `rule` says where it is fed in chunks."""
+    other = changed()(model)
+    if not chunks:
+        return other
+    run = fed(chunks)
+    for layer in other.model.layers:
+        attention = layer.get_submodule("self_attn")
+        assert isinstance(attention, Attention)
+        addend = rule(run, attention.window)
+        if addend.dtype == torch.bool:
+            addend = torch.zeros(addend.shape).masked_fill(~addend, HIDDEN)
+        attention.attend.__class__, attention.attend.softcap.__class__ = CacheAttention, AddingCap
+        attention.attend.addend = attention.attend.softcap.addend = addend
+    return other
+
+
+def with_cache(rule: Rule) -> Change:
+    def change(model: Gemma2, chunks: Chunks = ()) -> Gemma2:
+        return cached(rule, model, chunks)
+
+    return change
+
+
+def changed(**numbers: Any) -> Change:
+    """The same parameters under a config in which these numbers are others."""
+
+    def change(model: Gemma2, chunks: Chunks = ()) -> Gemma2:
+        with torch.device("meta"):
+            other = Gemma2(replace(model.config, **numbers))
+        other.load_state_dict(dict(model.named_parameters()), strict=True, assign=True)
+        return other.eval()
+
+    return change
+
+
+def swapped(model: Gemma2, chunks: Chunks = ()) -> Gemma2:
+    other = {LOCAL: GLOBAL, GLOBAL: LOCAL}
+    return changed(layer_types=tuple(other[kind] for kind in model.config.layer_types))(model, chunks)
+
+
+def without_window(model: Gemma2, chunks: Chunks = ()) -> Gemma2:
+    return changed(layer_types=(GLOBAL,) * model.config.num_hidden_layers)(model, chunks)
+
+
+def without_score_cap(model: Gemma2, chunks: Chunks = ()) -> Gemma2:
+    other = changed()(model, chunks)
+    for layer in other.model.layers:
+        cap: nn.Module = layer.get_submodule("self_attn.attend.softcap")
+        cap.__class__ = NoCap
+    return other
+
+
+def as_torchtune(model: Gemma2, chunks: Chunks = ()) -> Gemma2:
+    other = cached(first_keys, changed(attn_logit_softcapping=30.0)(model, chunks), chunks)
+    other.lm_head.__class__, other.softcap.__class__ = CappedHiddenHead, NoCap
+    for layer in other.model.layers:
+        before = layer.get_submodule("pre_feedforward_layernorm")
+        after = layer.get_submodule("post_feedforward_layernorm")
+        before.weight, after.weight = after.weight, before.weight
+    return other
+
+
+def first_keys(run: Fed, window: int | None) -> Tensor:
+    """The window counts from a query's row in its chunk: decoding one at a time, every query sees the first keys."""
+    seen = run.as_published(None)
+    row = run.query - run.start
+    return seen if window is None else seen & ((run.key - row).abs() < window)
+
+
+def own_chunk(run: Fed, window: int | None) -> Tensor:
+    """Nothing that was fed before."""
+    return run.as_published(window) & (run.key >= run.start)
+
+
+def early_shift(run: Fed, window: int | None) -> Tensor:
+    """Where decoding fills the window, a key is dropped one step early, until all that were there then are gone; an
+    empty slot is seen in its place."""
+    seen = run.as_published(window)
+    if window is None or run.stop[0] >= window:
+        return seen
+    early = (run.query >= window - 1) & (run.query < 2 * window - 2)
+    return torch.where(early, seen & (run.back < window - 1) | (run.slot == 0), seen)
+
+
+def added_mask(empty: bool) -> Rule:
+    """Nothing that the cache holds is hidden: 1 is added for what should be seen, 0 for later keys of the chunk and, if
+    `empty`, for the empty slots of global layers."""
+
+    def rule(run: Fed, window: int | None) -> Tensor:
+        held = (run.slot < 0) & (run.key < run.stop)
+        if window is not None:
+            held = held & (run.key >= run.stop - window)
+        elif empty:
+            held = held | (run.slot >= run.stop)
+        return run.as_published(None).float().masked_fill(~held, HIDDEN)
+
+    return rule
