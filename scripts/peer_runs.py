@@ -54,18 +54,19 @@ class Found:
 
 
 def environment(folder: Path, peer: Peer) -> Path:
-    """The Python of a peer's environment, which is made if it is not there.
+    """The Python of a peer's environment, which is made if it is not there or has other versions.
 
     Raises:
         RuntimeError: it cannot be installed; says why in a line.
     """
     place = folder / peer.environment
     python, done = place / "bin" / "python", place / "installed"
-    if not done.exists():
+    asked = "\n".join((*BASE, *peer.requires))
+    if not done.exists() or done.read_text() != asked:
         venv.create(place, with_pip=True, clear=True)
-        wanted = [word for line in (*BASE, *peer.requires) for word in line.split(" ")]
+        wanted = asked.split()
         _said(subprocess.run([python, "-m", "pip", "install", "-q", *wanted], cwd=ROOT, capture_output=True, text=True))
-        done.write_text("\n".join((*BASE, *peer.requires)))
+        done.write_text(asked)
     return python
 
 

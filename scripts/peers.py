@@ -105,7 +105,7 @@ def transformers_(given: Given, attention: str = "eager", gguf: str = "", chosen
         return watched(model, HUGGING_FACE, given.layers(), lambda: model(tokens, use_cache=False).logits)
 
     def cached(tokens: Tensor, chunks: list[int]) -> Tensor:
-        hybrid = number < (4, 54)  # the cache that its generate() made for Gemma 2
+        hybrid = number < (4, 56)  # the cache that its generate() made for Gemma 2
         if hybrid:
             cache = import_module("transformers.cache_utils").HybridCache(
                 model.config, 1, given.longest, device="cpu", dtype=given.dtype
