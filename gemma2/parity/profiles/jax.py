@@ -31,6 +31,11 @@ def like(x: Tensor, value: float) -> Tensor:
     return torch.tensor(value, dtype=x.dtype)
 
 
+def normal(x: Tensor) -> Tensor:
+    """XLA takes numbers below the smallest normal one for 0."""
+    return x.masked_fill(x.abs() < torch.finfo(x.dtype).tiny, 0.0)
+
+
 def inverse_scale(x: Tensor, eps: float) -> Tensor:
     mean = ops.widened(x * x).mean(-1, keepdim=True).to(x.dtype)  # jnp.mean sums in float32
     # Wide, then rounded: torch's own bfloat16 reciprocal root is rounded twice.
@@ -62,15 +67,15 @@ def masked(scores: Tensor, visible: Tensor) -> Tensor:
 
 
 def softmaxed(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    powers = (scores - scores.amax(-1, keepdim=True)).exp()
+    powers = normal((scores - scores.amax(-1, keepdim=True)).exp())
     total = ops.widened(powers).sum(-1, keepdim=True).to(scores.dtype)  # jnp.sum sums in float32
-    return (powers / total).to(dtype)
+    return normal((powers / total).to(dtype))
 
 
 def softmaxed_compiled(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    powers = ops.widened(scores - scores.amax(-1, keepdim=True)).exp()
+    powers = normal(ops.widened(scores - scores.amax(-1, keepdim=True)).exp())
     total = powers.sum(-1, keepdim=True).to(scores.dtype)
-    return (ops.widened(powers.to(scores.dtype)) * (1 / ops.widened(total))).to(dtype)
+    return normal((ops.widened(powers.to(scores.dtype)) * (1 / ops.widened(total))).to(dtype))
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
@@ -119,7 +124,8 @@ BITS = (
     ),
     Bit(
         "softmax=act_dtype",
-        "powers, their sum and the quotient are each rounded to the scores' dtype; transformers computes in float32",
+        "powers, their sum and the quotient are each rounded to the scores' dtype, subnormal ones to 0; transformers "
+        "computes in float32",
         "_modules.py, jax.nn.softmax",
         replacing(ScoresInParts, softmaxed=softmaxed),
     ),
