@@ -186,7 +186,7 @@ def write_deepmind_traces(python: Path) -> None:
                 (folder / name).write_bytes((GOLDEN / name).read_bytes())
             (folder / "ids.json").write_text(json.dumps({"all": {"ids": ids, "chunks": []}}))
             peers = Path(__file__).with_name("peers.py")
-            command = [python, peers, "deepmind", folder, folder, dtype]
+            command: list[str | Path] = [python, peers, "deepmind", folder, folder, dtype]
             subprocess.run(command, env={**os.environ, **EIGEN}, check=True)
             seen, path = Trace(folder / "all.safetensors"), GOLDEN / f"deepmind_{dtype}.safetensors"
             with TraceWriter(path, seen.about, ids, sites, getattr(torch, dtype), force=True) as trace:
