@@ -26,7 +26,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 BITS = [bit.name for bit in PROFILES["jax"]]
 # What bfloat16 hides: these numbers are others in float32 only, or never seen.
 SILENT = {"mask=-2.38e38", "rope_turn=divided", "cap=reciprocal", "tanh=xla"}
-LEFT_OUT = [(bit,) for bit in BITS if bit not in SILENT | {"softmax=act_dtype"}]
+LEFT_OUT: list[tuple[str, ...]] = [(bit,) for bit in BITS if bit not in SILENT | {"softmax=act_dtype"}]
 LEFT_OUT.append(("softmax=act_dtype", "softmax_sum=compiled"))  # the second takes the place of the first
 
 

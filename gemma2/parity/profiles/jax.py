@@ -10,7 +10,7 @@ order of summation: XLA leaves them to a library (YNNPACK) that takes an order b
 to use Eigen instead, it sums in the order of k, and with products summed in that order here too all sites of Google's
 run are met to the bit (tests/parity/test_deepmind.py), but for one attention weight of 524,288 in one shape, 2e-9 off.
 In float32, reciprocal roots, powers, cosines and the order in which norms and softmax sum are XLA's own, an ulp or a
-few off, and no bit here follows them: caps, GELU and, in that order, products are met. The vocabulary of Google's files
+few off, and no bit here follows them: caps, products in that order and, not compiled, GELU are met. The vocabulary of Google's files
 has 128 rows more, all unused.
 """
 
