@@ -1,17 +1,17 @@
-"""google-deepmind/gemma 3.3.0 (revision 7691fd4 has the same arithmetic): gemma/gm/nn and gemma/gm/math.
+"""google-deepmind/gemma 3.3.0: gemma/gm/nn and gemma/gm/math.
 
 The operations as they are written, each rounded to its own dtype, and what XLA leaves out of that when it compiles the
 whole, as Google's `Transformer` always is (`nn.jit`): the bits named `=compiled`. Without these two the profile is
 JAX with compilation off, operation by operation.
 
 Measured against Google's own module with jax 0.10.2 on a processor, in bfloat16, 64 ids and a window of 16, shapes like
-each of the three sizes: every operation between two products has its bits. The products themselves are in no fixed
-order of summation: XLA leaves them to a library (YNNPACK) that takes an order by shape and processor. Where XLA is told
-to use Eigen instead, it sums in the order of k, and with products summed in that order here too all sites of Google's
-run are met to the bit (tests/parity/test_deepmind.py), but for one attention weight of 524,288 in one shape, 2e-9 off.
-In float32, reciprocal roots, powers, cosines and the order in which norms and softmax sum are XLA's own, an ulp or a
-few off, and no bit here follows them: caps, products in that order and, not compiled, GELU are met. The vocabulary of Google's files
-has 128 rows more, all unused.
+each of the three sizes: every operation between two products has its bits. The products themselves XLA leaves to a
+library (YNNPACK) that sums them in an order of its own, another for another shape. Where XLA is told to use Eigen
+instead, it sums in the order of k (in blocks where k is long), and with products summed in that order here too all
+sites of Google's run are met to the bit (tests/parity/test_deepmind.py), but for one attention weight of 131,072 in the
+shape of 9B, 2e-9 off. In float32, reciprocal roots, powers, cosines and the order in which norms and softmax sum are
+XLA's own, an ulp or a few off, and no bit here follows them: caps, products in that order and, not compiled, GELU are
+met. The vocabulary of Google's files has 128 rows more, all unused.
 """
 
 from __future__ import annotations
