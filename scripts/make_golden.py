@@ -1,6 +1,7 @@
 """Make tests/golden anew: a small random Gemma 2 and what its peers compute with it.
 
     python scripts/make_golden.py [--pocket] [--gemma-pytorch FOLDER]
+    python scripts/make_golden.py --deepmind PYTHON
 
 Writes `model.safetensors` and `config.json` (shaped like 27B: the query scale is not the head width, the width not
 heads times head width), `transformers.safetensors` (transformers, eager, float32: the residual stream after each block,
@@ -9,24 +10,31 @@ the final norm, all logits) and, when the source folder of google/gemma_pytorch 
 
 Of the pocket model it writes traces as in docs/traces.md, by transformers, in float32 and bfloat16: `pocket_short_*`,
 the stream at every block and all logits, and `pocket_long_*`, the final norm of a prompt longer than the window.
+
+With the Python of an environment that has google-deepmind/gemma (`scripts/who_computes_what.py` makes one), only
+`deepmind_*`: traces of the small model as it is stored, by Google's own compiled JAX module. XLA is told to leave
+products to Eigen, which sums them in a fixed order, that of k.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gemma2 import Gemma2, Gemma2Config
 from gemma2.load import POCKET
 from gemma2.parity.references import open_reference
-from gemma2.parity.trace import About, TraceWriter
+from gemma2.parity.trace import About, Trace, TraceWriter
 from gemma2.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
@@ -60,6 +68,8 @@ PSALM = (
     "my life: and I will dwell in the house of the Lord for ever."
 )
 STREAM = ("hook_embed", "blocks.*.hook_resid_mid", "blocks.*.hook_resid_post", "ln_final", "logits")
+DEEPMIND_TRACES = {"bfloat16": STREAM, "float32": ("logits_raw", "logits")}
+EIGEN = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type="}
 POCKET_TRACES = {"short": (OPENING, STREAM), "long": (PSALM, ("ln_final",))}
 
 
@@ -167,12 +177,33 @@ def write_pocket_traces() -> None:
             )
 
 
+def write_deepmind_traces(python: Path) -> None:
+    ids = load_file(GOLDEN / "transformers.safetensors")["ids"].tolist()
+    for dtype, sites in DEEPMIND_TRACES.items():
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            for name in ("config.json", "model.safetensors"):
+                (folder / name).write_bytes((GOLDEN / name).read_bytes())
+            (folder / "ids.json").write_text(json.dumps({"all": {"ids": ids, "chunks": []}}))
+            peers = Path(__file__).with_name("peers.py")
+            command: list[str | Path] = [python, peers, "deepmind", folder, folder, dtype]
+            subprocess.run(command, env={**os.environ, **EIGEN}, check=True)
+            seen, path = Trace(folder / "all.safetensors"), GOLDEN / f"deepmind_{dtype}.safetensors"
+            with TraceWriter(path, seen.about, ids, sites, getattr(torch, dtype), force=True) as trace:
+                for site in trace.sites:
+                    trace.add(site, seen[site])
+        print(f"{path.name}: {seen.about.system}, {len(trace.sites)} sites, {path.stat().st_size:,} bytes")
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gemma-pytorch", type=Path, metavar="FOLDER", help="a checkout of google/gemma_pytorch")
     parser.add_argument("--pocket", action="store_true", help="only the traces of the pocket model")
+    parser.add_argument("--deepmind", type=Path, metavar="PYTHON", help="only the traces of google-deepmind/gemma")
     args = parser.parse_args()
+    if args.deepmind:
+        return write_deepmind_traces(args.deepmind)
     GOLDEN.mkdir(exist_ok=True)
     write_pocket_traces()
     if args.pocket:

@@ -83,6 +83,20 @@ EARLY_SHIFT = Finding(
     with_cache(early_shift),
 )
 LLAMA_CPP = ("llama-cpp-python==0.3.36", "-e .")
+# What it asks for by way of kauldron (xmanager, and with it all of Google's cloud) pip does not resolve.
+GEMMA = """
+    gemma==3.3.0 --no-deps kauldron==1.4.2 jax==0.10.2 jaxlib==0.10.2 flax==0.12.8 clu==0.0.12 tensorflow==2.21.0
+    keras==3.15.1 absl-py==2.5.1 astunparse==1.6.3 certifi charset-normalizer==3.5.2 chex==0.1.92 einops==0.8.2
+    etils==1.15.0 filelock==4.2.12 flatbuffers==25.12.19 fsspec gast==0.7.0 google-pasta==0.2.0 grpcio==1.85.3
+    h5py==3.14.0 humanize==4.17.0 idna==3.20 immutabledict==4.3.1 jaxtyping==0.3.11 jinja2==3.1.6 lark==1.3.1
+    libclang==18.1.1 markdown-it-py==4.3.0 markupsafe==3.0.4 mdurl==0.1.2 ml_collections==1.1.0 ml_dtypes==0.6.0
+    mpmath==1.3.0 msgpack==1.2.4 namex==0.1.0 networkx==3.6.1 numpy==2.4.6 opt_einsum==3.4.0 optax==0.2.8
+    optree==0.20.0 orbax-checkpoint==0.12.8 packaging==26.3 protobuf==7.36.2 psutil==7.2.2 pygments==2.21.0
+    pyyaml==6.0.4 requests==2.34.2 rich==15.0.0 scipy==1.17.1 sentencepiece==0.2.3 setuptools==84.2.1
+    simplejson==4.3.0 six==1.17.0 sympy==1.14.0 tensorstore==0.1.86 termcolor==3.3.0 toolz==1.2.0 tqdm==4.70.1
+    treescope==0.1.10 typeguard==4.6.1 typing_extensions==4.16.0 urllib3==2.8.0 wadler_lindig==0.1.8 wrapt==2.5.2
+    zipp==4.1.2
+"""
 TABLE_GELU = Finding(
     ALL,
     "as published, with GELU from a table of 16-bit numbers",
@@ -235,5 +249,18 @@ PEERS = [
         "nnsight 0.8.1",
         "nnsight",
         ("nnsight==0.8.1", "transformers==5.24.0", "sentencepiece==0.2.3", "protobuf==7.36.2", "tiktoken"),
+    ),
+    Peer(
+        "google-deepmind/gemma 3.3.0",
+        "deepmind",
+        tuple(GEMMA.split()),
+        finding=Finding(
+            ONE_PASS,
+            "as published in XLA's arithmetic: a coarser tanh, and 1 + w in the weights' dtype",
+            "Gemma 2 in XLA's arithmetic: tanh is up to 4.3 ulp off, which shows in float32 where logits are capped, "
+            "and 1 + w is rounded to the weights' dtype, which shows in bfloat16.",
+            "jax",
+        ),
+        numerics="jax",
     ),
 ]
