@@ -171,7 +171,7 @@ def main() -> None:
             print(peer.name, file=sys.stderr, flush=True)
             try:
                 found.append(look_at(peer, args.environments, Path(place)))
-            except (RuntimeError, OSError, subprocess.SubprocessError) as reason:
+            except (RuntimeError, OSError, ValueError, subprocess.SubprocessError) as reason:
                 absent.append((peer, str(reason)))
     print(page(found, absent))
 
