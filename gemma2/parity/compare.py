@@ -30,8 +30,14 @@ from gemma2.research.sites import sites
 
 # Times the yardstick's error; docs/parity.md has the table of what these let through and what they find.
 SIZE_FACTOR, GAIN_FACTOR = 2.0, 3.5
-MASKED = -1e4  # a score below it is one that the softmax never sees; the caps keep real ones within +-50
-UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+MASKED = -1e3  # a score below it is one that the softmax never sees; the caps keep real ones within +-50
+# Where the yardstick leaves less, half of what one rounding can leave at most (rms, relative: u / sqrt(3)). In float64
+# the yardstick is the truth itself and leaves nothing: there it is what long sums in another order leave.
+FLOOR = {
+    dtype: unit / math.sqrt(12)
+    for dtype, unit in ((torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11))
+} | {torch.float64: 2.0**-49}
+CHANCE = 4.0  # by chance the yardstick's error over n values is small: it counts for 1 + CHANCE / sqrt(n) times as much
 SCORES = "hook_attn_scores"
 FEWEST = 8  # channels
 
@@ -112,9 +118,11 @@ def compare(
     _check_shapes(model, len(ids), other)
     own = observed(theirs or model, ids, [name for name in sites(model.config) if name in other])
     truth = predicted(model, ids) if truth is None else truth
-    from_own, from_other = predicted(model, ids, own), predicted(model, ids, other)
-    unit = UNIT[model.model.embed_tokens.weight.dtype]
-    return [_row(name, truth[name], own[name], other[name], from_own[name], from_other[name], unit) for name in own]
+    # Of what the other shows for its last positions alone, nothing is put in the place of ours, on either side.
+    whole = {name: value for name, value in own.items() if value.shape == other[name].shape}
+    from_own, from_other = predicted(model, ids, whole), predicted(model, ids, other)
+    floor = FLOOR[model.model.embed_tokens.weight.dtype]
+    return [_row(name, truth[name], own[name], other[name], from_own[name], from_other[name], floor) for name in own]
 
 
 def compare_end(truth: Tensor, own: Tensor, other: Tensor) -> Row:
@@ -123,7 +131,7 @@ def compare_end(truth: Tensor, own: Tensor, other: Tensor) -> Row:
     Args:
         truth: in float64; `own`: the yardstick, in the dtype of the model.
     """
-    return _row("logits", truth, own, other, truth, truth, UNIT[own.dtype])
+    return _row("logits", truth, own, other, truth, truth, FLOOR[own.dtype])
 
 
 @torch.no_grad()
@@ -205,7 +213,7 @@ def _check_shapes(model: Gemma2, t: int, other: Values) -> None:
 
 
 def _row(
-    name: str, truth: Tensor, own: Tensor, other: Tensor, from_own: Tensor, from_other: Tensor, unit: float
+    name: str, truth: Tensor, own: Tensor, other: Tensor, from_own: Tensor, from_other: Tensor, floor: float
 ) -> Row:
     count = other.shape[0] if other.ndim == 2 else None
     if count is not None:  # perhaps the last positions alone
@@ -222,7 +230,7 @@ def _row(
         )
     error, own_error = other - from_other, own - from_own
     # A yardstick that happens to be exact is taken as what rounding usually leaves.
-    own_size = max(_relative(own_error, from_own), unit / 4)
+    own_size = max(_relative(own_error, from_own), floor) * (1 + CHANCE / math.sqrt(truth.numel()))
     by_chance = own_size / math.sqrt(truth.numel() // truth.shape[-1])
     return Row(
         name,
