@@ -98,7 +98,7 @@ def judge(
     tell(reference.system)
     other = reference.run(given, wanted)
     tell("comparing")
-    ours = Ourselves(opened, reference.dtype, numerics=numerics)
+    ours = Ourselves(opened, reference.dtype, numerics=numerics, kinds=reference.kinds)
     truth = predicted(ours.model, given)
     rows = compare(ours.model, given, other, ours.computing, truth)
     logits = compare_logits(truth["logits"], other["logits"]) if "logits" in other else None
@@ -160,7 +160,7 @@ def explain(
     given = _checked(ids, opened)
     names = [name for name in chosen(opened.config) if name in reference.sites]
     other = reference.run(given, names)
-    ours = Ourselves(opened, reference.dtype)
+    ours = Ourselves(opened, reference.dtype, kinds=reference.kinds)
     steps: list[Step] = []
     for label, about, way, bits in _walk(start, profile):
         own = observed(with_numerics(ours.model, way, bits, ours.kinds), given, names)

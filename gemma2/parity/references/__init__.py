@@ -13,6 +13,7 @@ from gemma2 import ops
 from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile, ContextOverflow
+from gemma2.parity.bits import Kinds
 
 SPECS = "transformers, llama.cpp, gemma_pytorch:FOLDER, trace:FILE, FILE.safetensors, self:KEY=VALUE,..."
 # Two models that differ in one of these have no site in common. Any other number may differ: that is what comparing is
@@ -42,6 +43,7 @@ class Reference(Protocol):
         versions: of what else matters, name -> version.
         sites: names of `research/sites.py` that it can show.
         longest: most ids it takes, or None.
+        kinds: how it holds the weights, where its arithmetic depends on it and it says so; else None.
     """
 
     system: str
@@ -50,6 +52,7 @@ class Reference(Protocol):
     versions: Mapping[str, str]
     sites: frozenset[str]
     longest: int | None
+    kinds: Kinds | None
 
     def run(self, ids: Sequence[int], sites: Iterable[str]) -> dict[str, Tensor]:
         """One pass over one row: site -> value without the batch axis, on the CPU. A site that it shows only for the

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from gemma2.cache import HybridCache
 from gemma2.checkpoints.checkpoint import Checkpoint
-from gemma2.checkpoints.weights import TARGETS, build
+from gemma2.checkpoints.weights import TARGETS, build, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.model import Gemma2
-from gemma2.parity.bits import Kinds
-from gemma2.parity.numerics import stored_kinds, with_numerics
+from gemma2.parity.bits import Kinds, Stored
+from gemma2.parity.numerics import GGML, stored_kinds, with_numerics
 from gemma2.parity.references import check_row, check_sites, left_padded, open_local, spans
 from gemma2.research.capture import capture
 from gemma2.research.sites import sites as all_sites
@@ -55,17 +55,23 @@ class Ourselves:
     Args:
         dtype: default the checkpoint's, and float32 for a GGUF under llama.cpp's numerics, which dequantises to that.
         numerics: a profile of `gemma2/parity/numerics.py`; default the model as it is.
+        kinds: how llama.cpp's numerics take each parameter to be stored; default as the checkpoint has it, or as its
+            dtype is called in ggml.
     Raises:
         ValueError: a device that is not here, or an unknown profile.
     """
 
     longest: int | None = None
-    kinds: Kinds | None  # of a GGUF, in which ggml type each parameter is stored
 
     def __init__(
-        self, opened: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu", numerics: str | None = None
+        self,
+        opened: Checkpoint,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        numerics: str | None = None,
+        kinds: Kinds | None = None,
     ) -> None:
-        self.kinds = stored_kinds(opened.weights)
+        self.kinds = kinds or stored_kinds(opened.weights)
         if dtype is None:
             dtype = torch.float32 if self.kinds and numerics == WIDE else opened.weights.dtype
         try:
@@ -73,6 +79,8 @@ class Ourselves:
             torch.empty(0, device=self._device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ValueError(f"device {device!r} is not available here ({str(error).splitlines()[0][:100]})") from None
+        if numerics == WIDE and self.kinds is None:
+            self.kinds = {name: Stored(GGML.get(dtype, "F32")) for name in shapes_of(opened.config)}
         self._numerics = numerics
         plain = build(opened.weights, opened.config, self._device, dtype, progress=False)
         self._arrange(plain, opened.config)

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from gemma2.checkpoints.weights import TARGETS
+from gemma2.parity.bits import Kinds
 from gemma2.parity.references import CannotDo, Reference, check_sites
 from gemma2.parity.trace import Trace
 
@@ -18,6 +19,8 @@ class Recorded:
     Raises:
         BadModelFile: not a trace, or damaged.
     """
+
+    kinds: Kinds | None = None
 
     def __init__(self, path: Path) -> None:
         self._trace = Trace(path)

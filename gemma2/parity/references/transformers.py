@@ -16,6 +16,7 @@ from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.weights import EMBEDDING, HEAD, build
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
+from gemma2.parity.bits import Kinds
 from gemma2.parity.references import check_row, check_sites, left_padded, spans
 from gemma2.parity.references.hooks import COMMON, OUTPUT, as_site, in_layers, watching
 
@@ -64,6 +65,7 @@ class Transformers:
     """
 
     longest: int | None = None
+    kinds: Kinds | None = None
 
     def __init__(self, opened: Checkpoint, dtype: torch.dtype) -> None:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, observed_attention)
