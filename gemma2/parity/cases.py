@@ -3,6 +3,7 @@ magnitudes, scales and the order of layers. A case that a system cannot run says
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,13 +20,15 @@ from gemma2.parity.references.ourselves import Ourselves
 from gemma2.parity.references.trace import Recorded
 
 AGREES, DIFFERS, NOT_RUN = "agrees", "differs", "not run"
-BEGINS = "begins with <bos>"
+BEGINS, CONFIG = "begins with <bos>", "config"
+ASIDE = ("max_position_embeddings",)  # it changes no value of a pass over so few positions
 CHUNK = 7  # ids of a chunk: no divisor of usual windows
 # The scale is measured to this: bfloat16 over few ids is off by 0.4 %, and the mistakes that were made are 6 % and more
 # (27B scales by 144 ** -0.5 and not by 128 ** -0.5; 9B by 256 ** -0.5 and not by 224 ** -0.5).
 SCALE_WITHIN = 0.02
 CAP_WITHIN = 1.001  # times the cap: bfloat16's nearest number may lie above it
 FAINT = 1e-4  # a probability below it says little of its score
+CLEARLY = 4.0  # times better one of two explanations must be, in squares
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ def run_cases(reference: Reference, ours: Ourselves, ids: Sequence[int], bos: in
     with."""
     both = _Both(reference, ours, list(ids))
     cases: dict[str, Callable[[], tuple[bool, str]]] = {
+        CONFIG: lambda: _same_config(reference, ours),
         BEGINS: lambda: _begins(reference, ids, bos),
         "prompt longer than the window": both.window,
         "layer order": both.layers,
@@ -74,6 +78,19 @@ def _begins(reference: Reference, ids: Sequence[int], bos: int) -> tuple[bool, s
     return False, f"the first id is {ids[0]} and not {bos}, without which Gemma 2's predictions are worthless"
 
 
+def _same_config(reference: Reference, ours: Ourselves) -> tuple[bool, str]:
+    """As each system states them: numbers may differ where no value shows it yet, as a window before it is left."""
+    stated = dataclasses.asdict(reference.config).items()
+    own = dataclasses.asdict(ours.config)
+    differ = [f"{name} {_short(value)}, {_short(own[name])} here" for name, value in stated if value != own[name]]
+    differ = [said for said in differ if not said.startswith(ASIDE)]
+    return not differ, "; ".join(differ[:3]) if differ else "every number is as ours"
+
+
+def _short(value: object) -> str:
+    return str(value) if len(str(value)) < 40 else f"{str(value)[:40]}..."
+
+
 class _Both:
     """The two systems on the same ids. What a cache, a chunk or a batch gets wrong often shows only past the window, so
     those run with a window that the ids leave several times over, where the reference can have another."""
@@ -92,56 +109,90 @@ class _Both:
         return False, f"{said}: parts at {parting.site}, {why}"
 
     def layers(self) -> tuple[bool, str]:
-        """Which layers see only a window, by how many keys the last query sees, whatever any config says."""
+        """Which layers see only a window, by the keys that are seen, whatever any config says."""
         reference, ours = self._past_the_window()
         window, t, wanted = ours.config.sliding_window, len(self.ids), ours.config.layer_types
         scores, patterns = (
             [f"blocks.{i}.attn.{site}" for i in range(len(wanted))] for site in ("hook_attn_scores", "hook_pattern")
         )
-        names, least = (scores, MASKED) if reference.sites.issuperset(scores) else (patterns, 0.0)
-        if not reference.sites.issuperset(names):
+        if reference.sites.issuperset(scores):
+            seen = reference.run(self.ids, scores)
+            for i, (name, kind) in enumerate(zip(scores, wanted, strict=True)):
+                count = int((seen[name][:, -1] > MASKED).any(0).sum())
+                if count != (window if kind == LOCAL else t):
+                    return False, f"layer {i} sees {count} of {t} keys with window {window}, and is {kind} here"
+            return True, f"of {t} keys the last query sees {window} in local layers and all in the others"
+        if not reference.sites.issuperset(patterns):
             raise CannotDo(f"{reference.system} shows neither scores nor patterns")
-        seen = reference.run(self.ids, names)
-        for i, (name, kind) in enumerate(zip(names, wanted, strict=True)):
-            # By any head: in one of them a probability may round to 0.
-            count = int((seen[name][:, -1] > least).any(0).sum())
-            if count != (window if kind == LOCAL else t):
-                return False, f"layer {i} sees {count} of {t} keys with window {window}, and is {kind} here"
-        return True, f"of {t} keys the last query sees {window} in local layers and all in the others"
+        # A probability may round to 0, so that only what is seen says something: a key beyond the window.
+        seen, own = reference.run(self.ids, patterns), ours.run(self.ids, patterns)
+        for i, (name, kind) in enumerate(zip(patterns, wanted, strict=True)):
+            beyond, ours_beyond = (_farthest(x[name]) >= window for x in (seen, own))
+            if beyond != ours_beyond:
+                sees = "beyond" if beyond else "nothing beyond"
+                return False, f"layer {i} sees {sees} the window of {window}, and is {kind} here"
+        return True, f"of {t} keys, those more than {window} back are seen in the layers where ours are"
 
     def scale(self) -> tuple[bool, str]:
         """The factor between q·k and the scores, measured in block 0."""
-        q, k, raw, pattern = (
-            f"blocks.0.attn.{n}" for n in ("hook_rot_q", "hook_rot_k", "hook_scores_raw", "hook_pattern")
-        )
-        shown = [name for name in (q, k, raw, pattern) if name in self.reference.sites]
+        raw, pattern = "blocks.0.attn.hook_scores_raw", "blocks.0.attn.hook_pattern"
         number, wanted = self.config.query_pre_attn_scalar, self.config.query_pre_attn_scalar**-0.5
-        if shown[:2] != [q, k] or len(shown) < 3:
+        shown = [name for name in (raw, pattern) if name in self.reference.sites]
+        if not shown:
             raise CannotDo(f"{self.reference.system} does not show queries, keys and scores")
-        seen = {name: value.double() for name, value in self.reference.run(self.ids, shown).items()}
-        keys = seen[k].repeat_interleave(self.config.num_attention_heads // self.config.num_key_value_heads, dim=1)
-        products = torch.einsum("thc,shc->hts", seen[q], keys)
+        products, seen = self._products(shown)
         if raw in seen:
             causal = torch.ones(products.shape[-2:], dtype=torch.bool).tril()
             measured = _slope(products[:, causal], seen[raw][:, causal])
         else:
-            measured = wanted * _from_pattern(products * wanted, seen[pattern], self.config.attn_logit_softcapping)
+            capped = softcap(products * wanted, self.config.attn_logit_softcapping)
+            measured = wanted * _slope(*_centred(capped, seen[pattern]))
         if not math.isfinite(measured):
             raise CannotDo("its queries, keys or scores are not finite, or all 0: nothing to measure it by")
         detail = f"scores are q·k times {measured:.5g}; {number:g} ** -0.5 is {wanted:.5g}"
         return abs(measured / wanted - 1) < SCALE_WITHIN, detail
 
+    def _products(self, shown: list[str]) -> tuple[Tensor, Values]:
+        """Of block 0: its queries times its keys [h t s], and what is shown there, in float64. Raises CannotDo."""
+        q, k = "blocks.0.attn.hook_rot_q", "blocks.0.attn.hook_rot_k"
+        if not self.reference.sites.issuperset((q, k)):
+            raise CannotDo(f"{self.reference.system} does not show queries, keys and scores")
+        seen = {name: value.double() for name, value in self.reference.run(self.ids, [q, k, *shown]).items()}
+        keys = seen[k].repeat_interleave(self.config.num_attention_heads // self.config.num_key_value_heads, dim=1)
+        return torch.einsum("thc,shc->hts", seen[q], keys), seen
+
     def caps(self) -> tuple[bool, str]:
-        scores = "blocks.0.attn.hook_attn_scores"
+        """No value is above its cap; where scores are not shown, the pattern says whether they were capped."""
+        scores, pattern = "blocks.0.attn.hook_attn_scores", "blocks.0.attn.hook_pattern"
         limits = {"logits": self.config.final_logit_softcapping, scores: self.config.attn_logit_softcapping}
         shown = [name for name in limits if name in self.reference.sites]
-        if not shown:
-            raise CannotDo(f"{self.reference.system} shows neither logits nor scores")
         seen = self.reference.run(self.ids, shown)
         # What is not finite stays among them, and is beyond any cap.
         largest = {name: value[~(value < MASKED)].abs().max().item() for name, value in seen.items()}
-        detail = ", ".join(f"|{name}| up to {found:.4g} of {limits[name]:g}" for name, found in largest.items())
-        return all(found <= limits[name] * CAP_WITHIN for name, found in largest.items()), detail
+        said = [f"|{name}| up to {found:.4g} of {limits[name]:g}" for name, found in largest.items()]
+        agrees = all(found <= limits[name] * CAP_WITHIN for name, found in largest.items())
+        if scores not in shown and pattern in self.reference.sites:
+            try:
+                uncapped = self._uncapped(pattern, limits[scores])
+            except CannotDo:
+                uncapped = None
+            if uncapped is not None:
+                said.append(f"scores are {'not ' if uncapped else ''}capped, by what they weigh")
+                agrees = agrees and not uncapped
+        if not said:
+            raise CannotDo(f"{self.reference.system} shows neither logits nor scores")
+        return agrees, ", ".join(said)
+
+    def _uncapped(self, pattern: str, cap: float) -> bool | None:
+        """Whether scores without the cap explain block 0's pattern better than those with it; None if none does."""
+        products, seen = self._products([pattern])
+        scores = products * self.config.query_pre_attn_scalar**-0.5
+        with_cap, without = (
+            (x - y).square().mean().item()
+            for x, y in (_centred(some, seen[pattern]) for some in (softcap(scores, cap), scores))
+        )
+        clear = max(with_cap, without) > CLEARLY * min(with_cap, without)
+        return with_cap > without if clear else None
 
     def cached(self) -> tuple[bool, str]:
         half = len(self.ids) // 2
@@ -203,13 +254,19 @@ def _slope(x: Tensor, y: Tensor) -> float:
     return ((x * y).sum() / x.square().sum()).item()
 
 
-def _from_pattern(scores: Tensor, pattern: Tensor, cap: float) -> float:
-    """By what factor scores [h t s] must be taken for their capped softmax to be the pattern: 1 if they are right, and
-    else about the factor. A softmax leaves the mean of a row's scores open, so both are taken about it."""
+def _centred(scores: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores [h t s], and the logarithms of the pattern, which are equal if the pattern is their softmax: that leaves
+    the mean of a row open, so both are taken about it, and faint probabilities left out."""
     seen = pattern > FAINT
 
     def centred(x: Tensor) -> Tensor:
         x = x.masked_fill(~seen, 0.0)
         return (x - x.sum(-1, keepdim=True) / seen.sum(-1, keepdim=True).clamp_min(1)).masked_fill(~seen, 0.0)
 
-    return _slope(centred(softcap(scores, cap)), centred(pattern.clamp_min(FAINT).log()))
+    return centred(scores), centred(pattern.clamp_min(FAINT).log())
+
+
+def _farthest(pattern: Tensor) -> int:
+    """How many positions back from its query the farthest key lies that any head weighs, in [h t s]."""
+    query, key = (pattern > 0).any(0).nonzero(as_tuple=True)
+    return int((query - key).max())
