@@ -100,7 +100,8 @@ def read_ids(args: argparse.Namespace, reference: Reference, opened: Checkpoint)
     if args.ids is None and args.file is None and args.prompt is None:
         if isinstance(reference, Recorded):
             return reference.ids
-        return opened.tokenizer.encode(DEFAULT)[:64]
+        context = opened.config.max_position_embeddings
+        return opened.tokenizer.encode(DEFAULT)[: min(64, context, reference.longest or context)]
     given = read_text(args)
     return opened.tokenizer.encode(given) if isinstance(given, str) else given
 

@@ -149,6 +149,17 @@ def test_ids_beyond_a_context_are_refused(path: Path, trace: Path, complaint: Co
     assert "257 ids exceed the model's context of 256" in line
 
 
+def test_the_references_context_counts_too_and_the_text_without_options_fits_in_both(
+    path: Path, tmp_path: Path, complaint: Complaint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = filled(tmp_path / "short", max_position_embeddings=20)
+    line = complaint("parity", path, "--against", f"self:model={short}", "--ids", ",".join(["2"] * 21), code=1)
+    assert "takes at most 20 ids, not 21" in line
+    for model, reference in ((path, f"self:model={short}"), (short, "self")):
+        assert main(["parity", str(model), "--against", reference, "--no-cases", "--sites", "hook_embed"]) == 0
+        assert ", 20 ids\n" in capsys.readouterr().out
+
+
 def test_a_trace_answers_no_other_ids_and_says_so_in_one_line(path: Path, trace: Path, complaint: Complaint) -> None:
     for more in ([], ["--explain", "jax"]):
         line = complaint("parity", path, "--against", trace, "--ids", "2,17", *more, code=1)

@@ -63,8 +63,6 @@ class Transformers:
         BadModelFile: it does not take every tensor, or finds some missing.
     """
 
-    longest: int | None = None
-
     def __init__(self, opened: Checkpoint, dtype: torch.dtype) -> None:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, observed_attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
@@ -78,6 +76,7 @@ class Transformers:
         self.versions: Mapping[str, str] = {"transformers": transformers.__version__, "torch": torch.__version__}
         self._places = in_layers(PLACES, self.config.num_hidden_layers)
         self.sites = frozenset((*self._places, "logits"))
+        self.longest: int | None = self.config.max_position_embeddings
 
     @torch.no_grad()
     def run(self, ids: Sequence[int], sites: Iterable[str]) -> dict[str, Tensor]:
