@@ -110,7 +110,9 @@ def test_every_site_of_transformers_is_ours_to_the_bit(size: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("form", ["x.gguf", "x.ckpt", "out/model.safetensors"])
-def test_transformers_takes_every_form_of_a_checkpoint(form: str, folder: Folder, tmp_path: Path) -> None:
+def test_transformers_takes_every_form_of_a_checkpoint_in_silence(
+    form: str, folder: Folder, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """GGUF states no query scale, so the model has the one that its readers assume. Its norms are bfloat16's, which
     transformers rounds them to."""
     pytest.importorskip("transformers", reason="the live comparison needs the extra gemma2[transformers]")
@@ -119,8 +121,10 @@ def test_transformers_takes_every_form_of_a_checkpoint(form: str, folder: Folder
     gemma2.convert(
         folder(tensors=tensors, query_pre_attn_scalar=16), target.parent if target.parent != tmp_path else target
     )
+    capfd.readouterr()
     for dtype in DTYPES.values():
         check_equal(open_reference("transformers", target, dtype), open_reference("self", target, dtype))
+    assert capfd.readouterr() == ("", "")
 
 
 @google

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from copy import copy, deepcopy
 from dataclasses import replace
 from typing import Any
@@ -161,13 +162,14 @@ def _is_one_gguf(opened: Checkpoint) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without bars and advice, which are settings of the process."""
+    """Without bars and advice, which are settings of the process; the bar over a GGUF's tensors heeds none of them."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
