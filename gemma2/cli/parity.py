@@ -73,8 +73,6 @@ def run(args: argparse.Namespace) -> int:
             cases=not args.no_cases,
             tell=bar.set_description_str,
         )
-    if args.html:
-        write_report(found, args.html)
     if args.json:
         print(json.dumps(found.to_dict(), indent=2, allow_nan=False))
     else:
@@ -82,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
         kind = args.against.partition(":")[0]
         if found.verdict == DIFFERENCE and kind in PROFILES and args.numerics is None and PROFILES[kind]:
             print(f"what is documented of {kind}'s rounding counts as agreement with --numerics {kind}")
+    if args.html:  # last, so that a disk that has become full does not take the verdict along
+        write_report(found, args.html)
     return 1 if found.verdict == DIFFERENCE else 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from gemma2.cli import main
+from gemma2.cli import main, parity
 from tests.conftest import tensors_of, tiny
 from tests.hostile.conftest import SMALL, Complaint, shell
 
@@ -101,10 +102,33 @@ def test_a_page_that_cannot_be_is_refused_before_anything_is_computed(
 
     assert f"{tmp_path / 'nowhere'}: no such folder to write to" in ask(tmp_path / "nowhere" / "x.html")
     assert f"{tmp_path}: is a folder; give the page a name of its own" in ask(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    assert f"{tmp_path / 'pipe'}: is no regular file" in ask(tmp_path / "pipe")
+    (tmp_path / "pipe").unlink()
+    real = os.access
+    with monkeypatch.context() as patched:  # root may write anywhere
+        patched.setattr(os, "access", lambda path, mode: mode != os.W_OK and real(path, mode))
+        assert f"{tmp_path}: cannot be written to" in ask(tmp_path / "x.html")
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     assert "the chart needs matplotlib: pip install 'gemma2[plots]'" in ask(tmp_path / "x.html")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_page_that_cannot_be_written_in_the_end_does_not_take_the_verdict_along(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(parity, "check_page", lambda page: None)
+    monkeypatch.setattr(parity, "write_report", full)
+    argv = ["parity", str(path), "--against", "self", "--ids", IDS, "--no-cases", "--html", str(tmp_path / "x.html")]
+    assert main(argv) == 1
+    out, err = capsys.readouterr()
+    assert "verdict: equal to the bit" in out and err == "gemma2: error: no space left\n"
+    assert main([*argv, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["verdict"] == "equal to the bit"
 
 
 def test_what_is_no_model_is_refused_on_both_sides(path: Path, tmp_path: Path, complaint: Complaint) -> None:
