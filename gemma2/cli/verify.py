@@ -19,7 +19,7 @@ from gemma2.generate import Gemma
 from gemma2.load import load
 from gemma2.model import Gemma2
 from gemma2.parity.tolerances import TOLERANCES
-from gemma2.parity.verify import LENGTH, Check, narrowed, verify
+from gemma2.parity.verify import LENGTH, Check, check_length, narrowed, verify
 from gemma2.sampling import checked_count
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     checked_count("length", args.length)
     gemma = load_model(args)
+    check_length(gemma.config, args.length)
     saved = {how: saver(args, gemma, name) for how, name in (("safetensors", "model"), ("GGUF", "model.gguf"))}
     about, checks = describe(args, gemma), list[Check]()
     if not args.json:

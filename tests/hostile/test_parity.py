@@ -51,6 +51,7 @@ ARGUMENTS: list[tuple[list[str], str]] = [
     ([], "the following arguments are required: --against"),
     (["--against", "vllm"], "no reference 'vllm'; there are transformers, llama.cpp, gemma_pytorch:FOLDER, trace:FILE"),
     (["--against", "gemma_pytorch"], "no reference 'gemma_pytorch'; there are"),
+    (["--against", "trace:"], "no reference 'trace:'; there are"),
     (["--against", "self:colour=red"], "self:colour=red: give dtype=..., device=..., numerics=..., model=..."),
     (["--against", "self:dtype=int4"], "self:dtype=int4: dtype is not one of"),
     (["--against", "self:device=tpu"], "device 'tpu' is not available here"),
@@ -61,8 +62,9 @@ ARGUMENTS: list[tuple[list[str], str]] = [
     (["--against", "self", "--explain", "jax", "--html", "x", "--all"], "leave out --html, --all"),
     (["--against", "self", "--dtype", "int4"], "int4"),
     (["--against", "self", "--sites", "blocks.9.*"], "no site is called 'blocks.9.*'; there are hook_embed, "),
-    (["--against", "self", "--ids", "2,4096"], "token id 4096 at [0, 1] is outside the vocabulary [0, 4096)"),
-    (["--against", "self", "--ids", "2,-1"], "token id -1 at [0, 1] is outside the vocabulary [0, 4096)"),
+    (["--against", "self", "--ids", "2,4096"], "token id 4096 at 1 is outside the vocabulary [0, 4096)"),
+    (["--against", "self", "--ids", "2,-1"], "token id -1 at 1 is outside the vocabulary [0, 4096)"),
+    (["--against", "self", "--ids", "9" * 20], f"token id {'9' * 20} at 0 is outside the vocabulary [0, 4096)"),
     (["--against", "self", "--ids", "two"], "--ids 'two': neither ids as 2,17,5 nor a file with a JSON list of them"),
     (["--against", "self", "--ids", "2", "--prompt", "x"], "not allowed with argument"),
 ]
@@ -77,7 +79,12 @@ def test_ids_that_are_none_are_refused(path: Path, tmp_path: Path, complaint: Co
     file = tmp_path / "ids.json"
     file.write_text("[]")
     line = complaint("parity", path, "--against", "self", "--ids", file, code=2)
-    assert "token ids must be a non-empty matrix" in line
+    assert f"{file}: an empty list; give at least one id" in line
+
+
+def test_a_text_that_is_not_there_is_said_to_be_the_text(path: Path, tmp_path: Path, complaint: Complaint) -> None:
+    line = complaint("parity", path, "--against", "self", "--file", tmp_path / "nope", code=1)
+    assert line == f"gemma2: error: --file {tmp_path / 'nope'}: No such file or directory\n"
 
 
 @pytest.mark.parametrize(

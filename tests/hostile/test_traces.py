@@ -179,7 +179,7 @@ ASKED: dict[str, tuple[list[str], int, str]] = {
     "an id of many digits": (["pocket", "--ids", "9" * 5000, *TO], 2, "digits"),
     "ids that are words": (["pocket", "--ids", "two", *TO], 2, "--ids 'two': neither ids as 2,17,5 nor a file"),
     "ids with a hole": (["pocket", "--ids", "2,,5", *TO], 2, "neither ids as 2,17,5 nor a file"),
-    "no ids": (["pocket", "--ids", "{}/none.json", *TO], 2, "a trace needs at least one id"),
+    "no ids": (["pocket", "--ids", "{}/none.json", *TO], 2, "none.json: an empty list; give at least one id"),
     "ids of text": (["pocket", "--ids", "{}/text.json", *TO], 1, "must be a JSON list of token ids"),
     "ids that are true": (["pocket", "--ids", "{}/true.json", *TO], 1, "must be a JSON list of token ids"),
     "ids that are no JSON": (["pocket", "--ids", "{}/there", *TO], 1, "not valid JSON"),

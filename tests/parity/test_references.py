@@ -78,7 +78,7 @@ def check_reference(peer: Reference, config: gemma2.Gemma2Config, within: float 
         peer.cached(ROW, [30, 31])
     with pytest.raises(ValueError, match="outside the vocabulary"):
         peer.run([config.vocab_size], ["logits"])
-    with pytest.raises(ValueError, match="non-empty"):
+    with pytest.raises(ValueError, match="at least one id"):
         peer.run([], ["logits"])
     for ask in (
         lambda row: peer.run(row, ["logits"]),
@@ -362,7 +362,7 @@ def test_a_reference_with_another_vocabulary_or_depth_is_refused(folder: Folder)
 
 def test_specs_that_name_nothing_are_refused_with_the_cure(folder: Folder) -> None:
     path = folder()
-    for spec in ("mlx", "", "gemma_pytorch", "transformers:4", "llama.cpp:x"):
+    for spec in ("mlx", "", "gemma_pytorch", "trace", "trace:", "transformers:4", "llama.cpp:x"):
         with pytest.raises(
             ValueError, match=r"no reference .*; there are transformers, llama\.cpp, gemma_pytorch:FOLDER"
         ):

@@ -167,6 +167,13 @@ def test_prompts_that_are_too_short_or_exceed_the_context_are_refused() -> None:
         list(verify(tiny(), length=257))
 
 
+def test_the_command_refuses_a_length_before_it_prints_anything(capsys: pytest.CaptureFixture[str]) -> None:
+    for length, words in (("15", "give at least 16"), ("1025", "1,025 ids exceed the context of 1,024")):
+        assert main(["verify", "pocket", "--device", "cpu", "--length", length]) in (1, 2)
+        out, err = capsys.readouterr()
+        assert out == "" and words in err
+
+
 def test_the_command_certifies_the_pocket_model_and_saves_it_in_two_formats(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
