@@ -1,5 +1,5 @@
 """gemma2 parity MODEL --against REF: whether another system computes this Gemma 2, where it parts from it, and whether
-that is rounding. Exit 0 if it does, 1 if it does not."""
+that is rounding. Exit 0 if it does, 1 if it does not, 2 if that could not be told."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--html", metavar="FILE", type=Path, help="write a page with a chart of the error by depth")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub name")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, trouble=2)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -83,7 +83,7 @@ def test_ids_that_are_none_are_refused(path: Path, tmp_path: Path, complaint: Co
 
 
 def test_a_text_that_is_not_there_is_said_to_be_the_text(path: Path, tmp_path: Path, complaint: Complaint) -> None:
-    line = complaint("parity", path, "--against", "self", "--file", tmp_path / "nope", code=1)
+    line = complaint("parity", path, "--against", "self", "--file", tmp_path / "nope", code=2)
     assert line == f"gemma2: error: --file {tmp_path / 'nope'}: No such file or directory\n"
 
 
@@ -96,7 +96,7 @@ def test_a_reference_that_is_not_installed_names_its_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, f"gemma2.parity.references.{package}", raising=False)
-    line = complaint("parity", path, "--against", reference, code=1)
+    line = complaint("parity", path, "--against", reference, code=2)
     assert f"{package.replace('_cpp', '.cpp')} is not installed: " in line.replace("llama-cpp-python", "llama.cpp")
     assert f"pip install 'gemma2[{extra}]'" in line
 
@@ -105,7 +105,7 @@ def test_a_page_that_cannot_be_is_refused_before_anything_is_computed(
     path: Path, tmp_path: Path, complaint: Complaint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ask(page: Path) -> str:
-        return complaint("parity", tmp_path / "no model", "--against", "self", "--html", page, code=1)
+        return complaint("parity", tmp_path / "no model", "--against", "self", "--html", page, code=2)
 
     assert f"{tmp_path / 'nowhere'}: no such folder to write to" in ask(tmp_path / "nowhere" / "x.html")
     assert f"{tmp_path}: is a folder; give the page a name of its own" in ask(tmp_path)
@@ -131,18 +131,18 @@ def test_a_page_that_cannot_be_written_in_the_end_does_not_take_the_verdict_alon
     monkeypatch.setattr(parity, "check_page", lambda page: None)
     monkeypatch.setattr(parity, "write_report", full)
     argv = ["parity", str(path), "--against", "self", "--ids", IDS, "--no-cases", "--html", str(tmp_path / "x.html")]
-    assert main(argv) == 1
+    assert main(argv) == 2
     out, err = capsys.readouterr()
     assert "verdict: equal to the bit" in out and err == "gemma2: error: no space left\n"
-    assert main([*argv, "--json"]) == 1
+    assert main([*argv, "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["verdict"] == "equal to the bit"
 
 
 def test_what_is_no_model_is_refused_on_both_sides(path: Path, tmp_path: Path, complaint: Complaint) -> None:
-    assert str(tmp_path / "none") in complaint("parity", tmp_path / "none", "--against", "self", code=1)
-    line = complaint("parity", path, "--against", f"self:model={tmp_path / 'none'}", code=1)
+    assert str(tmp_path / "none") in complaint("parity", tmp_path / "none", "--against", "self", code=2)
+    line = complaint("parity", path, "--against", f"self:model={tmp_path / 'none'}", code=2)
     assert f"{tmp_path / 'none'}: no such file or folder" in line
-    line = complaint("parity", path, "--against", f"gemma_pytorch:{tmp_path}", code=1)
+    line = complaint("parity", path, "--against", f"gemma_pytorch:{tmp_path}", code=2)
     assert "no gemma/model.py in it; give the folder of a checkout" in line
 
 
@@ -158,25 +158,25 @@ def test_another_depth_or_width_is_refused_and_named(
 ) -> None:
     other = filled(tmp_path / "other", **changes)
     assert f"another model than {path}: {words}" in complaint(
-        "parity", path, "--against", f"self:model={other}", code=1
+        "parity", path, "--against", f"self:model={other}", code=2
     )
     file = tmp_path / "trace.safetensors"
     assert main(["trace", str(other), "--ids", IDS, "-o", str(file), "--device", "cpu"]) == 0
-    assert f"another model than {path}: {words}" in complaint("parity", path, "--against", file, code=1)
+    assert f"another model than {path}: {words}" in complaint("parity", path, "--against", file, code=2)
 
 
 def test_another_vocabulary_is_refused_and_named(path: Path, trace: Path, complaint: Complaint) -> None:
     whole = trace.read_bytes()
     trace.write_bytes(whole.replace(rb"\"vocab_size\": 4096", rb"\"vocab_size\": 4095"))
-    line = complaint("parity", path, "--against", trace, "--sites", "hook_embed", code=1)
+    line = complaint("parity", path, "--against", trace, "--sites", "hook_embed", code=2)
     assert "4095" in line and str(trace) in line
 
 
 def test_ids_beyond_a_context_are_refused(path: Path, trace: Path, complaint: Complaint) -> None:
     long = ",".join(["2"] * 257)
-    line = complaint("parity", path, "--against", "self", "--ids", long, code=1)
+    line = complaint("parity", path, "--against", "self", "--ids", long, code=2)
     assert "257 ids exceed the model's context of 256" in line
-    line = complaint("parity", path, "--against", "self", "--ids", long, "--explain", "jax", code=1)
+    line = complaint("parity", path, "--against", "self", "--ids", long, "--explain", "jax", code=2)
     assert "257 ids exceed the model's context of 256" in line
 
 
@@ -184,7 +184,7 @@ def test_the_references_context_counts_too_and_the_text_without_options_fits_in_
     path: Path, tmp_path: Path, complaint: Complaint, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = filled(tmp_path / "short", max_position_embeddings=20)
-    line = complaint("parity", path, "--against", f"self:model={short}", "--ids", ",".join(["2"] * 21), code=1)
+    line = complaint("parity", path, "--against", f"self:model={short}", "--ids", ",".join(["2"] * 21), code=2)
     assert "takes at most 20 ids, not 21" in line
     for model, reference in ((path, f"self:model={short}"), (short, "self")):
         assert main(["parity", str(model), "--against", reference, "--no-cases", "--sites", "hook_embed"]) == 0
@@ -193,7 +193,7 @@ def test_the_references_context_counts_too_and_the_text_without_options_fits_in_
 
 def test_a_trace_answers_no_other_ids_and_says_so_in_one_line(path: Path, trace: Path, complaint: Complaint) -> None:
     for more in ([], ["--explain", "jax"]):
-        line = complaint("parity", path, "--against", trace, "--ids", "2,17", *more, code=1)
+        line = complaint("parity", path, "--against", trace, "--ids", "2,17", *more, code=2)
         assert line == f"gemma2: error: {trace}: a trace is a record: it is of 6 ids, and these 2 are others\n"
 
 
@@ -202,11 +202,11 @@ def test_a_trace_that_is_cut_or_none_is_refused(path: Path, trace: Path, complai
     for kept in (0, 7, 100, len(whole) - 1):
         trace.write_bytes(whole[:kept])
         words = "not a whole safetensors file" if kept else "an empty file"
-        assert f"{trace}: {words}" in complaint("parity", path, "--against", trace, code=1)
+        assert f"{trace}: {words}" in complaint("parity", path, "--against", trace, code=2)
     trace.unlink()
-    assert f"{trace}: no such file" in complaint("parity", path, "--against", trace, code=1)
+    assert f"{trace}: no such file" in complaint("parity", path, "--against", trace, code=2)
     weights = path / "model.safetensors"
-    assert "no trace: its metadata do not say format" in complaint("parity", path, "--against", weights, code=1)
+    assert "no trace: its metadata do not say format" in complaint("parity", path, "--against", weights, code=2)
 
 
 def test_nan_in_a_trace_names_the_first_site_and_the_system(path: Path, trace: Path, complaint: Complaint) -> None:
@@ -215,7 +215,7 @@ def test_nan_in_a_trace_names_the_first_site_and_the_system(path: Path, trace: P
             tensors[site][3, 1] = torch.nan
 
     rewritten(trace, spoil)
-    line = complaint("parity", path, "--against", trace, code=1)
+    line = complaint("parity", path, "--against", trace, code=2)
     assert f"{trace}: blocks.1.hook_resid_mid is NaN at [3, 1]: gemma2 " in line and "failed to compute it" in line
 
 
@@ -238,7 +238,7 @@ def test_weights_that_are_not_finite_are_refused_on_both_sides(
     tensors["model.norm.weight"][0] = torch.nan
     save_file(tensors, broken / "model.safetensors")
     for argv in ((broken, "--against", "self"), (path, "--against", f"self:model={broken}")):
-        line = complaint("parity", *argv, code=1)
+        line = complaint("parity", *argv, code=2)
         assert str(broken) in line and "model.norm.weight" in line
 
 
@@ -250,7 +250,7 @@ def test_a_trace_with_none_of_the_sites_asked_for_says_how_many_it_has(
             del tensors[name]
 
     rewritten(trace, keep)
-    line = complaint("parity", path, "--against", trace, "--sites", "logits", code=1)
+    line = complaint("parity", path, "--against", trace, "--sites", "logits", code=2)
     assert "shows none of the sites asked for; it has 1" in line
-    line = complaint("parity", path, "--against", trace, "--explain", "jax", code=1)
+    line = complaint("parity", path, "--against", trace, "--explain", "jax", code=2)
     assert "shows no logits, by which the gap is measured" in line
