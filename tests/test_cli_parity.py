@@ -60,7 +60,7 @@ def test_transformers_is_equal_to_the_bit_with_no_option_but_its_name(capsys: Ca
     assert re.fullmatch(r"transformers [\d.]+ eager, bfloat16, 62 ids", printed[0])
     assert printed[-1] == "verdict: equal to the bit (106 of 106 sites have our bits)"
     cases = {line[:29].strip(): line[31:37] for line in printed if re.search(r"  (agrees|differs|not run)  ", line)}
-    assert len(cases) == 8 and set(cases.values()) == {"agrees"}, "transformers can do every case"
+    assert len(cases) == 9 and set(cases.values()) == {"agrees"}, "transformers can do every case"
 
 
 def test_a_row_a_site_the_predictions_the_cases_and_the_verdict_are_printed(small: Path, capsys: Capture) -> None:
@@ -99,7 +99,7 @@ def test_json_is_strict_and_has_what_is_printed(small: Path, other: Path, capsys
     found = strict("\n".join(lines(capsys, small, "--against", BFLOAT16, "--ids", IDS, "--json")))
     assert (found["verdict"], found["first"], found["ids"]) == ("rounding", None, 11)
     assert found["dtype"] == "bfloat16" and found["numerics"] is None
-    assert len(found["rows"]) == 60 and found["rows"][0]["site"] == "hook_embed" and len(found["cases"]) == 8
+    assert len(found["rows"]) == 60 and found["rows"][0]["site"] == "hook_embed" and len(found["cases"]) == 9
     assert {"kl_mean", "flips", "margin"} <= found["logits"].keys()
     wrong = strict("\n".join(lines(capsys, small, "--against", f"self:model={other}", "--ids", IDS, "--json", code=1)))
     assert (wrong["verdict"], wrong["first"]) == ("difference", "blocks.0.mlp.hook_pre_linear")
@@ -174,7 +174,7 @@ def test_the_page_is_whole_stands_alone_and_replaces_an_older_one(
     assert text.startswith("<!doctype html>") and text.rstrip().endswith("</html>")
     assert text.count("<svg") == text.count("</svg>") == 1, "one chart"
     assert 'class="difference">difference</strong>, first at <code>blocks.0.mlp.hook_pre_linear</code>' in text
-    assert text.count("<tr class=parts>") >= 1 and text.count("<tr") == 1 + 8 + 1 + 60
+    assert text.count("<tr class=parts>") >= 1 and text.count("<tr") == 1 + 9 + 1 + 60
     assert "begins with &lt;bos&gt;" in text, "escaped"
     assert not re.search(r'(src|href)="?https?:', text), "nothing is fetched"
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]

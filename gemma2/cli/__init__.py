@@ -27,7 +27,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for arguments, 1 for files and failed runs, 130 for Ctrl-C."""
+    """Run the command line; returns the exit code: 0, 2 for arguments, 1 for files and failed runs, 130 for Ctrl-C.
+    Where 1 is a verdict, as in `diff`, a command sets `trouble=2`, and files and failed runs are 2 too."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller: nothing to read, and nobody reads
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     parser = Parser(prog="gemma2", description="Gemma 2 in plain PyTorch.")
     parser.add_argument("--version", action="version", version=f"gemma2 {version('gemma2')}")
+    parser.set_defaults(trouble=FAILED)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (generate, chat, convert, inspect, parity, trace, verify):
         command.add(commands)
@@ -61,11 +63,11 @@ def _run(args: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except (BadModelFile, ContextOverflow, NonFiniteError, OSError, RuntimeError, ImportError) as error:
-        return _failed(args, error, FAILED)
+        return _failed(args, error, args.trouble)
     except (ValueError, TypeError) as error:
         return _failed(args, error, ARGUMENTS)
     except Exception as error:  # a fault of this program, or no memory: one line all the same
-        return _failed(args, error, FAILED, f"{type(error).__name__}: {error} (--debug shows where)")
+        return _failed(args, error, args.trouble, f"{type(error).__name__}: {error} (--debug shows where)")
 
 
 def _failed(args: argparse.Namespace, error: Exception, code: int, message: str = "") -> int:

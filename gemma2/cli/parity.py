@@ -1,5 +1,5 @@
 """gemma2 parity MODEL --against REF: whether another system computes this Gemma 2, where it parts from it, and whether
-that is rounding. Exit 0 if it does, 1 if it does not."""
+that is rounding. Exit 0 if it does, 1 if it does not, 2 if that could not be told."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--html", metavar="FILE", type=Path, help="write a page with a chart of the error by depth")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub name")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, trouble=2)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,8 +73,6 @@ def run(args: argparse.Namespace) -> int:
             cases=not args.no_cases,
             tell=bar.set_description_str,
         )
-    if args.html:
-        write_report(found, args.html)
     if args.json:
         print(json.dumps(found.to_dict(), indent=2, allow_nan=False))
     else:
@@ -82,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
         kind = args.against.partition(":")[0]
         if found.verdict == DIFFERENCE and kind in PROFILES and args.numerics is None and PROFILES[kind]:
             print(f"what is documented of {kind}'s rounding counts as agreement with --numerics {kind}")
+    if args.html:  # last, so that a disk that has become full does not take the verdict along
+        write_report(found, args.html)
     return 1 if found.verdict == DIFFERENCE else 0
 
 
@@ -100,7 +100,8 @@ def read_ids(args: argparse.Namespace, reference: Reference, opened: Checkpoint)
     if args.ids is None and args.file is None and args.prompt is None:
         if isinstance(reference, Recorded):
             return reference.ids
-        return opened.tokenizer.encode(DEFAULT)[:64]
+        context = opened.config.max_position_embeddings
+        return opened.tokenizer.encode(DEFAULT)[: min(64, context, reference.longest or context)]
     given = read_text(args)
     return opened.tokenizer.encode(given) if isinstance(given, str) else given
 

@@ -90,7 +90,8 @@ def read_text(args: argparse.Namespace) -> str | list[int]:
     """The text or the ids that were given, read but not yet held against a vocabulary.
 
     Raises:
-        ValueError: none was given, or it is not UTF-8; BadModelFile for a file of ids that is none.
+        ValueError: none was given, or it is not UTF-8; BadModelFile for a file of ids that is none; OSError for a file
+            that cannot be read.
     """
     if args.ids is not None:
         return read_ids(args.ids)
@@ -99,6 +100,8 @@ def read_text(args: argparse.Namespace) -> str | list[int]:
             return str(args.file.read_bytes().decode())
         except UnicodeDecodeError as error:
             raise ValueError(f"{args.file}: not valid UTF-8 at byte {error.start}") from None
+        except OSError as error:
+            raise type(error)(f"--file {args.file}: {error.strerror}") from None
     if args.prompt is None:
         raise ValueError("say for what: --prompt TEXT, --ids IDS or --file FILE")
     return read_prompt(args.prompt)
@@ -113,6 +116,8 @@ def read_ids(given: str) -> list[int]:
     found = read_json(path)
     if not isinstance(found, list) or not all(type(number) is int for number in found):
         raise BadModelFile(f"{path}: must be a JSON list of token ids")
+    if not found:
+        raise ValueError(f"{path}: an empty list; give at least one id")
     return found
 
 

@@ -1,5 +1,6 @@
 """gemma2 verify MODEL: a certificate for this machine and dtype. What must agree is computed and measured: in a batch
-and alone, with the cache and without, in chunks and whole, compiled and not, here and on the CPU, saved and loaded."""
+and alone, with the cache and without, in chunks and whole, compiled and not, here and on the CPU, saved and loaded.
+Exit 0 if all of it does, 1 if it does not, 2 if that could not be told."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from gemma2.generate import Gemma
 from gemma2.load import load
 from gemma2.model import Gemma2
 from gemma2.parity.tolerances import TOLERANCES
-from gemma2.parity.verify import LENGTH, Check, narrowed, verify
+from gemma2.parity.verify import LENGTH, Check, check_length, narrowed, verify
 from gemma2.sampling import checked_count
 
 if TYPE_CHECKING:
@@ -39,12 +40,13 @@ def add(commands: Commands) -> None:
     parser.add_argument("--json", action="store_true", help="for machines")
     add_model_options(parser)
     add_common_options(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, trouble=2)
 
 
 def run(args: argparse.Namespace) -> int:
     checked_count("length", args.length)
     gemma = load_model(args)
+    check_length(gemma.config, args.length)
     saved = {how: saver(args, gemma, name) for how, name in (("safetensors", "model"), ("GGUF", "model.gguf"))}
     about, checks = describe(args, gemma), list[Check]()
     if not args.json:

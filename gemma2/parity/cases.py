@@ -66,6 +66,9 @@ def run_cases(reference: Reference, ours: Ourselves, ids: Sequence[int], bos: in
             agrees, detail = case()
         except CannotDo as reason:
             yield Case(name, NOT_RUN, str(reason))
+        except RuntimeError as error:  # of a peer, say about shapes; what was compared so far is not lost to it
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            yield Case(name, NOT_RUN, f"{reference.system} failed: {said}")
         else:
             yield Case(name, AGREES if agrees else DIFFERS, detail)
 

@@ -272,13 +272,15 @@ class Trace:
         return ids
 
 
-def check_target(path: Path, force: bool = False, needed: int = 0) -> None:
+def check_target(path: Path, force: bool = False, needed: int = 0, what: str = "trace") -> None:
     """Raises OSError where a file of so many bytes cannot be written, saying why; before anything is computed."""
     folder = path.parent
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder to write to")
     if path.is_dir():
-        raise FileExistsError(f"{path}: is a folder; give the trace a name of its own")
+        raise FileExistsError(f"{path}: is a folder; give the {what} a name of its own")
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path}: is no regular file; give the {what} a name of its own")
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder}: cannot be written to")
     if not force and os.path.lexists(path):

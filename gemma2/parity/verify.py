@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gemma2.cache import HybridCache
+from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile, ContextOverflow
 from gemma2.model import Gemma2
 from gemma2.parity.references import left_padded
@@ -65,6 +66,14 @@ def narrowed(model: Gemma2, length: int) -> Gemma2:
     return twin.eval()
 
 
+def check_length(config: Gemma2Config, length: int) -> None:
+    """Raises ContextOverflow or ValueError for a prompt that `verify` does not take."""
+    if length > config.max_position_embeddings:
+        raise ContextOverflow(f"{length:,} ids exceed the context of {config.max_position_embeddings:,}")
+    if length < SHORTEST:
+        raise ValueError(f"a prompt of {length} ids is too short to leave a window: give at least {SHORTEST}")
+
+
 def verify(
     model: Gemma2, saved: Saved | None = None, *, compiled: bool = True, length: int = LENGTH
 ) -> Iterator[Check]:
@@ -76,12 +85,9 @@ def verify(
         compiled: whether to run the one that takes a minute.
         length: of the prompt; the window is narrowed to leave some of it outside.
     Raises:
-        ContextOverflow, ValueError: a length that cannot be.
+        ContextOverflow, ValueError: as `check_length`.
     """
-    if length > model.config.max_position_embeddings:
-        raise ContextOverflow(f"{length:,} ids exceed the context of {model.config.max_position_embeddings:,}")
-    if length < SHORTEST:
-        raise ValueError(f"a prompt of {length} ids is too short to leave a window: give at least {SHORTEST}")
+    check_length(model.config, length)
     subject = _Subject(narrowed(model, length), length)
     yield subject.check("batch = solo", "three rows of unequal length, padded on the left", subject.batched)
     yield subject.check("cached = uncached", "token by token as the ring of the local layers fills", subject.cached)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -178,7 +179,7 @@ ASKED: dict[str, tuple[list[str], int, str]] = {
     "an id of many digits": (["pocket", "--ids", "9" * 5000, *TO], 2, "digits"),
     "ids that are words": (["pocket", "--ids", "two", *TO], 2, "--ids 'two': neither ids as 2,17,5 nor a file"),
     "ids with a hole": (["pocket", "--ids", "2,,5", *TO], 2, "neither ids as 2,17,5 nor a file"),
-    "no ids": (["pocket", "--ids", "{}/none.json", *TO], 2, "a trace needs at least one id"),
+    "no ids": (["pocket", "--ids", "{}/none.json", *TO], 2, "none.json: an empty list; give at least one id"),
     "ids of text": (["pocket", "--ids", "{}/text.json", *TO], 1, "must be a JSON list of token ids"),
     "ids that are true": (["pocket", "--ids", "{}/true.json", *TO], 1, "must be a JSON list of token ids"),
     "ids that are no JSON": (["pocket", "--ids", "{}/there", *TO], 1, "not valid JSON"),
@@ -200,6 +201,13 @@ def test_a_command_line_that_asks_for_what_cannot_be_writes_nothing(
     assert words in complaint("trace", *(word.replace("{}", str(tmp_path)) for word in arguments), code=code)
     assert not (tmp_path / "t").exists() and len(list(tmp_path.iterdir())) == 6
     assert (tmp_path / "there").read_bytes() == b"x"
+
+
+def test_force_replaces_a_file_and_nothing_else(tmp_path: Path, complaint: Complaint) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    line = complaint("trace", "pocket", "--prompt", "x", "-o", tmp_path / "pipe", "--force", code=1)
+    assert f"{tmp_path / 'pipe'}: is no regular file" in line
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_a_model_that_computes_nan_writes_no_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,6 +121,16 @@ class OneWay(Ourselves):
         raise CannotDo("it takes one row")
 
 
+class Failing(Ourselves):
+    """Its cache and its batches break, as a peer's own code may."""
+
+    def cached(self, ids: Sequence[int], chunks: Sequence[int]) -> Tensor:
+        raise RuntimeError("shapes [4, 1] and [4, 2] do not fit\nraised at attention.cpp:17")
+
+    def batched(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        raise RuntimeError
+
+
 def outcomes(reference: Reference, ours: Ourselves, row: list[int] = ROW) -> dict[str, Case]:
     return {case.name: case for case in run_cases(reference, ours, row, BOS)}
 
@@ -138,6 +148,15 @@ def test_a_sound_system_agrees_in_every_case(ours: Ourselves, opened: Checkpoint
     assert found[LAYERS].detail.startswith("of 48 keys the last query sees 12 in local layers and all")
     assert found[SCALE].detail == "scores are q·k times 0.25; 16 ** -0.5 is 0.25"
     assert "|logits| up to 30 of 30, |blocks.0.attn.hook_attn_scores| up to " in found[CAPS].detail
+
+
+def test_a_case_in_which_a_system_fails_is_not_run_and_says_with_what(ours: Ourselves, opened: Checkpoint) -> None:
+    reference = Failing(opened, torch.float32)
+    found = outcomes(reference, ours)
+    assert [name for name, case in found.items() if case.outcome == NOT_RUN] == [CACHED, CHUNKED, RAGGED]
+    assert found[CACHED].detail == f"{reference.system} failed: shapes [4, 1] and [4, 2] do not fit"
+    assert found[RAGGED].detail == f"{reference.system} failed: RuntimeError"
+    assert {found[name].outcome for name in (BEGINS, PROMPT, LAYERS, SCALE, CAPS)} == {AGREES}
 
 
 @pytest.mark.parametrize(

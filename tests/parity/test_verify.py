@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -167,6 +168,13 @@ def test_prompts_that_are_too_short_or_exceed_the_context_are_refused() -> None:
         list(verify(tiny(), length=257))
 
 
+def test_the_command_refuses_a_length_before_it_prints_anything(capsys: pytest.CaptureFixture[str]) -> None:
+    for length, words in (("15", "give at least 16"), ("1025", "1,025 ids exceed the context of 1,024")):
+        assert main(["verify", "pocket", "--device", "cpu", "--length", length]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and words in err
+
+
 def test_the_command_certifies_the_pocket_model_and_saves_it_in_two_formats(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -203,6 +211,17 @@ def test_the_command_fails_with_1_and_says_where_also_for_machines(
     found = json.loads(capsys.readouterr().out)
     assert found["passed"] is False and [check["passed"] for check in found["checks"]] == [False, None]
     assert found["dtype"] == "bfloat16" and module.LENGTH == 192
+
+
+def test_what_keeps_the_command_from_a_verdict_is_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["verify", str(tmp_path / "none")]) == 2
+    assert "none: no such file or folder" in capsys.readouterr().err
+    for error in (RuntimeError, MemoryError):
+        monkeypatch.setattr(command, "verify", Mock(side_effect=error("no memory")))
+        assert main(["verify", "pocket", "--device", "cpu"]) == 2
+        assert "no memory" in capsys.readouterr().err
 
 
 def test_contributing_has_the_table_of_tolerances() -> None:

@@ -9,7 +9,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gemma2 import ops
 from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile, ContextOverflow
@@ -87,14 +86,14 @@ def open_reference(spec: str, path: Path, dtype: torch.dtype | None = None) -> R
     kind, _, rest = spec.partition(":")
     opened = open_local(path)
     reference: Reference
-    if spec.endswith(".safetensors") or kind == "trace":
-        from gemma2.parity.references.trace import Recorded
-
-        reference = Recorded(Path(spec.removeprefix("trace:")))
-    elif kind == "self":
+    if kind == "self":
         from gemma2.parity.references.ourselves import open_ourselves
 
         reference = open_ourselves(rest, opened, dtype)
+    elif spec.endswith(".safetensors") or (kind == "trace" and rest):
+        from gemma2.parity.references.trace import Recorded
+
+        reference = Recorded(Path(spec.removeprefix("trace:")))
     elif spec == "transformers":
         from gemma2.parity.references.transformers import Transformers
 
@@ -125,11 +124,15 @@ def open_local(path: Path) -> Checkpoint:
 
 def check_row(reference: Reference, ids: Sequence[int]) -> Tensor:
     """Ids as [1 t]. Raises ContextOverflow for more than the reference takes, ValueError for what are no ids of it."""
-    tokens = torch.tensor([list(ids)], dtype=torch.int64)
-    ops.check_ids(tokens, reference.config.vocab_size)
+    vocab = reference.config.vocab_size
+    if not len(ids):
+        raise ValueError("a pass needs at least one id")
+    for place, number in enumerate(ids):  # before they are a tensor, which holds none beyond int64
+        if not 0 <= number < vocab:
+            raise ValueError(f"token id {number} at {place} is outside the vocabulary [0, {vocab})")
     if reference.longest is not None and len(ids) > reference.longest:
         raise ContextOverflow(f"{reference.system} takes at most {reference.longest} ids, not {len(ids)}")
-    return tokens
+    return torch.tensor([list(ids)], dtype=torch.int64)
 
 
 def check_sites(reference: Reference, sites: Iterable[str]) -> list[str]:

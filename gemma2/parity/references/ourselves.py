@@ -61,7 +61,7 @@ class Ourselves:
         ValueError: a device that is not here, or an unknown profile.
     """
 
-    longest: int | None = None
+    kinds: Kinds | None
 
     def __init__(
         self,
@@ -90,6 +90,7 @@ class Ourselves:
         self.dtype = torch.float32 if numerics == WIDE else dtype
         self.versions: Mapping[str, str] = {"gemma2": version("gemma2"), "torch": torch.__version__}
         self.sites = frozenset(all_sites(opened.config))
+        self.longest: int | None = opened.config.max_position_embeddings
 
     @property
     def model(self) -> Gemma2:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from copy import copy, deepcopy
 from dataclasses import replace
 from typing import Any
@@ -64,7 +65,6 @@ class Transformers:
         BadModelFile: it does not take every tensor, or finds some missing.
     """
 
-    longest: int | None = None
     kinds: Kinds | None = None
 
     def __init__(self, opened: Checkpoint, dtype: torch.dtype) -> None:
@@ -80,6 +80,7 @@ class Transformers:
         self.versions: Mapping[str, str] = {"transformers": transformers.__version__, "torch": torch.__version__}
         self._places = in_layers(PLACES, self.config.num_hidden_layers)
         self.sites = frozenset((*self._places, "logits"))
+        self.longest: int | None = self.config.max_position_embeddings
 
     @torch.no_grad()
     def run(self, ids: Sequence[int], sites: Iterable[str]) -> dict[str, Tensor]:
@@ -164,13 +165,14 @@ def _is_one_gguf(opened: Checkpoint) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without bars and advice, which are settings of the process."""
+    """Without bars and advice, which are settings of the process; the bar over a GGUF's tensors heeds none of them."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
