@@ -77,7 +77,7 @@ def test_a_row_a_site_the_predictions_the_cases_and_the_verdict_are_printed(smal
         printed[10],
     )
     assert printed[12].startswith("begins with <bos>              agrees  the first id is 2")
-    assert len(printed) == 22 and printed[-1].startswith("verdict: rounding (")
+    assert len(printed) == 23 and printed[-1].startswith("verdict: rounding (")
 
 
 def test_all_prints_every_site(small: Path, capsys: Capture) -> None:

@@ -51,8 +51,8 @@ def run_cases(reference: Reference, ours: Ourselves, ids: Sequence[int], bos: in
     with."""
     both = _Both(reference, ours, list(ids))
     cases: dict[str, Callable[[], tuple[bool, str]]] = {
-        CONFIG: lambda: _same_config(reference, ours),
         BEGINS: lambda: _begins(reference, ids, bos),
+        CONFIG: lambda: _same_config(reference, ours),
         "prompt longer than the window": both.window,
         "layer order": both.layers,
         "query scale": both.scale,

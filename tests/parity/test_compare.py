@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import gemma2
 from gemma2.parity.compare import Row, compare, compare_end, compare_logits, first_to_part, observed, predicted
+from gemma2.parity.numerics import with_numerics
 from gemma2.research.capture import watching
 from gemma2.research.sites import sites
-from tests.conftest import ids, tiny
+from tests.conftest import SHAPES, ids, tiny
 
 ROW = ids(1, 24)[0].tolist()
 SHAPE = {"num_hidden_layers": 2}
@@ -255,3 +256,41 @@ def test_predictions_of_the_last_positions_and_of_equal_logits() -> None:
     truth = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     row = compare_logits(truth, truth[-2:])
     assert (row.kl_mean, row.kl_largest, row.flips, row.positions, row.margin) == (0.0, 0.0, 0, 2, None)
+
+
+@pytest.mark.parametrize("length", [2, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_ids_computed_otherwise_are_rounding(length: int, dtype: torch.dtype) -> None:
+    """Of a norm's scale there is a value an id: the yardstick's error in so few is small by chance."""
+    for size in SHAPES:
+        for seed in range(3):
+            model = tiny(size, seed=seed).to(dtype)
+            other = with_numerics(model, "gemma_pytorch")
+            values = observed(other, ROW[:length], sites(model.config))
+            assert not first_to_part(compare(model, ROW[:length], values)), (size, seed)
+
+
+def test_what_is_shown_for_the_last_positions_alone_is_held_against_as_much_of_ours() -> None:
+    model = tiny("2b").to(torch.bfloat16)
+    values = observed(with_numerics(model, "gemma_pytorch"), ROW, sites(model.config))
+    ends = [name for name in values if name.endswith(("resid_post", "ln_final", "logits"))]
+    assert not first_to_part(compare(model, ROW, {name: values[name][-3:] for name in ends}))
+
+
+def test_one_rounding_of_a_value_that_is_wide_here_is_rounding() -> None:
+    """As of a norm whose quotient is rounded before the gain."""
+    model = tiny("2b").to(torch.bfloat16)
+    values = observed(model, ROW, sites(model.config))
+    name = "blocks.0.ln1.hook_normalized"
+    assert values[name].dtype == torch.float32
+    (row,) = (row for row in compare(model, ROW, values | {name: values[name].bfloat16().float()}) if row.site == name)
+    assert 0.5 < row.ratio <= 1
+
+
+def test_scores_masked_with_minus_ten_thousand_are_masked(sound: Models) -> None:
+    model, values = sound
+    scores = "blocks.0.attn.hook_attn_scores"
+    filled = values[scores].masked_fill(values[scores] < -1e3, -1e4)
+    assert not torch.equal(filled, values[scores])
+    (row,) = (row for row in compare(model, ROW, values | {scores: filled}) if row.site == scores)
+    assert not row.parts

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gemma2.config import Gemma2Config
@@ -22,14 +23,15 @@ from gemma2.parity.numerics import PROFILES
 from gemma2.parity.references import CannotDo, Reference, left_padded, open_reference, spans
 from gemma2.parity.references.ourselves import Ourselves
 from tests.conftest import COMMON, SHAPES, ids, tensors_of, tiny
-from tests.parity.planted import layers_swapped, no_final_cap, no_score_cap, scaled_by_width, window_one_wider
+from tests.parity.planted import BUGS, layers_swapped, no_final_cap, no_score_cap, scaled_by_width, window_one_wider
 
 SMALL = {**SHAPES["2b"], "num_hidden_layers": 2}
 BOS = 2
 ROW = [BOS, *ids(1, 47, vocab=4096)[0].tolist()]
 WINDOW = 12  # of the cases: a quarter of the ids
-BEGINS, PROMPT, LAYERS, SCALE, CAPS, CACHED, CHUNKED, RAGGED = (
+BEGINS, CONFIG, PROMPT, LAYERS, SCALE, CAPS, CACHED, CHUNKED, RAGGED = (
     "begins with <bos>",
+    "config",
     "prompt longer than the window",
     "layer order",
     "query scale",
@@ -69,14 +71,26 @@ def written(place: Path, change: Callable[[Gemma2], object] = lambda model: None
 class Planted(Ourselves):
     """Ourselves with a mistake, which another window leaves in."""
 
-    def __init__(self, opened: Checkpoint, plant: Callable[[Gemma2], None]) -> None:
+    def __init__(self, opened: Checkpoint, plant: Callable[[Gemma2], None], dtype: torch.dtype = torch.float32) -> None:
         self.plant = plant
-        super().__init__(opened, torch.float32)
+        super().__init__(opened, dtype)
 
     def _arrange(self, plain: Gemma2, config: Gemma2Config) -> None:
         super()._arrange(plain, config)
         with torch.no_grad():
             self.plant(self._model)
+
+
+def nothing(model: Gemma2) -> None:
+    """The sound one."""
+
+
+class Halved(nn.Linear):
+    """Products summed in two halves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        return F.linear(x[..., :half], self.weight[:, :half]) + F.linear(x[..., half:], self.weight[:, half:])
 
 
 class WideCache(Ourselves):
@@ -142,7 +156,7 @@ def differing(found: dict[str, Case]) -> set[str]:
 def test_a_sound_system_agrees_in_every_case(ours: Ourselves, opened: Checkpoint) -> None:
     for spec in ("self", "self:numerics=gemma_pytorch"):
         found = outcomes(open_reference(spec, opened.path), ours)
-        assert list(found) == [BEGINS, PROMPT, LAYERS, SCALE, CAPS, CACHED, CHUNKED, RAGGED]
+        assert list(found) == [BEGINS, CONFIG, PROMPT, LAYERS, SCALE, CAPS, CACHED, CHUNKED, RAGGED]
         assert {case.outcome for case in found.values()} == {AGREES}, found
     assert found[PROMPT].detail == f"window {WINDOW}, 48 ids"
     assert found[LAYERS].detail.startswith("of 48 keys the last query sees 12 in local layers and all")
@@ -203,6 +217,94 @@ def test_the_scale_is_measured_from_patterns_where_scores_are_not_shown(ours: Ou
         found = outcomes(peer, ours)
         assert found[SCALE].outcome == outcome, found[SCALE]
         assert found[LAYERS].outcome == AGREES
+
+
+WITHOUT_SCORES = ("scores_raw", "attn_scores")
+
+
+def without_scores(opened: Checkpoint, plant: Callable[[Gemma2], None], dtype: torch.dtype) -> Planted:
+    peer = Planted(opened, plant, dtype)
+    peer.sites = frozenset(name for name in peer.sites if not name.endswith(WITHOUT_SCORES))
+    return peer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cap_left_out_is_told_from_patterns_where_scores_are_not_shown(
+    dtype: torch.dtype, opened: Checkpoint
+) -> None:
+    """In bfloat16 too, in which no site of transformers' parts for it alone."""
+    ours = Ourselves(opened, dtype)
+    capped, uncapped = (outcomes(without_scores(opened, plant, dtype), ours)[CAPS] for plant in (nothing, no_score_cap))
+    assert capped.outcome == AGREES and capped.detail.endswith("scores are capped, by what they weigh")
+    assert uncapped.outcome == DIFFERS and uncapped.detail.endswith("scores are not capped, by what they weigh")
+
+
+def test_faint_scores_do_not_tell_whether_they_were_capped(tmp_path: Path) -> None:
+    def faint(model: Gemma2) -> None:
+        for layer in model.model.layers:
+            layer.get_submodule("self_attn.q_proj").get_parameter("weight").mul_(1e-3)
+
+    opened = open_checkpoint(written(tmp_path, faint))
+    for plant in (nothing, no_score_cap):
+        found = outcomes(without_scores(opened, plant, torch.bfloat16), Ourselves(opened, torch.bfloat16))
+        assert found[CAPS].outcome == AGREES and "weigh" not in found[CAPS].detail
+
+
+def test_layers_swapped_are_told_from_patterns_where_scores_are_not_shown(ours: Ourselves, opened: Checkpoint) -> None:
+    found = outcomes(without_scores(opened, layers_swapped, torch.float32), ours)[LAYERS]
+    assert found.outcome == DIFFERS
+    assert found.detail == "layer 0 sees beyond the window of 12, and is sliding_attention here"
+
+
+def test_probabilities_that_round_to_0_are_no_window(tmp_path: Path) -> None:
+    """So sharp that in float16 most of what a global layer sees weighs nothing."""
+
+    def sharpen(model: Gemma2) -> None:
+        for layer in model.model.layers:
+            layer.get_submodule("self_attn.q_proj").get_parameter("weight").mul_(8)
+
+    opened = open_checkpoint(written(tmp_path, sharpen))
+    ours = Ourselves(opened, torch.float16)
+    seen = ours.run(ROW, ["blocks.1.attn.hook_pattern"])["blocks.1.attn.hook_pattern"]
+    assert (seen[:, -1] > 0).any(0).sum() < len(ROW), "else this shows nothing"
+    assert outcomes(without_scores(opened, nothing, torch.float16), ours)[LAYERS].outcome == AGREES
+
+
+def test_a_number_that_configs_state_otherwise_is_a_difference_that_no_value_shows(
+    path: Path, opened: Checkpoint, tmp_path: Path
+) -> None:
+    other = open_reference(f"self:model={written(tmp_path, sliding_window=11)}", path)
+    found = judge(other, opened, ROW[:8])
+    assert all(row.bitwise for row in found.rows) and found.verdict == DIFFERENCE
+    assert [(case.name, case.detail) for case in found.cases if case.outcome == DIFFERS] == [
+        (CONFIG, "sliding_window 11, 16 here")
+    ]
+    aside = open_reference(f"self:model={written(tmp_path, max_position_embeddings=96)}", path)
+    assert judge(aside, opened, ROW[:8]).verdict == EQUAL
+
+
+def test_float64_is_judged_by_what_float64_leaves(opened: Checkpoint, path: Path) -> None:
+    same = open_reference("self", path, torch.float64)
+    found = judge(same, opened, ROW[:8])
+    assert found.verdict == EQUAL and CACHED not in differing({case.name: case for case in found.cases})
+
+    def halved(model: Gemma2) -> None:
+        for layer in model.model.layers:
+            for name in ("self_attn.q_proj", "mlp.down_proj"):
+                layer.get_submodule(name).__class__ = Halved
+
+    assert judge(Planted(opened, halved, torch.float64), opened, ROW[:8]).verdict == ROUNDING
+    erf = judge(Planted(opened, BUGS["erf GELU"].plant, torch.float64), opened, ROW[:8])
+    assert erf.first == BUGS["erf GELU"].first
+
+
+def test_a_folder_in_bfloat16_under_llama_cpps_numerics_is_held_against_itself(tmp_path: Path) -> None:
+    place = written(tmp_path, lambda model: model.to(torch.bfloat16))
+    reference, opened = open_reference("self:numerics=llama.cpp", place), open_checkpoint(place)
+    assert (reference.dtype, opened.weights.dtype) == (torch.float32, torch.bfloat16)
+    assert judge(reference, opened, ROW[:20], numerics="llama.cpp", cases=False).verdict == EQUAL
+    assert judge(reference, opened, ROW[:20], cases=False).verdict == DIFFERENCE
+    assert explain(reference, opened, ROW[:20], "llama.cpp")[-1].distance == 0
 
 
 def test_the_scale_is_held_against_our_config_and_not_against_what_the_system_states(

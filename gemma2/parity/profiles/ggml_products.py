@@ -64,10 +64,11 @@ def summed(x: Tensor, weight: Tensor, kind: str, scales: Scales | None = None) -
     rows, beside = x.flatten(0, -2).tensor_split((weight.shape[-1],), dim=-1)
     to = partner(kind)
     repacked = kind in REPACKED and len(weight) % 8 == 0
-    if to in ("F32", "F16"):  # one row goes to ggml_vec_dot_f32, more to llamafile's sgemm.cpp
+    # One row goes to ggml_vec_dot_*, more to llamafile's sgemm.cpp.
+    if to in ("F32", "F16"):
         y = lane_product(rows, weight, lanes=64 if len(rows) == 1 else 16)
-    elif to == "BF16" and len(rows) == 1:
-        y = _one_row_of_bf16(rows, weight)
+    elif to == "BF16" and (len(rows) == 1 or rows.shape[-1] % 32):
+        y = _dots_of_bf16(rows, weight)
     elif to == "BF16":
         y = lane_product(_turned_pairs(rows), _turned_pairs(weight), lanes=16)
     elif to == "Q8_K" and repacked and scales is not None:  # fours of rows, and what is left of them
@@ -103,11 +104,11 @@ def _turned_pairs(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, 16, 2)).flip(-1).transpose(-1, -2).flatten(-3)
 
 
-def _one_row_of_bf16(row: Tensor, weight: Tensor) -> Tensor:
+def _dots_of_bf16(rows: Tensor, weight: Tensor) -> Tensor:
     """Every other 32 in sums of their own, what is left of 64 in float64. (vec.cpp, ggml_vec_dot_bf16)"""
-    whole = row.shape[-1] - row.shape[-1] % 64
-    y = row[:, whole:].double() @ weight[:, whole:].double().T
+    whole = rows.shape[-1] - rows.shape[-1] % 64
+    y = rows[:, whole:].double() @ weight[:, whole:].double().T
     for half in range(2) if whole else ():
-        x, w = (part[:, :whole].unflatten(-1, (-1, 2, 32))[:, :, half].flatten(-2) for part in (row, weight))
+        x, w = (part[:, :whole].unflatten(-1, (-1, 2, 32))[:, :, half].flatten(-2) for part in (rows, weight))
         y = y + lane_product(_turned_pairs(x), _turned_pairs(w), lanes=16)
     return y.float()
