@@ -19,6 +19,7 @@ from tests.parity.test_judge import written
 
 IDS = "2,17,5,99,1024,7,300,12,45,2000,8"
 BFLOAT16 = "self:dtype=bfloat16,numerics=gemma_pytorch"
+SHOWN = "; 60 of 60 sites shown"
 Capture = pytest.CaptureFixture[str]
 
 
@@ -57,7 +58,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_transformers_is_equal_to_the_bit_with_no_option_but_its_name(capsys: Capture) -> None:
     pytest.importorskip("transformers", reason="the live comparison needs the extra gemma2[transformers]")
     printed = lines(capsys, "pocket", "--against", "transformers")
-    assert re.fullmatch(r"transformers [\d.]+ eager, bfloat16, 62 ids", printed[0])
+    assert re.fullmatch(r"transformers [\d.]+ eager, bfloat16, 62 ids; 106 of 168 sites shown", printed[0])
     assert printed[-1] == "verdict: equal to the bit (106 of 106 sites have our bits)"
     cases = {line[:29].strip(): line[31:37] for line in printed if re.search(r"  (agrees|differs|not run)  ", line)}
     assert len(cases) == 9 and set(cases.values()) == {"agrees"}, "transformers can do every case"
@@ -65,7 +66,9 @@ def test_transformers_is_equal_to_the_bit_with_no_option_but_its_name(capsys: Ca
 
 def test_a_row_a_site_the_predictions_the_cases_and_the_verdict_are_printed(small: Path, capsys: Capture) -> None:
     printed = lines(capsys, small, "--against", BFLOAT16, "--ids", IDS, "--dtype", "bfloat16")
-    assert printed[0] == f"gemma2 {version('gemma2')} in bfloat16 on cpu, numerics gemma_pytorch, bfloat16, 11 ids"
+    assert (
+        printed[0] == f"gemma2 {version('gemma2')} in bfloat16 on cpu, numerics gemma_pytorch, bfloat16, 11 ids" + SHOWN
+    )
     assert printed[2].split() == ["site", "max", "abs", "relative", "ours", "cosine", "here", "/", "rounding"]
     shown = [line.split()[0] for line in printed[3:8]]
     assert shown == ["hook_embed", "blocks.0.hook_resid_post", "blocks.1.hook_resid_post", "ln_final", "logits"]
@@ -117,7 +120,7 @@ def test_json_stays_strict_where_values_are_not_finite(tmp_path: Path, capsys: C
 
 def test_a_profile_makes_what_is_documented_equal_and_says_so(small: Path, capsys: Capture) -> None:
     printed = lines(capsys, small, "--against", BFLOAT16, "--ids", IDS, "--numerics", "gemma_pytorch")
-    assert printed[0].endswith("11 ids, held against our arithmetic as gemma_pytorch")
+    assert printed[0].endswith("11 ids, held against our arithmetic as gemma_pytorch" + SHOWN)
     assert printed[-1] == "verdict: equal to the bit (60 of 60 sites have our bits)"
 
 
@@ -150,7 +153,7 @@ def test_a_trace_is_held_against_its_own_ids(small: Path, tmp_path: Path, capsys
     trace = tmp_path / "t.safetensors"
     assert main(["trace", str(small), "--ids", IDS, "-o", str(trace), "--device", "cpu"]) == 0
     printed = lines(capsys, small, "--against", trace)
-    assert printed[0] == f"gemma2 {version('gemma2')}, float32, 11 ids"
+    assert printed[0] == f"gemma2 {version('gemma2')}, float32, 11 ids" + SHOWN
     reasons = [line for line in printed if "  not run  " in line]
     assert [line.split("  ")[0] for line in reasons] == [
         "prompt longer than the window",

@@ -118,7 +118,7 @@ def show(found: Judgement, everything: bool) -> None:
     head = ("site", "max abs", "relative", "ours", "cosine", "here / rounding", "")
     rows = [line(row) for row in found.rows if everything or row.parts or notable(row)]
     profile = f", held against our arithmetic as {found.numerics}" if found.numerics else ""
-    print(f"{found.system}, {found.dtype}, {found.ids} ids{profile}\n")
+    print(f"{found.system}, {found.dtype}, {found.ids} ids{profile}; {len(found.rows)} of {found.places} sites shown\n")
     print(*table([head, *rows], words=(0, 6)), sep="\n")
     if len(rows) < len(found.rows):
         print(f"... {len(found.rows) - len(rows)} more sites, where the systems do not part (--all shows them)")

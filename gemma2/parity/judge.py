@@ -32,6 +32,7 @@ class Judgement:
         system, dtype: the other one.
         numerics: the profile that the yardstick computed with, if any.
         ids: how many.
+        places: how many sites there are, of which `rows` has those that were judged.
         rows: a site each, in the order of computation.
         logits: what the difference means for predictions; None where the other system shows none.
         cases: what else was tried.
@@ -41,6 +42,7 @@ class Judgement:
     dtype: str
     numerics: str | None
     ids: int
+    places: int
     rows: list[Row]
     logits: LogitsRow | None
     cases: list[Case]
@@ -108,7 +110,7 @@ def judge(
             tell(f"{case.name}: {case.outcome}")
             done.append(case)
     dtype = str(reference.dtype).removeprefix("torch.")
-    return Judgement(reference.system, dtype, numerics, len(given), rows, logits, done)
+    return Judgement(reference.system, dtype, numerics, len(given), len(chosen(opened.config)), rows, logits, done)
 
 
 def _checked(ids: Sequence[int], opened: Checkpoint) -> list[int]:

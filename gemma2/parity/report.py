@@ -46,7 +46,7 @@ def write_report(found: Judgement, path: Path) -> None:
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Parity with {system}</title>
 <style>{STYLE}</style>
 <h1>Parity with {system}</h1>
-<p>{dtype}, {found.ids} ids{profile}.
+<p>{dtype}, {found.ids} ids{profile}; {len(found.rows)} of {found.places} sites shown.
 Verdict: <strong class="{found.verdict.split()[0]}">{html.escape(found.verdict)}</strong>{_where(found)}.
 {_predictions(found)}</p>
 {_chart(found.rows)}

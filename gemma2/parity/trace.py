@@ -13,7 +13,6 @@ each without the batch axis, in whatever float type it was computed. Its metadat
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
@@ -41,8 +40,6 @@ FORMAT = "gemma2-trace 1"
 IDS = "ids"
 STORED = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's name -> safetensors'
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# They change no value of a forward pass over so few positions.
-ASIDE = ("max_position_embeddings",)
 
 
 @dataclass(frozen=True)
@@ -234,14 +231,6 @@ class Trace:
     def __contains__(self, name: object) -> bool:
         return name in self.names
 
-    def refuse_other(self, config: Gemma2Config, where: str) -> None:
-        """Raises BadModelFile if the trace is of a model with another config than `where` has; names what differs."""
-        ours, theirs = dataclasses.asdict(self.about.config), dataclasses.asdict(config)
-        differ = [name for name in ours if ours[name] != theirs[name] and name not in ASIDE]
-        if differ:
-            listed = ", ".join(f"{name} {_short(ours[name])} against {_short(theirs[name])}" for name in differ[:3])
-            raise BadModelFile(f"{self.path}: is of another model than {where}: {listed}")
-
     def _read_about(self, stated: Mapping[str, str]) -> About:
         missing = [name for name in ("system", "dtype", "config") if name not in stated]
         if missing:
@@ -304,7 +293,3 @@ def _named(dtype: torch.dtype) -> str:
     if name not in STORED:
         raise ValueError(f"a trace holds {', '.join(STORED)}, not {name}")
     return name
-
-
-def _short(value: object) -> str:
-    return str(value) if len(str(value)) < 40 else f"{str(value)[:40]}..."

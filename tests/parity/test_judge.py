@@ -256,6 +256,14 @@ def test_layers_swapped_are_told_from_patterns_where_scores_are_not_shown(ours: 
     assert found.detail == "layer 0 sees beyond the window of 12, and is sliding_attention here"
 
 
+def test_a_cap_after_the_mask_is_told_from_patterns_where_scores_are_not_shown(
+    ours: Ourselves, opened: Checkpoint
+) -> None:
+    """Where scores are small it moves no value: what is hidden weighs e^-50."""
+    found = outcomes(without_scores(opened, BUGS["cap after mask"].plant, torch.float32), ours)
+    assert LAYERS in differing(found) and "sees beyond the window" in found[LAYERS].detail
+
+
 def test_probabilities_that_round_to_0_are_no_window(tmp_path: Path) -> None:
     """So sharp that in float16 most of what a global layer sees weighs nothing."""
 
