@@ -143,10 +143,6 @@ def swapped(model: Gemma2, chunks: Chunks = ()) -> Gemma2:
     return changed(layer_types=tuple(other[kind] for kind in model.config.layer_types))(model, chunks)
 
 
-def without_window(model: Gemma2, chunks: Chunks = ()) -> Gemma2:
-    return changed(layer_types=(GLOBAL,) * model.config.num_hidden_layers)(model, chunks)
-
-
 def without_score_cap(model: Gemma2, chunks: Chunks = ()) -> Gemma2:
     other = changed()(model, chunks)
     for layer in other.model.layers:

@@ -20,7 +20,9 @@ from torch import Tensor
 from who_computes_what import anchor, page, shows
 
 from gemma2 import Gemma2
+from gemma2.config import GLOBAL
 
+without_window = peer_changes.changed(layer_types=(GLOBAL,) * TINY["num_hidden_layers"])
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "who-computes-what.md").read_text()
 
@@ -75,7 +77,7 @@ def test_transformers_live_computes_gemma_2_as_published_and_a_planted_change_is
     assert next(one.first for one in found if one.run == "64") == "blocks.0.hook_attn_out"
     _, says = explained(a_peer(LONG, "Swapped.", peer_changes.swapped), found, out, planted)
     assert "Swapped. With this planted in our model, all 5 traces agree" in says
-    _, says = explained(a_peer(LONG, "No window.", peer_changes.without_window), found, out, planted)
+    _, says = explained(a_peer(LONG, "No window.", without_window), found, out, planted)
     assert "not explained" in says
     _, says = explained(a_peer(ALL, "Swapped.", peer_changes.swapped), found, out, planted)
     assert "not explained" in says
@@ -243,7 +245,7 @@ def test_changes_leave_the_model_they_are_planted_in_alone() -> None:
     model, ids, chunks = random_model(TINY), torch.arange(20)[None], (8, *[1] * 12)
     before = model(ids)
     rules = (peer_changes.first_keys, peer_changes.own_chunk, peer_changes.early_shift, peer_changes.added_mask(True))
-    changes = (peer_changes.swapped, peer_changes.without_score_cap, peer_changes.without_window)
+    changes = (peer_changes.swapped, peer_changes.without_score_cap, without_window)
     for change in (*changes, peer_changes.as_torchtune, *map(with_cache, rules)):
         assert not torch.equal(change(model, chunks)(ids), before)
         assert torch.equal(model(ids), before)

@@ -83,11 +83,10 @@ def _begins(reference: Reference, ids: Sequence[int], bos: int) -> tuple[bool, s
 
 def _same_config(reference: Reference, ours: Ourselves) -> tuple[bool, str]:
     """As each system states them: numbers may differ where no value shows it yet, as a window before it is left."""
-    stated = dataclasses.asdict(reference.config).items()
-    own = dataclasses.asdict(ours.config)
-    differ = [f"{name} {_short(value)}, {_short(own[name])} here" for name, value in stated if value != own[name]]
-    differ = [said for said in differ if not said.startswith(ASIDE)]
-    return not differ, "; ".join(differ[:3]) if differ else "every number is as ours"
+    stated, own = dataclasses.asdict(reference.config), dataclasses.asdict(ours.config)
+    differ = [name for name in stated if stated[name] != own[name] and name not in ASIDE]
+    said = [f"{name} {_short(stated[name])}, {_short(own[name])} here" for name in differ[:3]]
+    return not differ, "; ".join(said) or "every number is as ours"
 
 
 def _short(value: object) -> str:

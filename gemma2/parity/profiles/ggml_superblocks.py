@@ -42,20 +42,19 @@ def summed_apart(rows: Tensor, weight: Tensor, scales: Scales, group: int) -> Te
 
 def summed_in_lanes(rows: Tensor, weight: Tensor, scales: Scales, offset: int) -> Tensor:
     """Four neighbours of every 32 in a lane, whole blocks as integers. Where q is stored with an offset, that is taken
-    away again two groups of 16 a lane. (arch/x86/quants.c,
-    ggml_vec_dot_q6_K_q8_K and its like)"""
+    away again two groups of 16 a lane. (arch/x86/quants.c, ggml_vec_dot_q6_K_q8_K and its like)"""
     y, less = torch.zeros(LANES, len(rows), len(weight), device=rows.device), None
-    factors = offset * _quotient(scales.scale.double().unflatten(-1, (scales.unit.shape[-1], -1)), scales.unit)
+    groups = scales.scale.unflatten(-1, (scales.unit.shape[-1], -1))
     for number, (x, scale, w, unit, minima, step) in enumerate(_blocks(rows, weight, scales)):
         if minima is not None:
             less = fma((x @ minima.T).float(), step * -scale, y.new_zeros(()) if less is None else less)
         away = x.new_zeros(())
         if offset:
-            every = factors[:, number].to(w.device)
+            every = offset * _quotient(groups[:, number].to(w.device), unit)
             every = every.repeat_interleave(BLOCK // every.shape[-1], dim=-1)
             w = w + every
-            sums, groups = (part.unflatten(-1, (LANES, -1, 16)).movedim(-3, 0) for part in (x, every))
-            away = sums.sum(-1) @ groups[..., 0].transpose(-1, -2)
+            sums, factors = (part.unflatten(-1, (LANES, -1, 16)).movedim(-3, 0) for part in (x, every))
+            away = sums.sum(-1) @ factors[..., 0].transpose(-1, -2)
         x, w = (part.unflatten(-1, (-1, LANES, 4)).movedim(-2, 0).flatten(-2) for part in (x, w))
         y = fma((x @ w.transpose(-1, -2) - away).float(), unit * scale, y)
     y = halved_sum(y.movedim(0, -1))
