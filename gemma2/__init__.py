@@ -1,10 +1,12 @@
 """Gemma 2 in plain PyTorch: exact, readable, open at every place. Start with `gemma2.load()`."""
 
 from gemma2.cache import HybridCache
+from gemma2.checkpoints.hf_config import config_dict, published_config, read_config
 from gemma2.config import Gemma2Config
 from gemma2.convert import convert
 from gemma2.errors import BadModelFile, ContextOverflow, NonFiniteError
-from gemma2.generate import Gemma, Stats
+from gemma2.gemma import Gemma
+from gemma2.generate import Stats
 from gemma2.inspect import inspect
 from gemma2.load import load
 from gemma2.model import Gemma2
@@ -22,7 +24,10 @@ __all__ = [
     "Sampling",
     "Stats",
     "Tokenizer",
+    "config_dict",
     "convert",
     "inspect",
     "load",
+    "published_config",
+    "read_config",
 ]

@@ -20,8 +20,8 @@ from gemma2.checkpoints.checkpoint import Checkpoint, chat_template, chat_tuned,
 from gemma2.checkpoints.export import FLOATS, FOLDER, Layout, layout_for, write
 from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.gguf_write import FILE_TYPES, FINER
+from gemma2.checkpoints.hf_config import read_config
 from gemma2.checkpoints.weights import hidden
-from gemma2.config import Gemma2Config
 from gemma2.load import locate
 from gemma2.tokenizer import Tokenizer
 
@@ -187,7 +187,7 @@ def _saying_when_full(target: Path) -> Iterator[None]:
 def _beside(layout: Layout, opened: Checkpoint, folder: Path) -> dict[Path, bytes]:
     """What a .ckpt leaves out, where it is not there yet. Another model's files are neither used nor replaced."""
     same: dict[str, Callable[[Path], bool]] = {
-        "config.json": lambda path: Gemma2Config.from_file(path) == opened.config,
+        "config.json": lambda path: read_config(path) == opened.config,
         "tokenizer.model": lambda path: Tokenizer.from_file(path).to_proto() == layout.beside[path.name],
         "generation_config.json": lambda path: chat_tuned(folder, opened.tokenizer) == opened.chat_tuned,
         "tokenizer_config.json": lambda path: chat_template(folder) == opened.chat_template,

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from gemma2.cache import HybridCache
-from gemma2.chat import chat_ids
-from gemma2.config import Gemma2Config
 from gemma2.errors import ContextOverflow, NonFiniteError
 from gemma2.model import Gemma2
 from gemma2.sampling import Sampling, checked_count, choose, make_generator
-from gemma2.tokenizer import Tokenizer, check_ids, check_text
+from gemma2.tokenizer import check_ids
 
 PREFILL_CHUNK = 512  # positions a forward pass of the prompt takes: bounds the [b h t s] scores in memory
 MAX_NEW_TOKENS = 256
@@ -157,162 +153,3 @@ def _refuse_non_finite(logits: Tensor, step: int) -> None:
     if not bool(finite.all()):
         row = int(finite.logical_not().nonzero()[0])
         raise NonFiniteError(f"step {step}: the logits of row {row} are not finite; generation stops here")
-
-
-def checked_stops(stop: str | Sequence[str]) -> list[str]:
-    """One stop string or several as a list. Raises ValueError for one that is empty or no text."""
-    stops = [stop] if isinstance(stop, str) else list(stop)
-    for text in stops:
-        check_text(text)
-        if not text:
-            raise ValueError("a stop string must not be empty")
-    return stops
-
-
-class Reply:
-    """One row's text as it grows: holds back unfinished characters and what may become a stop string."""
-
-    def __init__(self, tokenizer: Tokenizer, stop_ids: frozenset[int], stop: Sequence[str]) -> None:
-        self.tokenizer, self.stop_ids, self.stop = tokenizer, stop_ids, stop
-        self.finish_reason: str | None = None  # "stop" once the row has ended
-        self._undecoded: list[int] = []
-        self._held = ""
-
-    def push(self, token: int) -> str:
-        """Take the next id, return the text it releases; sets finish_reason when the row ends."""
-        if token in self.stop_ids:
-            self.finish_reason = "stop"
-            return self.flush()
-        self._undecoded.append(token)
-        whole = len(self._undecoded) - self.tokenizer.pending_bytes(self._undecoded)
-        self._held += self.tokenizer.decode(self._undecoded[:whole])
-        del self._undecoded[:whole]
-        return self._release()
-
-    def flush(self) -> str:
-        """All that was held back, once nothing more comes."""
-        rest = self._held + self.tokenizer.decode(self._undecoded)
-        self._held, self._undecoded = "", []
-        return rest
-
-    def _release(self) -> str:
-        found = [place for text in self.stop if (place := self._held.find(text)) >= 0]
-        if found:
-            self.finish_reason, text = "stop", self._held[: min(found)]
-            self._held, self._undecoded = "", []
-            return text
-        keep = max((_overlap(self._held, text) for text in self.stop), default=0)
-        cut = len(self._held) - keep
-        text, self._held = self._held[:cut], self._held[cut:]
-        return text
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
-
-
-class Gemma:
-    """A model with its tokenizer, ready to write.
-
-    Attributes:
-        model: the `Gemma2` module: tokens [b t] -> logits [b t v].
-        tokenizer: text to ids and back.
-        chat_tuned: whether the checkpoint says it was tuned for chat; None when it says nothing.
-        notes: a line for everything that the checkpoint does not state and that was filled in (GGUF only).
-    """
-
-    def __init__(
-        self, model: Gemma2, tokenizer: Tokenizer, chat_tuned: bool | None = None, notes: Sequence[str] = ()
-    ) -> None:
-        self.model, self.tokenizer, self.chat_tuned, self.notes = model, tokenizer, chat_tuned, tuple(notes)
-        names = ("eos", "end_of_turn")
-        self.stop_ids = frozenset(tokenizer.special[name] for name in names if name in tokenizer.special)
-
-    @property
-    def config(self) -> Gemma2Config:
-        return self.model.config
-
-    @overload
-    def generate(self, prompts: str, max_new_tokens: int = ..., **options: Any) -> str: ...
-
-    @overload
-    def generate(self, prompts: Sequence[str], max_new_tokens: int = ..., **options: Any) -> list[str]: ...
-
-    def generate(
-        self, prompts: str | Sequence[str], max_new_tokens: int = MAX_NEW_TOKENS, **options: Any
-    ) -> str | list[str]:
-        """Continue a prompt, or each prompt of a list in one batch. Returns the continuations without the prompts.
-
-        Args:
-            prompts: text; an empty one continues from the BOS alone.
-            max_new_tokens: tokens at most; the prompt and these must fit the context.
-        Options, here and in `stream`, `chat` and `stream_chat`:
-            stop: a string or several at which a row ends, not part of the text. `<eos>` and `<end_of_turn>` always do.
-            seed: an integer or a torch.Generator, for sampling; the same seed gives the same tokens for the same batch.
-            stats: a `Stats` to fill in.
-            special: let control tokens spelled in a prompt be control tokens, see `Tokenizer.encode`.
-            temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`. Default: greedy.
-        Raises:
-            ValueError, ContextOverflow, NonFiniteError: see `generate_ids` and `Sampling`.
-        """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        written = [""] * len(texts)
-        for pieces in self._run(texts, max_new_tokens, **options):
-            written = [text + piece for text, piece in zip(written, pieces, strict=True)]
-        return written[0] if isinstance(prompts, str) else written
-
-    def stream(self, prompt: str, max_new_tokens: int = MAX_NEW_TOKENS, **options: Any) -> Iterator[str]:
-        """`generate` for one prompt, piece by piece as it is written. Arguments are checked at once, not at the first
-        piece; closing the iterator stops the computation and leaves the model as it was."""
-        pieces = self._run([prompt], max_new_tokens, **options)
-        return (piece for (piece,) in pieces if piece)
-
-    def chat(self, messages: Conversation, max_new_tokens: int = MAX_NEW_TOKENS, **options: Any) -> str:
-        """The model's answer to a conversation: {"role": "user" | "assistant", "content": text}, the user's last."""
-        return "".join(self.stream_chat(messages, max_new_tokens, **options)).strip()
-
-    def stream_chat(
-        self, messages: Conversation, max_new_tokens: int = MAX_NEW_TOKENS, **options: Any
-    ) -> Iterator[str]:
-        """`chat`, piece by piece."""
-        if not self.chat_tuned:
-            warnings.warn("this checkpoint does not say that it was tuned for chat: it may ramble", stacklevel=2)
-        pieces = self._run([chat_ids(messages, self.tokenizer)], max_new_tokens, **options)
-        return (piece for (piece,) in pieces if piece)
-
-    def _run(
-        self,
-        prompts: Sequence[str | list[int]],
-        max_new_tokens: int,
-        *,
-        special: bool = False,
-        stop: str | Sequence[str] = (),
-        seed: int | torch.Generator | None = None,
-        stats: Stats | None = None,
-        **sampling: Any,
-    ) -> Iterator[list[str]]:
-        """Check everything, then return the iterator over each step's new text, one piece a row."""
-        checked_count("max_new_tokens", max_new_tokens)
-        settings = Sampling(**sampling)
-        generator = make_generator(seed, self.model.model.embed_tokens.weight.device)
-        stops = checked_stops(stop)
-        ids = [self.tokenizer.encode(p, special=special) if isinstance(p, str) else p for p in prompts]
-        replies = [Reply(self.tokenizer, self.stop_ids, stops) for _ in prompts]
-        finished: set[int] = set()
-        stats = stats or Stats()
-        steps = generate_ids(self.model, ids, max_new_tokens, settings, generator, finished=finished, stats=stats)
-        return _texts(steps, replies, finished, stats)
-
-
-def _texts(steps: Iterator[list[int]], replies: list[Reply], finished: set[int], stats: Stats) -> Iterator[list[str]]:
-    for ids in steps:
-        pieces = [""] * len(replies)
-        for row, reply in enumerate(replies):
-            if row not in finished:
-                pieces[row] = reply.push(ids[row])
-                if reply.finish_reason:
-                    finished.add(row)
-        yield pieces
-    stats.finish_reasons = [reply.finish_reason or "length" for reply in replies]
-    yield [reply.flush() for reply in replies]

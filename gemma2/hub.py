@@ -17,8 +17,8 @@ from huggingface_hub import constants, errors
 from tqdm import tqdm
 
 from gemma2.checkpoints.gguf import PART
+from gemma2.checkpoints.hf_config import read_json
 from gemma2.checkpoints.safetensors import INDEX, SINGLE, shard_names
-from gemma2.config import read_json
 from gemma2.errors import BadModelFile
 
 NEEDED = ("config.json", "tokenizer.model")

@@ -16,8 +16,9 @@ import torch
 from gemma2.checkpoints import gguf, gguf_tokenizer, gguf_weights, safetensors
 from gemma2.checkpoints.checkpoint import open_checkpoint
 from gemma2.checkpoints.gguf_weights import GGUFWeights
+from gemma2.checkpoints.hf_config import PUBLISHED, config_dict, published_config, read_config
 from gemma2.checkpoints.weights import TARGETS, Weights, check_names, count_nonfinite, shapes_of
-from gemma2.config import PUBLISHED, Gemma2Config
+from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
 from gemma2.load import locate
 from gemma2.tokenizer import Tokenizer
@@ -170,7 +171,7 @@ def _inspect_other(path: Path, tokenizer: str | Path | None) -> tuple[Inspection
         for part in ("config", "weights", "tokenizer"):
             try:
                 if part == "config":
-                    config = Gemma2Config.from_file(stated) if stated.is_file() else None
+                    config = read_config(stated) if stated.is_file() else None
                 elif part == "weights":
                     weights = safetensors.open_folder(path) if path.is_dir() else safetensors.open_file(path)
                 else:
@@ -196,8 +197,8 @@ def _complete(
 ) -> None:
     """What follows from the parts, and whether they fit each other."""
     if config is not None:
-        found.config = config.to_dict()
-        found.model = next((name for name in PUBLISHED if _same_shape(Gemma2Config.published(name), config)), None)
+        found.config = config_dict(config)
+        found.model = next((name for name in PUBLISHED if _same_shape(published_config(name), config)), None)
         found.memory = {
             name: {"weights": config.parameter_count * dtype.itemsize, "cache": _cache_bytes(config, dtype)}
             for name, dtype in TARGETS.items()

@@ -10,9 +10,9 @@ import torch
 from gemma2.checkpoints.checkpoint import open_checkpoint
 from gemma2.checkpoints.weights import TARGETS, build
 from gemma2.errors import BadModelFile
-from gemma2.generate import Gemma
+from gemma2.gemma import Gemma
 from gemma2.hub import download, download_gguf
-from gemma2.parity.numerics import check_profile, stored_kinds, with_numerics
+from gemma2.numerics import check_profile, stored_kinds, with_numerics
 from gemma2.tokenizer import Tokenizer
 
 POCKET = Path(__file__).parent / "assets" / "pocket"
@@ -51,7 +51,7 @@ def load(
         force_float16: run in float16 all the same.
         allow_nonfinite: take weights with NaN or infinity in them.
         numerics: compute as another implementation does, rounding for rounding: one of the profiles of
-            `gemma2/parity/numerics.py`, as "gemma_pytorch" or "llama.cpp" (which computes in float32).
+            `gemma2/numerics/__init__.py`, as "gemma_pytorch" or "llama.cpp" (which computes in float32).
         progress: a bar while loading; None shows it on a terminal only.
     Raises:
         BadModelFile: anything that is not exactly a Gemma 2 this program runs; says what, where, and the cure.

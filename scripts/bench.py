@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import gemma2
+from gemma2.checkpoints.hf_config import config_dict, published_config, read_config
 from gemma2.checkpoints.safetensors import open_folder
 from gemma2.checkpoints.weights import build
 from gemma2.generate import generate_ids
@@ -44,7 +45,7 @@ def make_2b(folder: Path, layers: int) -> Path:
     if (place / "model.safetensors").is_file():
         return place
     place.mkdir(parents=True, exist_ok=True)
-    whole = gemma2.Gemma2Config.published("gemma-2-2b")
+    whole = published_config("gemma-2-2b")
     config = dataclasses.replace(whole, num_hidden_layers=layers, layer_types=whole.layer_types[:layers])
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in gemma2.Gemma2(config).state_dict().items()}
@@ -53,14 +54,14 @@ def make_2b(folder: Path, layers: int) -> Path:
         name: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
         for name, shape in tqdm(shapes.items(), desc="random weights", disable=None)
     }
-    (place / "config.json").write_text(json.dumps({**config.to_dict(), "dtype": "bfloat16"}))
+    (place / "config.json").write_text(json.dumps({**config_dict(config), "dtype": "bfloat16"}))
     save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
     return place
 
 
 def run_gemma2(folder: Path, ids: list[int], new: int, device: str) -> dict[str, float]:
     started = time.perf_counter()
-    config = gemma2.Gemma2Config.from_file(folder / "config.json")
+    config = read_config(folder / "config.json")
     model = build(open_folder(folder), config, torch.device(device), torch.bfloat16)
     load = time.perf_counter() - started
     for _ in generate_ids(model, [ids], 2):

@@ -33,6 +33,7 @@ from gemma2.checkpoints.gguf import Value
 from gemma2.checkpoints.gguf_tokenizer import tokenizer_metadata
 from gemma2.checkpoints.gguf_weights import llama_cpp_name
 from gemma2.checkpoints.gguf_write import BLOCKS, FILE_TYPES, architecture_metadata, header_bytes, padding
+from gemma2.checkpoints.hf_config import published_config
 from gemma2.checkpoints.weights import shapes_of
 from gemma2.load import POCKET
 
@@ -56,7 +57,7 @@ def make_file(folder: Path, mix: str, layers: int) -> Path:
     path = folder / f"random-2b-{layers}-layers-{mix}.gguf"
     if path.is_file():
         return path
-    whole = gemma2.Gemma2Config.published("gemma-2-2b")
+    whole = published_config("gemma-2-2b")
     config = dataclasses.replace(whole, num_hidden_layers=layers, layer_types=whole.layer_types[:layers])
     words = tokenizer_metadata((POCKET / "tokenizer.model").read_bytes())
     more = config.vocab_size - len(words["tokenizer.ggml.tokens"].value)

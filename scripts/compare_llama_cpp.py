@@ -5,7 +5,7 @@
                                                        # in every type that `gemma2 convert` writes
 
 The rows are ours in float32 on the file's dequantised weights; then, step by step, with what llama.cpp's processor
-kernels do otherwise (`gemma2/parity/profiles/llama_cpp.py`): GELU from a table of 16-bit numbers; activations rounded
+kernels do otherwise (`gemma2/numerics/profiles/llama_cpp.py`): GELU from a table of 16-bit numbers; activations rounded
 to what a weight's type is multiplied with; and all the rest.
 """
 
@@ -23,10 +23,10 @@ from torch import Tensor
 import gemma2
 from gemma2.checkpoints.checkpoint import open_checkpoint
 from gemma2.convert import TYPES, convert
-from gemma2.parity.numerics import stored_kinds, with_numerics
+from gemma2.numerics import stored_kinds, with_numerics
 
 SCORED = 48  # last positions, as in the stored logits
-# What is added at each step, as bits of the profile `llama.cpp`; None is all of it.
+# What is added at each step, as changes of the profile `llama.cpp`; None is all of it.
 STEPS: dict[str, tuple[str, ...] | None] = {
     "float32": (),
     "with 16-bit GELU": ("gelu=float16",),
@@ -60,8 +60,8 @@ def row(path: Path, ids: list[int], reference: Tensor) -> str:
     plain = gemma2.load(path, dtype="float32", device="cpu").model
     kinds = stored_kinds(open_checkpoint(path).weights)
     cells = []
-    for name, bits in STEPS.items():
-        model = with_numerics(plain, "llama.cpp", bits, kinds) if bits != () else plain
+    for name, changes in STEPS.items():
+        model = with_numerics(plain, "llama.cpp", changes, kinds) if changes != () else plain
         ours = model(torch.tensor([ids]))[0, -len(reference) :]
         apart = (ours - reference).double()
         equal = torch.equal(ours, reference)

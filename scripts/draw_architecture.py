@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gemma2 import ops
-from gemma2.config import PUBLISHED, Gemma2Config
+from gemma2.checkpoints.hf_config import PUBLISHED, published_config
 
 try:
     from matplotlib import rc_context
@@ -216,7 +216,7 @@ def draw_masks() -> Page:
         x += room
     page.text(40, 302, "Which layer has which: they alternate, layer 0 is local, the last is global", weight="bold")
     for row, name in enumerate(PUBLISHED):
-        config, y = Gemma2Config.published(name), 316 + 22 * row
+        config, y = published_config(name), 316 + 22 * row
         page.text(40, y + 7, name.removeprefix("gemma-2-").upper(), weight="bold")
         for layer in range(config.num_hidden_layers):
             color = GLOBAL if config.window(layer) is None else LOCAL

@@ -31,7 +31,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gemma2 import Gemma2, Gemma2Config
+from gemma2 import Gemma2
+from gemma2.checkpoints.hf_config import read_config
 from gemma2.load import POCKET
 from gemma2.parity.references import open_reference
 from gemma2.parity.trace import About, Trace, TraceWriter
@@ -75,7 +76,7 @@ POCKET_TRACES = {"short": (OPENING, STREAM), "long": (PSALM, ("ln_final",))}
 
 def make_model() -> Gemma2:
     """Random weights of bfloat16 precision, large enough that both caps saturate."""
-    model, generator = Gemma2(Gemma2Config.from_dict(RAW)), torch.Generator().manual_seed(2)
+    model, generator = Gemma2(read_config(RAW)), torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         gain = 8 if name.endswith(("q_proj.weight", "k_proj.weight")) else 3
         std = 0.3 if "norm" in name else 1.0 if "embed" in name else gain * parameter.shape[-1] ** -0.5

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gemma2 import Gemma2, Gemma2Config
+from gemma2 import Gemma2
+from gemma2.checkpoints.hf_config import read_config
 from gemma2.convert import convert
 from gemma2.load import POCKET
 
@@ -54,7 +55,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def random_model(raw: Mapping[str, Any], seed: int = 0) -> Gemma2:
     """Weights large enough that both caps saturate and norms matter."""
-    model = Gemma2(Gemma2Config.from_dict(dict(raw))).eval()
+    model = Gemma2(read_config(dict(raw))).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         gain = 4 if name.endswith(("q_proj.weight", "k_proj.weight")) else 3

@@ -15,8 +15,8 @@ from peer_models import MODELS, RUNS, random_model, write_model
 from torch import Tensor
 
 from gemma2 import Gemma2
+from gemma2.numerics import with_numerics
 from gemma2.parity.compare import compare, first_to_part, predicted
-from gemma2.parity.numerics import with_numerics
 from gemma2.parity.trace import Trace
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from gemma2.config import Gemma2Config
+from gemma2.checkpoints.hf_config import configs, read_config
 from gemma2.model import Gemma2
 
-PACKAGE = Path(__file__).resolve().parent.parent / "gemma2"
+POCKET = Path(__file__).resolve().parent.parent / "gemma2" / "assets" / "pocket"
+SETTINGS = configs() / "train" / "pocket.json"  # the defaults of the options below
 HELD_OUT_EVERY = 20  # every 20th chapter or scene-sized passage is never trained on
 DECAY_FROM = 0.25  # of the time: the learning rate is constant before, linear to nothing after
 SELECTION = 24  # held-out texts that choose the weights; the reported figure is from the others
@@ -165,27 +166,28 @@ def plot(out: Path, picture: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", type=Path)
-    parser.add_argument("--out", type=Path, default=PACKAGE / "assets" / "pocket")
-    parser.add_argument("--minutes", type=float, default=75, help="the schedule is stretched to this time")
+    parser.add_argument("--out", type=Path, default=POCKET)
+    parser.add_argument("--minutes", type=float, help="the schedule is stretched to this time")
     parser.add_argument("--steps", type=int, help="a fixed number of steps instead of --minutes")
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--length", type=int, default=256, help="tokens a row; the last tenth uses the full context")
-    parser.add_argument("--rate", type=float, default=0.02, help="Muon's rate; AdamW's is a tenth of it")
-    parser.add_argument("--decay", type=float, default=0.1)
-    parser.add_argument("--dropout", type=float, default=0.15)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--length", type=int, help="tokens a row; the last tenth uses the full context")
+    parser.add_argument("--rate", type=float, help="Muon's rate; AdamW's is a tenth of it")
+    parser.add_argument("--decay", type=float, help="Muon's weight decay")
+    parser.add_argument("--dropout", type=float)
+    parser.add_argument("--seed", type=int)
     parser.add_argument("--plot", type=Path, metavar="PNG", help="only draw the curve of --out/training.json")
+    parser.set_defaults(**json.loads(SETTINGS.read_text()))
     args = parser.parse_args()
     if args.plot:
         return plot(args.out, args.plot)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    config = Gemma2Config.published("pocket")
+    raw = json.loads((POCKET / "config.json").read_text())  # a new pocket model has the shape of the present one
+    config = read_config(raw)
     trained, held = documents(args.texts)
     proto = train_tokenizer(trained, config.vocab_size)
     (args.out / "tokenizer.model").write_bytes(proto)
-    raw = json.loads((PACKAGE / "configs" / "pocket.json").read_text())
-    (args.out / "config.json").write_text(json.dumps({**raw, "torch_dtype": "bfloat16"}, indent=2) + "\n")
+    (args.out / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
     bos, eos = pieces.bos_id(), pieces.eos_id()
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import gemma2
+from gemma2.checkpoints.hf_config import read_config
 from gemma2.load import POCKET
 
 # Two test processes share two cores: more threads than cores wait for each other longer than they compute.
@@ -53,7 +54,7 @@ def raw_config(size: str = "27b", **changes: Any) -> dict[str, Any]:
 
 def tiny(size: str = "27b", seed: int = 0, **changes: Any) -> gemma2.Gemma2:
     """A tiny model with weights large enough that both caps saturate and norms matter."""
-    model = gemma2.Gemma2(gemma2.Gemma2Config.from_dict(raw_config(size, **changes))).eval()
+    model = gemma2.Gemma2(read_config(raw_config(size, **changes))).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         gain = 4 if name.endswith(("q_proj.weight", "k_proj.weight")) else 3

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemma2 import ContextOverflow, Gemma2, Gemma2Config, HybridCache
+from gemma2 import ContextOverflow, Gemma2, HybridCache
+from gemma2.checkpoints.hf_config import published_config
 from tests.conftest import ids, tiny
 
 WINDOW = 16
@@ -101,7 +102,7 @@ def test_one_thread_and_two_agree() -> None:
 
 
 def test_a_local_layer_holds_exactly_window_slots_and_2b_takes_654_megabytes() -> None:
-    cache = HybridCache(Gemma2Config.published("gemma-2-2b"), 1, 8192, torch.bfloat16, "meta")
+    cache = HybridCache(published_config("gemma-2-2b"), 1, 8192, torch.bfloat16, "meta")
     assert [layer.slots for layer in cache.layers[:4]] == [4096, 8192, 4096, 8192]
     assert round(cache.nbytes / 1e6) == 654
     full = 26 * 8192 * 2 * 4 * 256 * 2

@@ -136,7 +136,7 @@ def test_a_difference_that_a_profile_documents_is_said_to_be_one(capsys: Capture
 def test_explain_prints_what_each_bit_closes_and_what_remains(small: Path, capsys: Capture) -> None:
     argv = [small, "--against", BFLOAT16, "--ids", IDS, "--explain"]
     printed = lines(capsys, *argv, "gemma_pytorch")
-    assert printed[0].split() == ["bit", "distance", "closes", "equal", "sites"]
+    assert printed[0].split() == ["change", "distance", "closes", "equal", "sites"]
     assert printed[1].startswith("(start)") and len(printed) == 1 + 5 + 2
     (turned,) = [line for line in printed if line.startswith("gemma_pytorch rope_mul=float32 ")]
     assert re.search(r" \d\.\d{3}e[+-]\d\d +-?[\d.]+% +\d+ of 60  rotation is computed in float32", turned)
@@ -145,7 +145,7 @@ def test_explain_prints_what_each_bit_closes_and_what_remains(small: Path, capsy
     back = lines(capsys, *argv, "transformers", "--from", "gemma_pytorch")
     assert [line.split()[0] for line in back[1:6]] == ["(start)", "-", "-", "-", "-"]
     steps = strict("\n".join(lines(capsys, *argv, "gemma_pytorch", "--json")))
-    assert steps[0]["bit"] == "" and steps[-1]["distance"] == 0
+    assert steps[0]["change"] == "" and steps[-1]["distance"] == 0
     assert math.isclose(sum(step["closed"] for step in steps), 1)
 
 

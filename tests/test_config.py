@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemma2 import BadModelFile, Gemma2, Gemma2Config
-from gemma2.config import GLOBAL, LOCAL, PUBLISHED
+from gemma2 import BadModelFile, Gemma2
+from gemma2.checkpoints.hf_config import PUBLISHED, config_dict, published_config, read_config
+from gemma2.config import GLOBAL, LOCAL
 from tests.conftest import raw_config
 
 COUNTS = {"gemma-2-2b": 2_614_341_888, "gemma-2-9b": 9_241_705_984, "gemma-2-27b": 27_227_128_320}
@@ -17,7 +18,7 @@ COUNTS = {"gemma-2-2b": 2_614_341_888, "gemma-2-9b": 9_241_705_984, "gemma-2-27b
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_counts_are_exact_by_formula_and_by_module(name: str) -> None:
-    config = Gemma2Config.published(name)
+    config = published_config(name)
     with torch.device("meta"):
         model = Gemma2(config)
     assert config.parameter_count == COUNTS[name]
@@ -26,7 +27,7 @@ def test_parameter_counts_are_exact_by_formula_and_by_module(name: str) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_tensor_names_are_those_of_hugging_face(name: str) -> None:
-    config = Gemma2Config.published(name)
+    config = published_config(name)
     with torch.device("meta"):
         names = set(Gemma2(config).state_dict())
     assert len(names) == 11 * config.num_hidden_layers + 2
@@ -39,23 +40,23 @@ def test_tensor_names_are_those_of_hugging_face(name: str) -> None:
 
 
 def test_layers_alternate_and_the_first_is_local() -> None:
-    config = Gemma2Config.published("gemma-2-27b")
+    config = published_config("gemma-2-27b")
     assert config.layer_types[:3] == (LOCAL, GLOBAL, LOCAL) and config.layer_types[-1] == GLOBAL
     assert [config.window(i) for i in range(2)] == [4096, None]
     assert config.query_pre_attn_scalar == 144 != config.head_dim
 
 
 def test_a_config_survives_being_written_and_read(tmp_path: Path) -> None:
-    config = Gemma2Config.from_dict(raw_config())
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    assert Gemma2Config.from_file(tmp_path / "config.json") == config
+    config = read_config(raw_config())
+    (tmp_path / "config.json").write_text(json.dumps(config_dict(config)))
+    assert read_config(tmp_path / "config.json") == config
 
 
 def test_what_transformers_writes_is_read() -> None:
     transformers = pytest.importorskip("transformers")
     raw = {key: value for key, value in raw_config().items() if key != "model_type"}
     written = transformers.Gemma2Config(**raw).to_dict()
-    assert Gemma2Config.from_dict(written) == Gemma2Config.from_dict(raw_config())
+    assert read_config(written) == read_config(raw_config())
 
 
 @pytest.mark.parametrize(
@@ -74,4 +75,4 @@ def test_what_transformers_writes_is_read() -> None:
 )
 def test_configs_of_another_model_are_refused_with_the_reason(change: dict[str, object], message: str) -> None:
     with pytest.raises(BadModelFile, match=message):
-        Gemma2Config.from_dict({**raw_config(), **change})
+        read_config({**raw_config(), **change})

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import gemma2
-from gemma2.generate import Reply, generate_ids
+from gemma2.detokenizer import Detokenizer
+from gemma2.generate import generate_ids
 from gemma2.sampling import Sampling
 from tests.conftest import ids, tiny
 
@@ -180,7 +181,7 @@ def test_text_held_back_for_a_stop_string_comes_out_when_it_does_not(pocket: gem
 def test_eos_and_end_of_turn_end_a_row(pocket: gemma2.Gemma) -> None:
     assert pocket.stop_ids == {1, 107}
     for stop in pocket.stop_ids:
-        reply = Reply(pocket.tokenizer, pocket.stop_ids, ())
+        reply = Detokenizer(pocket.tokenizer, pocket.stop_ids, ())
         assert reply.push(pocket.tokenizer.encode("a", bos=False)[0]) == "a"
         assert reply.push(stop) == "" and reply.finish_reason == "stop"
 
@@ -189,12 +190,12 @@ def test_pieces_join_to_the_decoded_text_also_inside_multi_byte_characters(pocke
     """Characters the pocket vocabulary lacks are spelled in bytes; half of one must never be shown."""
     text = "naïve 日本語 🙂 \n\n  é\u0301"
     tokens = pocket.tokenizer.encode(text, bos=False)
-    reply = Reply(pocket.tokenizer, frozenset(), ())
+    reply = Detokenizer(pocket.tokenizer, frozenset(), ())
     pieces = [reply.push(token) for token in tokens]
     assert "".join(pieces) + reply.flush() == text
     assert not any("\ufffd" in piece for piece in pieces)
     broken = [*tokens[:3], 217 + 0xE6, 217 + 0x97, *tokens[3:], 217 + 0xF0, 217 + 0x9F]
-    reply = Reply(pocket.tokenizer, frozenset(), ())
+    reply = Detokenizer(pocket.tokenizer, frozenset(), ())
     pieces = [reply.push(token) for token in broken]
     assert "".join(pieces) + reply.flush() == pocket.tokenizer.decode(broken)
 

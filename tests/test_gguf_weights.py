@@ -13,6 +13,7 @@ import gemma2
 from gemma2.checkpoints.ggml import TYPES, BlockType
 from gemma2.checkpoints.gguf import GGUF, TensorInfo, Value, read_header
 from gemma2.checkpoints.gguf_weights import config_of, hugging_face_name, llama_cpp_name
+from gemma2.checkpoints.hf_config import published_config
 from gemma2.checkpoints.weights import shapes_of
 from gemma2.config import GLOBAL, LOCAL
 from tests.conftest import ids
@@ -86,7 +87,7 @@ def test_a_pattern_makes_the_last_of_so_many_layers_global(
 @pytest.mark.parametrize(("name", "scale"), [("gemma-2-2b", 256), ("gemma-2-9b", 256), ("gemma-2-27b", 144)])
 def test_each_published_size_gets_its_query_scale(name: str, scale: int) -> None:
     """46 layers are the 27B, whose queries are scaled by the width by the heads: no key says so."""
-    config = gemma2.Gemma2Config.published(name)
+    config = published_config(name)
     keys = {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -111,7 +112,7 @@ def _f32() -> BlockType:
 
 
 def test_every_name_of_a_gemma_2_has_its_place_in_both_directions() -> None:
-    names = list(shapes_of(gemma2.Gemma2Config.published("gemma-2-27b")))
+    names = list(shapes_of(published_config("gemma-2-27b")))
     theirs = [llama_cpp_name(name) for name in names]
     assert len(set(theirs)) == 508 and [hugging_face_name(name) for name in theirs] == names
     for strange in ("blk.00.attn_q.weight", "blk.0.attn_q", "blk.x.attn_q.weight", "blk.0.weight", "attn_q.weight", ""):

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gemma2 import Gemma2, Gemma2Config, ops
+from gemma2 import Gemma2, ops
+from gemma2.checkpoints.hf_config import read_config
 from gemma2.config import GLOBAL, LOCAL
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -27,7 +28,7 @@ TOLERANCE = 5e-5
 
 
 def golden_model(**changes: object) -> Gemma2:
-    config = dataclasses.replace(Gemma2Config.from_file(GOLDEN / "config.json"), **changes)  # type: ignore[arg-type]
+    config = dataclasses.replace(read_config(GOLDEN / "config.json"), **changes)  # type: ignore[arg-type]
     model = Gemma2(config).eval()
     model.load_state_dict({name: tensor.float() for name, tensor in load_file(GOLDEN / "model.safetensors").items()})
     return model

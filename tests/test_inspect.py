@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gemma2
+from gemma2.checkpoints.hf_config import config_dict
 from gemma2.cli import main
 from gemma2.inspect import Inspection, inspect
 from gemma2.load import POCKET
@@ -41,7 +42,7 @@ def test_a_whole_gguf_has_no_problems_and_every_figure(tmp_path: Path) -> None:
     assert (found.form, found.version, found.architecture, found.model) == ("gguf", 3, "gemma2", None)
     assert found.bytes == (tmp_path / "model.gguf").stat().st_size
     assert found.parameters == count == model.config.parameter_count
-    assert found.config == model.config.to_dict() and found.filled == list(model.notes)
+    assert found.config == config_dict(model.config) and found.filled == list(model.notes)
     assert found.types["Q8_0"]["bits_per_weight"] == 8.5 and found.types["F32"]["bits_per_weight"] == 32
     assert sum(line["bytes"] for line in found.types.values()) == sum(len(tensor.data) for tensor in file.tensors)
     assert [tensor.name for tensor in found.tensors] == [tensor.name for tensor in file.tensors]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import gemma2
 from gemma2.checkpoints.gguf_weights import llama_cpp_name
 from gemma2.checkpoints.gguf_write import BLOCKS, architecture_metadata, header_bytes, padding
+from gemma2.checkpoints.hf_config import read_config
 from gemma2.checkpoints.weights import shapes_of
 from gemma2.load import POCKET
 from tests.conftest import ids, raw_config, tensors_of, tiny
@@ -225,10 +226,10 @@ def test_loading_takes_the_final_weights_and_little_more(tmp_path: Path, form: s
         "2b", vocab_size=4096, hidden_size=2304, intermediate_size=9216, head_dim=128, num_hidden_layers=4
     ) | {"query_pre_attn_scalar": 128}
     with torch.device("meta"):
-        shapes = {n: p.shape for n, p in gemma2.Gemma2(gemma2.Gemma2Config.from_dict(raw)).named_parameters()}
+        shapes = {n: p.shape for n, p in gemma2.Gemma2(read_config(raw)).named_parameters()}
     path = tmp_path / f"model.{form}"
     if form == "gguf":
-        write_zeros(path, gemma2.Gemma2Config.from_dict(raw), stored)
+        write_zeros(path, read_config(raw), stored)
         shapes = {}
     tensors = {name: torch.full(shape, 0.01, dtype=getattr(torch, stored)) for name, shape in shapes.items()}
     (tmp_path / "config.json").write_text(json.dumps(raw))

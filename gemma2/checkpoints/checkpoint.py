@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma2.checkpoints import gguf, gguf_tokenizer, gguf_weights, google, safetensors
+from gemma2.checkpoints.hf_config import read_config, read_json
 from gemma2.checkpoints.weights import Weights, check_names, shapes_of
-from gemma2.config import Gemma2Config, read_json
+from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
 from gemma2.tokenizer import Tokenizer
 
@@ -47,7 +48,7 @@ def open_checkpoint(path: Path, tokenizer: str | Path | Tokenizer | None = None)
         return _open_gguf(path, tokenizer)
     folder = path if path.is_dir() else path.parent
     stated = folder / "config.json"
-    config = Gemma2Config.from_file(stated) if stated.is_file() else None
+    config = read_config(stated) if stated.is_file() else None
     weights: Weights
     if path.is_file() and path.suffix == ".ckpt":
         weights = google.GoogleWeights(path, config)

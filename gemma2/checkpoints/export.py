@@ -35,6 +35,7 @@ from gemma2.checkpoints.gguf_write import (
     header_bytes,
     quantize,
 )
+from gemma2.checkpoints.hf_config import config_dict
 from gemma2.checkpoints.safetensors import SINGLE
 from gemma2.checkpoints.weights import (
     EMBEDDING,
@@ -165,7 +166,7 @@ def _companions(opened: Checkpoint, dtype: torch.dtype | None = None) -> dict[st
         **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad")},
         **({} if opened.chat_template is None else {"chat_template": opened.chat_template}),
     }
-    files: dict[str, Any] = {"config.json": opened.config.to_dict() | ids | kind, "tokenizer_config.json": words}
+    files: dict[str, Any] = {"config.json": config_dict(opened.config) | ids | kind, "tokenizer_config.json": words}
     if opened.chat_tuned is not None and "end_of_turn" in special:
         stops = [special["eos"], special["end_of_turn"]] if opened.chat_tuned else special["eos"]
         files["generation_config.json"] = ids | {"eos_token_id": stops}

@@ -153,8 +153,8 @@ def config_of(header: GGUF) -> tuple[Gemma2Config, list[str]]:
     values["vocab_size"] = _vocabulary(header, keys)
     try:
         return Gemma2Config(**values), notes
-    except BadModelFile as error:
-        said = str(error).removeprefix("config: ")
+    except ValueError as error:
+        said = str(error)
         for field, key in (INTEGERS | OTHERS).items():
             said = re.sub(rf"(?<![.\w]){field}\b", f"{ARCHITECTURE}.{key}", said)
         raise BadModelFile(f"{header.path}: {said}") from None

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma2.checkpoints.hf_config import PUBLISHED, published_config
 from gemma2.checkpoints.weights import EMBEDDING, PlainWeights, refuse_foreign
-from gemma2.config import PUBLISHED, Gemma2Config
+from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
 
 REDUNDANT = "freqs_cis"  # the rotary table, computed from the config
@@ -127,7 +128,7 @@ def _published(state: Mapping[str, Tensor], where: str) -> Gemma2Config:
     """The published size whose embedding and depth this file has: a `.ckpt` states no config of its own."""
     embedding = state.get(EMBEDDER)
     depth = sum(name.endswith(FUSED) for name in state)
-    for config in map(Gemma2Config.published, PUBLISHED):
+    for config in map(published_config, PUBLISHED):
         size = (config.vocab_size, config.hidden_size)
         if embedding is not None and tuple(embedding.shape) == size and depth == config.num_hidden_layers:
             return config

@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gemma2.checkpoints.hf_config import read_json
 from gemma2.checkpoints.weights import PlainWeights, refuse_foreign
-from gemma2.config import read_json
 from gemma2.errors import BadModelFile
 
 INDEX = "model.safetensors.index.json"

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from gemma2.generate import MAX_NEW_TOKENS, Gemma, Stats, checked_stops
+from gemma2.detokenizer import checked_stops
+from gemma2.gemma import MAX_NEW_TOKENS, Gemma
+from gemma2.generate import Stats
 from gemma2.load import check_device, check_dtype, load
 from gemma2.sampling import Sampling, checked_count
 

@@ -16,10 +16,10 @@ from gemma2.cli.inspect import table
 from gemma2.cli.options import SOURCE
 from gemma2.cli.trace import add_text_options, read_text
 from gemma2.load import check_dtype, locate
+from gemma2.numerics import PROFILES
 from gemma2.parity.cases import DIFFERS
 from gemma2.parity.compare import Row
 from gemma2.parity.judge import DIFFERENCE, OURS, Judgement, Step, explain, judge
-from gemma2.parity.numerics import PROFILES
 from gemma2.parity.references import SPECS, Reference, open_reference
 from gemma2.parity.references.trace import Recorded
 from gemma2.parity.report import check_page, write_report
@@ -36,7 +36,12 @@ def add(commands: Commands) -> None:
     parser.add_argument("--dtype", metavar="T", help="to compute in, where REF leaves a choice [the checkpoint's]")
     parser.add_argument("--sites", action="append", metavar="GLOB", help="as 'blocks.*.hook_resid_*'; repeatable [*]")
     parser.add_argument("--numerics", choices=PROFILES, help="our arithmetic, so that it counts as rounding")
-    parser.add_argument("--explain", choices=PROFILES, metavar="PROFILE", help="how much of the gap each bit closes")
+    parser.add_argument(
+        "--explain",
+        choices=PROFILES,
+        metavar="PROFILE",
+        help="show how much of the distance each change of a profile explains",
+    )
     parser.add_argument(
         "--from", dest="start", choices=PROFILES, metavar="PROFILE", help="where --explain begins [ours]"
     )
@@ -161,9 +166,9 @@ def show_steps(steps: Sequence[Step], as_json: bool) -> None:
     if as_json:
         print(json.dumps([vars(step) for step in steps], indent=2, allow_nan=False))
         return
-    rows = [("bit", "distance", "closes", "equal sites", "")]
+    rows = [("change", "distance", "closes", "equal sites", "")]
     for step in steps:
-        shown = step.bit or "(start)", f"{step.distance:.3e}", f"{step.closed:.1%}" if step.bit else ""
+        shown = step.change or "(start)", f"{step.distance:.3e}", f"{step.closed:.1%}" if step.change else ""
         rows.append((*shown, f"{step.bitwise} of {step.sites}", step.about))
     print(*table(rows, words=(0, 4)), sep="\n")
     remains = steps[-1].distance / steps[0].distance if steps[0].distance else 0.0

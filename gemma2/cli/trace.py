@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
+from gemma2.checkpoints.hf_config import read_json
 from gemma2.cli.generate import read_prompt
 from gemma2.cli.inspect import size
 from gemma2.cli.options import SOURCE, add_common_options, add_model_options, load_model
-from gemma2.config import read_json
 from gemma2.errors import BadModelFile, ContextOverflow
-from gemma2.generate import Gemma
+from gemma2.gemma import Gemma
 from gemma2.parity.trace import About, TraceWriter, check_target, dtypes
 from gemma2.research.capture import watching
 from gemma2.research.sites import listing

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gemma2.cli.options import SOURCE, add_common_options, add_model_options, load_model
 from gemma2.cli.trace import name_of, versions
 from gemma2.convert import convert
-from gemma2.generate import Gemma
+from gemma2.gemma import Gemma
 from gemma2.load import load
 from gemma2.model import Gemma2
 from gemma2.parity.tolerances import TOLERANCES

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from gemma2.checkpoints.checkpoint import Checkpoint
 from gemma2.errors import BadModelFile, ContextOverflow, NonFiniteError
+from gemma2.numerics import PROFILES, with_numerics
 from gemma2.parity.cases import BEGINS, DIFFERS, Case, run_cases
 from gemma2.parity.compare import LogitsRow, Row, compare, compare_logits, first_to_part, observed, predicted
-from gemma2.parity.numerics import PROFILES, with_numerics
 from gemma2.parity.references import Reference
 from gemma2.parity.references.ourselves import Ourselves
 from gemma2.research.sites import chosen
 
 EQUAL, ROUNDING, DIFFERENCE = "equal to the bit", "rounding", "difference"
 IDS = "ids"
-OURS = "transformers"  # the profile without bits
+OURS = "transformers"  # the profile without changes
 
 
 @dataclass(frozen=True)
@@ -123,18 +123,18 @@ def _checked(ids: Sequence[int], opened: Checkpoint) -> list[int]:
 
 @dataclass(frozen=True)
 class Step:
-    """One bit on the way from one arithmetic to another.
+    """One change on the way from one arithmetic to another.
 
     Attributes:
-        bit: the one that was added to all before it, "gemma_pytorch rope_mul=float32", or after a "-" taken away; ""
+        change: the one that was added to all before it, "gemma_pytorch rope_mul=float32", or after a "-" taken away; ""
             at the start.
         about: in words.
         distance: rms of our logits' distance to the other system's.
-        closed: by how much of the first distance the gap became smaller with this bit.
+        closed: by how much of the first distance the gap became smaller with this change.
         bitwise: sites, of so many, that have the other system's bits.
     """
 
-    bit: str
+    change: str
     about: str
     distance: float
     closed: float
@@ -145,8 +145,8 @@ class Step:
 def explain(
     reference: Reference, opened: Checkpoint, ids: Sequence[int], profile: str, start: str = OURS
 ) -> list[Step]:
-    """Walk from one profile's arithmetic to another's, a bit at a time, and see how much of the gap to a reference each
-    closes. What `start` has of its own is taken away first, last bit first: the way leads over ours.
+    """Walk from one profile's arithmetic to another's, a change at a time, and measure how much of the distance to a
+    reference each explains. The changes of `start` are taken away first, the last one first, until none is left.
 
     Raises:
         ValueError: an unknown profile, or one that does not compute in the reference's dtype.
@@ -164,8 +164,8 @@ def explain(
     other = reference.run(given, names)
     ours = Ourselves(opened, reference.dtype, kinds=reference.kinds)
     steps: list[Step] = []
-    for label, about, way, bits in _walk(start, profile):
-        own = observed(with_numerics(ours.model, way, bits, ours.kinds), given, names)
+    for label, about, way, changes in _walk(start, profile):
+        own = observed(with_numerics(ours.model, way, changes, ours.kinds), given, names)
         apart = own["logits"][-len(other["logits"]) :].double() - other["logits"].double()
         distance = apart.square().mean().sqrt().item()
         if not math.isfinite(distance):
@@ -178,13 +178,13 @@ def explain(
 
 
 def _walk(start: str, end: str) -> Iterator[tuple[str, str, str, list[str]]]:
-    """Each step: the bit that changes, in words, and the profile and bits to compute with then."""
+    """Each step: the change, in words, and the profile and changes to compute with then."""
     first, last = PROFILES[start], PROFILES[end]
-    yield "", "", start, [bit.name for bit in first]
+    yield "", "", start, [change.name for change in first]
     for count in reversed(range(len(first))):
-        yield f"- {start} {first[count].name}", first[count].about, start, [bit.name for bit in first[:count]]
-    for count, bit in enumerate(last, 1):
-        yield f"{end} {bit.name}", bit.about, end, [bit.name for bit in last[:count]]
+        yield f"- {start} {first[count].name}", first[count].about, start, [change.name for change in first[:count]]
+    for count, change in enumerate(last, 1):
+        yield f"{end} {change.name}", change.about, end, [change.name for change in last[:count]]
 
 
 def _same(own: Tensor, other: Tensor) -> bool:

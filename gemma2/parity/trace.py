@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gemma2.atomic import replacing
+from gemma2.checkpoints.hf_config import config_dict, read_config
 from gemma2.checkpoints.weights import refuse_foreign
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile, NonFiniteError
@@ -169,7 +170,7 @@ class TraceWriter:
             "format": FORMAT,
             "system": self.about.system,
             "dtype": self.about.dtype,
-            "config": json.dumps(self.about.config.to_dict()),
+            "config": json.dumps(config_dict(self.about.config)),
             "versions": json.dumps(dict(self.about.versions)),
         }
 
@@ -237,7 +238,7 @@ class Trace:
             raise BadModelFile(f"{self.path}: its metadata do not state {', '.join(missing)}")
         if stated["dtype"] not in STORED:
             raise BadModelFile(f"{self.path}: dtype {stated['dtype'][:50]!r} is not one of {', '.join(STORED)}")
-        config = Gemma2Config.from_dict(self._json("config", stated["config"]), where=f"{self.path}: config")
+        config = read_config(self._json("config", stated["config"]), where=f"{self.path}: config")
         versions = self._json("versions", stated.get("versions", "{}"))
         if not isinstance(versions, dict) or not all(isinstance(value, str) for value in versions.values()):
             raise BadModelFile(f"{self.path}: its versions must be a JSON object of strings")

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import gemma2
 from gemma2 import BadModelFile, ContextOverflow, Gemma, NonFiniteError, Sampling
+from gemma2.checkpoints.hf_config import published_config
 from gemma2.checkpoints.safetensors import SINGLE
 from gemma2.cli import main
 from gemma2.generate import generate_ids
@@ -228,7 +229,7 @@ CALLS: dict[str, tuple[Call, type[Exception], str]] = {
     "device meta": (lambda g: gemma2.load(device=torch.device("meta")), ValueError, "device 'meta' holds no values"),
     "tokenizer": (lambda g: gemma2.load(tokenizer="absent/x.model"), BadModelFile, "absent/x.model: no such file"),
     "model": (lambda g: gemma2.load("absent/x.ckpt"), BadModelFile, "absent/x.ckpt: no such file or folder"),
-    "size": (lambda g: gemma2.Gemma2Config.published("gemma-2-3b"), ValueError, "no published config 'gemma-2-3b'"),
+    "size": (lambda g: published_config("gemma-2-3b"), ValueError, "no published config 'gemma-2-3b'"),
     "cache of nothing": (lambda g: gemma2.HybridCache(g.config, 0, 1), ValueError, "needs at least one row"),
 }
 

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 import gemma2
+from gemma2.checkpoints.hf_config import read_config
 from gemma2.checkpoints.safetensors import SINGLE
 from gemma2.convert import convert
 from tests.conftest import tiny
@@ -237,10 +238,7 @@ def test_a_conversion_takes_less_memory_than_the_model(tmp_path: Path) -> None:
     size |= {"num_hidden_layers": 2, "head_dim": 128, "query_pre_attn_scalar": 128}
     place = shell(tmp_path / "model", **size)
     with torch.device("meta"):
-        shapes = {
-            n: p.shape
-            for n, p in gemma2.Gemma2(gemma2.Gemma2Config.from_file(place / "config.json")).named_parameters()
-        }
+        shapes = {n: p.shape for n, p in gemma2.Gemma2(read_config(place / "config.json")).named_parameters()}
     save_file({name: torch.full(shape, 0.01, dtype=torch.bfloat16) for name, shape in shapes.items()}, place / SINGLE)
     gguf, folder, ckpt = (str(tmp_path / name) for name in ("out.gguf", "out", "out.ckpt"))
     steps = [

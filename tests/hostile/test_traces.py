@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from gemma2 import BadModelFile, Gemma2Config
+from gemma2 import BadModelFile
+from gemma2.checkpoints.hf_config import read_config
 from gemma2.cli import main
 from gemma2.parity.trace import Trace
 from tests.conftest import raw_config, tensors_of, tiny
@@ -46,7 +47,7 @@ def test_the_good_one_is_taken_without_what_is_optional(tmp_path: Path) -> None:
     (tmp_path / "t").write_bytes(save(tensors, about))
     trace = Trace(tmp_path / "t")
     assert trace.ids == IDS and trace.names == [LAST, "logits"] and trace.about.versions == {}
-    assert trace.about.config == Gemma2Config.from_dict(CONFIG) and torch.equal(trace[LAST], tensors[LAST])
+    assert trace.about.config == read_config(CONFIG) and torch.equal(trace[LAST], tensors[LAST])
 
 
 def test_cut_anywhere_it_is_refused(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ from gemma2.model import (
     SoftcapAttention,
     TiedHead,
 )
+from gemma2.numerics import with_numerics
 from gemma2.parity.compare import Row, compare, first_to_part, observed
-from gemma2.parity.numerics import with_numerics
 from gemma2.research.sites import chosen, sites
 from tests.conftest import SHAPES, tiny
 

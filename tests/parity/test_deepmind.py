@@ -16,17 +16,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import gemma2
-from gemma2.parity.numerics import PROFILES, with_numerics
-from gemma2.parity.parts import AttentionInParts, HeadInParts, LinearInParts, ScoresInParts
-from gemma2.parity.profiles import jax
+from gemma2.numerics import PROFILES, with_numerics
+from gemma2.numerics.parts import AttentionInParts, HeadInParts, LinearInParts, ScoresInParts
+from gemma2.numerics.profiles import jax
 from gemma2.parity.trace import Trace
 from gemma2.research.capture import capture
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-BITS = [bit.name for bit in PROFILES["jax"]]
+CHANGES = [change.name for change in PROFILES["jax"]]
 # What bfloat16 hides: these numbers are others in float32 only, or never seen.
 SILENT = {"mask=-2.38e38", "rope_turn=divided", "cap=reciprocal", "tanh=xla"}
-LEFT_OUT: list[tuple[str, ...]] = [(bit,) for bit in BITS if bit not in SILENT | {"softmax=act_dtype"}]
+LEFT_OUT: list[tuple[str, ...]] = [(change,) for change in CHANGES if change not in SILENT | {"softmax=act_dtype"}]
 LEFT_OUT.append(("softmax=act_dtype", "softmax_sum=compiled"))  # the second takes the place of the first
 
 
@@ -64,11 +64,11 @@ def put_in_order(model: gemma2.Gemma2) -> None:
             module.o_proj.product = across_heads
 
 
-def computed(trace: Trace, bits: list[str] | None, ordered: bool = True) -> dict[str, Tensor]:
+def computed(trace: Trace, changes: list[str] | None, ordered: bool = True) -> dict[str, Tensor]:
     model = gemma2.Gemma2(trace.about.config)
     model.load_state_dict(load_file(GOLDEN / "model.safetensors"))
     model.to(getattr(torch, trace.about.dtype)).eval()
-    twin = with_numerics(model, "jax", bits)
+    twin = with_numerics(model, "jax", changes)
     if ordered:
         put_in_order(twin)
     with torch.no_grad(), capture(twin, trace.names) as seen:
@@ -107,7 +107,7 @@ def test_in_bfloat16_every_site_has_googles_bits(narrow: Trace) -> None:
 
 @pytest.mark.parametrize("missing", LEFT_OUT, ids=" and ".join)
 def test_in_bfloat16_no_bit_can_be_left_out(narrow: Trace, missing: tuple[str, ...]) -> None:
-    assert unequal(narrow, computed(narrow, [bit for bit in BITS if bit not in missing]))
+    assert unequal(narrow, computed(narrow, [change for change in CHANGES if change not in missing]))
 
 
 def test_in_bfloat16_torchs_own_products_leave_a_tenth_of_the_distance_at_most(narrow: Trace) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gemma2.checkpoints import ggml
 from gemma2.checkpoints.ggml import TYPES, Scales, dequantize, scales
-from gemma2.parity.profiles.ggml_products import rounded, summed
+from gemma2.numerics.profiles.ggml_products import rounded, summed
 from tests.gguf_files import blocks
 from tests.parity.test_llama_cpp_numerics import fused, nearest, randn
 

@@ -17,9 +17,9 @@ from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile, ContextOverflow, NonFiniteError
 from gemma2.load import POCKET
 from gemma2.model import Gemma2
+from gemma2.numerics import PROFILES
 from gemma2.parity.cases import AGREES, DIFFERS, NOT_RUN, Case, run_cases
 from gemma2.parity.judge import DIFFERENCE, EQUAL, ROUNDING, explain, judge
-from gemma2.parity.numerics import PROFILES
 from gemma2.parity.references import CannotDo, Reference, left_padded, open_reference, spans
 from gemma2.parity.references.ourselves import Ourselves
 from tests.conftest import COMMON, SHAPES, ids, tensors_of, tiny
@@ -430,7 +430,8 @@ def test_more_ids_than_the_context_are_refused(opened: Checkpoint) -> None:
 def test_each_bit_closes_its_part_of_the_gap_and_nothing_remains(opened: Checkpoint) -> None:
     reference = open_reference("self:dtype=bfloat16,numerics=gemma_pytorch", opened.path)
     steps = explain(reference, opened, ROW, "gemma_pytorch")
-    assert [step.bit for step in steps] == ["", *(f"gemma_pytorch {bit.name}" for bit in PROFILES["gemma_pytorch"])]
+    names = [f"gemma_pytorch {change.name}" for change in PROFILES["gemma_pytorch"]]
+    assert [step.change for step in steps] == ["", *names]
     assert steps[0].distance > 0 and steps[-1].distance == 0
     assert sum(step.closed for step in steps) == pytest.approx(1)
     assert steps[-1].bitwise == steps[-1].sites == 2 * 27 + 6 > steps[0].bitwise
@@ -441,8 +442,8 @@ def test_the_walk_from_one_profile_to_another_leads_over_ours(opened: Checkpoint
     reference = open_reference("self:dtype=bfloat16,numerics=litgpt", opened.path)
     steps = explain(reference, opened, ROW, "litgpt", "gemma_pytorch")
     plain = explain(reference, opened, ROW, "litgpt")
-    away = [step for step in steps if step.bit.startswith("- gemma_pytorch ")]
-    assert steps[0].bit == "" and len(steps) == 1 + len(away) + len(plain) - 1
+    away = [step for step in steps if step.change.startswith("- gemma_pytorch ")]
+    assert steps[0].change == "" and len(steps) == 1 + len(away) + len(plain) - 1
     assert away[-1].distance == plain[0].distance, "all taken away, ours is left"
     assert [step.distance for step in steps[len(away) :]] == [step.distance for step in plain]
     assert steps[-1].distance == 0 < steps[0].distance

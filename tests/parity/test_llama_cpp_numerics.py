@@ -15,10 +15,10 @@ from torch import Tensor, nn
 import gemma2
 from gemma2.checkpoints.checkpoint import open_checkpoint
 from gemma2.model import Block
-from gemma2.parity.bits import Kinds, Stored
-from gemma2.parity.numerics import PROFILES, stored_kinds, with_numerics
-from gemma2.parity.profiles import ggml_math
-from gemma2.parity.profiles.ggml_products import rounded, summed
+from gemma2.numerics import PROFILES, stored_kinds, with_numerics
+from gemma2.numerics.changes import Kinds, Stored
+from gemma2.numerics.profiles import ggml_math
+from gemma2.numerics.profiles.ggml_products import rounded, summed
 from tests.conftest import SHARED, ids, tiny
 
 DATA = SHARED / "data" / "parity-model"
@@ -143,10 +143,10 @@ def prompt() -> Tensor:
 
 
 @torch.no_grad()
-def apart(name: str, bits: list[str] | None = None) -> Tensor:
+def apart(name: str, changes: list[str] | None = None) -> Tensor:
     theirs = load_file(DATA / "llama_cpp_logits.safetensors")[name]
     model, kinds = opened(DATA / f"{name}.gguf")
-    return (with_numerics(model, "llama.cpp", bits, kinds)(prompt())[0, -len(theirs) :] - theirs).double()
+    return (with_numerics(model, "llama.cpp", changes, kinds)(prompt())[0, -len(theirs) :] - theirs).double()
 
 
 @shared

@@ -1,4 +1,4 @@
-"""Numerics profiles: every bit bites, the model they start from is left alone, and the peers are met."""
+"""Numerics profiles: every change bites, the model they start from is left alone, and the peers are met."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import gemma2
 from gemma2 import ops
 from gemma2.model import Tap
-from gemma2.parity.bits import Stored
-from gemma2.parity.numerics import PROFILES, with_numerics
-from gemma2.parity.parts import in_parts
-from gemma2.parity.profiles import jax, litgpt
+from gemma2.numerics import PROFILES, with_numerics
+from gemma2.numerics.changes import Stored
+from gemma2.numerics.parts import in_parts
+from gemma2.numerics.profiles import jax, litgpt
 from tests.conftest import SHAPES, SHARED, ids, tiny
 
 DATA = SHARED / "data" / "parity-model"
@@ -46,7 +46,7 @@ def taps(model: gemma2.Gemma2) -> set[str]:
 def test_the_model_in_parts_is_the_model_at_every_place(size: str, dtype: torch.dtype) -> None:
     model = tiny(size).to(dtype)
     plain = seen(model, ids(2, 40))
-    parts = seen(with_numerics(model, "gemma_pytorch", bits=[]), ids(2, 40))
+    parts = seen(with_numerics(model, "gemma_pytorch", changes=[]), ids(2, 40))
     assert plain.keys() <= parts.keys()
     assert all(torch.equal(parts[name], output) for name, output in plain.items())
 
@@ -55,7 +55,7 @@ def test_the_model_in_parts_is_the_model_at_every_place(size: str, dtype: torch.
 def test_the_model_in_parts_decodes_with_a_cache_and_padding_as_the_model_does() -> None:
     model, tokens, positions = tiny(), ids(2, 30), torch.arange(30).expand(2, 30) - torch.tensor([[4], [0]])
     results = []
-    for each in (model, with_numerics(model, "gemma_pytorch", bits=[])):
+    for each in (model, with_numerics(model, "gemma_pytorch", changes=[])):
         cache = gemma2.HybridCache(model.config, 2, 30)
         spans = [slice(0, 20), slice(20, 21), slice(21, 30)]
         results.append(torch.cat([each(tokens[:, s], positions[:, s], cache) for s in spans], dim=1))
@@ -86,13 +86,13 @@ def test_every_tap_exists_and_is_passed_under_every_profile(profile: str) -> Non
     assert all(theirs[name].shape == output.shape for name, output in plain.items())
 
 
-@pytest.mark.parametrize("profile, name", [(profile, bit.name) for profile, bits in PROFILES.items() for bit in bits])
-def test_each_bit_alone_changes_something(profile: str, name: str) -> None:
-    """In float32 or bfloat16, at some place: some bits round only what bfloat16 can lose, or only the hidden scores."""
+@pytest.mark.parametrize("profile, name", [(name, each.name) for name, changes in PROFILES.items() for each in changes])
+def test_each_change_alone_changes_something(profile: str, name: str) -> None:
+    """In float32 or bfloat16, at some place: some round only what bfloat16 can lose, or only hidden scores."""
     for dtype in DTYPES.values():
         model = tiny("27b").to(dtype)
         kinds = {parameter: Stored("F16") for parameter, _ in model.named_parameters()}
-        twin = with_numerics(model, profile, bits=[name], kinds=kinds)
+        twin = with_numerics(model, profile, changes=[name], kinds=kinds)
         plain, theirs = seen(model, ids(1, 60)), seen(twin, ids(1, 60))
         if any(theirs[at].dtype != dtype or not torch.equal(theirs[at], output) for at, output in plain.items()):
             return
@@ -101,16 +101,16 @@ def test_each_bit_alone_changes_something(profile: str, name: str) -> None:
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_bits_are_described_and_named_once(profile: str) -> None:
-    bits = PROFILES[profile]
-    assert len({bit.name for bit in bits}) == len(bits)
-    assert all(bit.about and bit.source and "=" in bit.name for bit in bits)
+    changes = PROFILES[profile]
+    assert len({change.name for change in changes}) == len(changes)
+    assert all(change.about and change.source and "=" in change.name for change in changes)
 
 
 def test_unknown_profiles_and_bits_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"'mlx' is not one of transformers, gemma_pytorch, llama\.cpp"):
         with_numerics(tiny(), "mlx")
-    with pytest.raises(ValueError, match="gemma_pytorch has no bit 'gelu=fp16'; it has rope_mul=float32"):
-        with_numerics(tiny(), "gemma_pytorch", bits=["gelu=fp16"])
+    with pytest.raises(ValueError, match="gemma_pytorch has no change 'gelu=fp16'; it has rope_mul=float32"):
+        with_numerics(tiny(), "gemma_pytorch", changes=["gelu=fp16"])
 
 
 def test_gradients_reach_the_shared_parameters() -> None:
@@ -185,12 +185,12 @@ def test_gemma_pytorch_is_not_met_without_its_rotation(missing: str, dtype: str)
     if (missing, dtype) == ("rope_mul=float32", "float32"):
         pytest.skip("rotation is in float32 already")
     theirs = load_file(DATA / f"gemma_pytorch_{dtype}.safetensors")
-    kept = [bit.name for bit in PROFILES["gemma_pytorch"] if bit.name != missing]
+    kept = [change.name for change in PROFILES["gemma_pytorch"] if change.name != missing]
     ours = google_places(with_numerics(gemma2.load(DATA, dtype=dtype, device="cpu").model, "gemma_pytorch", kept))
     assert not all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("profile", [name for name, bits in PROFILES.items() if bits])
+@pytest.mark.parametrize("profile", [name for name, changes in PROFILES.items() if changes])
 def test_float64_is_refused_by_every_profile_that_rounds(profile: str) -> None:
     with pytest.raises(ValueError, match="no float64 is computed there; use float32 or bfloat16"):
         with_numerics(tiny().double(), profile)

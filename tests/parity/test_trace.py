@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import gemma2
+from gemma2.checkpoints.hf_config import read_config
 from gemma2.cli import main
 from gemma2.cli import trace as command
 from gemma2.load import POCKET
@@ -125,7 +126,7 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 def test_sites_go_to_the_disk_as_they_come_and_none_stays_in_memory(tmp_path: Path) -> None:
-    config = gemma2.Gemma2Config.from_dict(raw_config(num_hidden_layers=25, max_position_embeddings=4096))
+    config = read_config(raw_config(num_hidden_layers=25, max_position_embeddings=4096))
     about, row = About("x", "float32", config), [1] * 3641
     with TraceWriter(tmp_path / "t", about, row, "blocks.*.hook_resid_post", torch.float32) as trace:
         before = resident()

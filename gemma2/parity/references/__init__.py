@@ -12,7 +12,7 @@ from torch import Tensor
 from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile, ContextOverflow
-from gemma2.parity.bits import Kinds
+from gemma2.numerics.changes import Kinds
 
 SPECS = "transformers, llama.cpp, gemma_pytorch:FOLDER, trace:FILE, FILE.safetensors, self:KEY=VALUE,..."
 # Two models that differ in one of these have no site in common. Any other number may differ: that is what comparing is

@@ -22,7 +22,7 @@ from gemma2.checkpoints.google import fused
 from gemma2.checkpoints.weights import build
 from gemma2.config import LOCAL
 from gemma2.errors import BadModelFile
-from gemma2.parity.bits import Kinds
+from gemma2.numerics.changes import Kinds
 from gemma2.parity.references import CannotDo, check_row, check_sites, spans
 from gemma2.parity.references.hooks import COMMON, INPUT, OUTPUT, as_site, in_layers, watching
 

@@ -24,8 +24,8 @@ from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gemma2.checkpoints.export import layout_for, write
 from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.errors import BadModelFile
-from gemma2.parity.bits import Kinds
-from gemma2.parity.numerics import stored_kinds
+from gemma2.numerics import stored_kinds
+from gemma2.numerics.changes import Kinds
 from gemma2.parity.references import CannotDo, check_row, check_sites, spans
 from gemma2.research.sites import LAYER
 from gemma2.research.sites import sites as all_sites

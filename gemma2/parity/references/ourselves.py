@@ -17,8 +17,8 @@ from gemma2.checkpoints.checkpoint import Checkpoint
 from gemma2.checkpoints.weights import TARGETS, build, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.model import Gemma2
-from gemma2.parity.bits import Kinds, Stored
-from gemma2.parity.numerics import GGML, stored_kinds, with_numerics
+from gemma2.numerics import GGML, stored_kinds, with_numerics
+from gemma2.numerics.changes import Kinds, Stored
 from gemma2.parity.references import check_row, check_sites, left_padded, open_local, spans
 from gemma2.research.capture import capture
 from gemma2.research.sites import sites as all_sites
@@ -54,7 +54,7 @@ class Ourselves:
 
     Args:
         dtype: default the checkpoint's, and float32 for a GGUF under llama.cpp's numerics, which dequantises to that.
-        numerics: a profile of `gemma2/parity/numerics.py`; default the model as it is.
+        numerics: a profile of `gemma2/numerics/__init__.py`; default the model as it is.
         kinds: how llama.cpp's numerics take each parameter to be stored; default as the checkpoint has it, or as its
             dtype is called in ggml.
     Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from gemma2.checkpoints.weights import TARGETS
-from gemma2.parity.bits import Kinds
+from gemma2.numerics.changes import Kinds
 from gemma2.parity.references import CannotDo, Reference, check_sites
 from gemma2.parity.trace import Trace
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from gemma2.checkpoints.checkpoint import Checkpoint
 from gemma2.checkpoints.gguf_weights import GGUFWeights
+from gemma2.checkpoints.hf_config import config_dict, read_config
 from gemma2.checkpoints.weights import EMBEDDING, HEAD, build
-from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
-from gemma2.parity.bits import Kinds
+from gemma2.numerics.changes import Kinds
 from gemma2.parity.references import check_row, check_sites, left_padded, spans
 from gemma2.parity.references.hooks import COMMON, OUTPUT, as_site, in_layers, watching
 
@@ -76,7 +76,7 @@ class Transformers:
                 layer.self_attn.add_module(f"observed_{name}", nn.Identity())
         self.system = f"transformers {transformers.__version__} eager"
         self.dtype = dtype
-        self.config = Gemma2Config.from_dict(self._peer.config.to_dict(), self.system)
+        self.config = read_config(self._peer.config.to_dict(), self.system)
         self.versions: Mapping[str, str] = {"transformers": transformers.__version__, "torch": torch.__version__}
         self._places = in_layers(PLACES, self.config.num_hidden_layers)
         self.sites = frozenset((*self._places, "logits"))
@@ -135,7 +135,7 @@ def _loaded(opened: Checkpoint, dtype: torch.dtype) -> Any:
     if opened.form == "safetensors" and path.is_dir():
         source = path
     else:
-        stated = opened.config.to_dict()
+        stated = config_dict(opened.config)
         options["config"] = transformers.Gemma2Config(
             **{name: value for name, value in stated.items() if name not in ("model_type", "architectures")}
         )

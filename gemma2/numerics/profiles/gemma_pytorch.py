@@ -7,8 +7,8 @@ from torch import Tensor
 
 from gemma2 import ops
 from gemma2.model import Rotation
-from gemma2.parity.bits import Bit, replacing
-from gemma2.parity.parts import AttentionInParts, ScoresInParts
+from gemma2.numerics.changes import Change, replacing
+from gemma2.numerics.parts import AttentionInParts, ScoresInParts
 
 HIDDEN = -2.3819763e38  # what masked scores are added to: not quite the lowest bfloat16
 
@@ -39,26 +39,26 @@ def masked(scores: Tensor, visible: Tensor) -> Tensor:
     return scores + torch.where(visible, 0.0, HIDDEN)
 
 
-BITS = (
-    Bit(
+CHANGES = (
+    Change(
         "rope_mul=float32",
         "rotation is computed in float32 and rounded once; transformers rounds cosines, sines, products and sum",
         "apply_rotary_emb",
         replacing(AttentionInParts, rotated=rotated_wide),
     ),
-    Bit(
+    Change(
         "rope_turn=polar",
         "cosines and sines are those of torch.polar, an ulp from torch.cos and torch.sin here and there",
         "precompute_freqs_cis",
         replacing(AttentionInParts, turns=polar_turns),
     ),
-    Bit(
+    Change(
         "q_scale=before",
         "rotated queries are scaled, and rounded, before they meet the keys; transformers scales the products",
         "GemmaAttention.forward, q.mul_(self.scaling)",
         replacing(ScoresInParts, scaled_queries=scaled_queries, scaled_scores=unscaled_scores),
     ),
-    Bit(
+    Change(
         "mask=-2.38e38",
         "the mask is a float32 number that is added, so scores become float32; transformers fills in a lowest",
         "GemmaForCausalLM.generate, mask_tensor",

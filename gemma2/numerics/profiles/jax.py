@@ -1,7 +1,7 @@
 """google-deepmind/gemma 3.3.0: gemma/gm/nn and gemma/gm/math.
 
 The operations as they are written, each rounded to its own dtype, and what XLA leaves out of that when it compiles the
-whole, as Google's `Transformer` always is (`nn.jit`): the bits named `=compiled`. Without these two the profile is
+whole, as Google's `Transformer` always is (`nn.jit`): the changes named `=compiled`. Without these two the profile is
 JAX with compilation off, operation by operation.
 
 Measured against Google's own module with jax 0.10.2 on a processor, in bfloat16, 64 ids and a window of 16, shapes like
@@ -10,8 +10,8 @@ library (YNNPACK) that sums them in an order of its own, another for another sha
 instead, it sums in the order of k (in blocks where k is long), and with products summed in that order here too all
 sites of Google's run are met to the bit (tests/parity/test_deepmind.py), but for one attention weight of 131,072 in the
 shape of 9B, 2e-9 off. In float32, reciprocal roots, powers, cosines and the order in which norms and softmax sum are
-XLA's own, an ulp or a few off, and no bit here follows them: caps, products in that order and, not compiled, GELU are
-met. The vocabulary of Google's files has 128 rows more, all unused.
+XLA's own, an ulp or a few off, and no change here follows them: caps, products in that order and, not compiled, GELU
+are met. The vocabulary of Google's files has 128 rows more, all unused.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor
 
 from gemma2 import ops
 from gemma2.model import Rotation
-from gemma2.parity.bits import Bit, replacing
-from gemma2.parity.parts import AttentionInParts, CapInParts, MLPInParts, NormInParts, ScoresInParts
-from gemma2.parity.profiles.gemma_pytorch import HIDDEN, rotated_wide, unscaled_scores
-from gemma2.parity.profiles.litgpt import gain
+from gemma2.numerics.changes import Change, replacing
+from gemma2.numerics.parts import AttentionInParts, CapInParts, MLPInParts, NormInParts, ScoresInParts
+from gemma2.numerics.profiles.gemma_pytorch import HIDDEN, rotated_wide, unscaled_scores
+from gemma2.numerics.profiles.litgpt import gain
 
 # Between these two the ratio is taken; below the first tanh(x) is x.
 TANH_START, TANH_END = 0.0004, 7.99881172180175781
@@ -118,76 +118,76 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     return gate * (like(gate, 0.5) * (like(gate, 1.0) + tanh(inner))) * up
 
 
-BITS = (
-    Bit(
+CHANGES = (
+    Change(
         "norm_compute=act_dtype",
         "squares, their mean, its root and the product are each rounded to the activations' dtype; "
         "transformers computes them in float32",
         "_layers.py, RMSNorm.__call__",
         replacing(NormInParts, inverse_scale=inverse_scale, normalized=normalized),
     ),
-    Bit(
+    Change(
         "norm_1p=param_dtype",
         "1 + w is rounded to the weights' dtype; transformers adds in float32",
         "_layers.py, RMSNorm.__call__",
         replacing(NormInParts, gain=gain),
     ),
-    Bit(
+    Change(
         "rope_turn=divided",
         "angles are positions over theta ** (2i/c); transformers multiplies with the reciprocal",
         "_positional_embeddings.py, apply_rope",
         replacing(AttentionInParts, turns=divided_turns),
     ),
-    Bit(
+    Change(
         "rope_mul=float32",
         "rotation is computed in float32 and rounded once; transformers rounds cosines, sines, products and sum",
         "_positional_embeddings.py, apply_rope",
         replacing(AttentionInParts, rotated=rotated_wide),
     ),
-    Bit(
+    Change(
         "q_scale=before_rounded",
         "rotated queries are scaled by a number rounded to their dtype (27B in bfloat16: 0.0835 for 1/12)",
         "_modules.py, Attention.__call__",
         replacing(ScoresInParts, scaled_queries=scaled_queries, scaled_scores=unscaled_scores),
     ),
-    Bit(
+    Change(
         "mask=-2.38e38",
         "hidden scores become that number, in their own dtype; transformers fills in the dtype's lowest",
         "_modules.py, K_MASK",
         replacing(ScoresInParts, masked=masked),
     ),
-    Bit(
+    Change(
         "softmax=act_dtype",
         "powers, their sum and the quotient are each rounded to the scores' dtype, subnormal ones to 0; transformers "
         "computes in float32",
         "_modules.py, jax.nn.softmax",
         replacing(ScoresInParts, softmaxed=softmaxed),
     ),
-    Bit(
+    Change(
         "gelu=act_dtype",
         "every operation of GELU is rounded to the activations' dtype, and tanh is XLA's; torch rounds once",
         "_modules.py, nn.gelu",
         replacing(MLPInParts, gated=gated),
     ),
-    Bit(
+    Change(
         "cap=reciprocal",
         "caps multiply by 1 / cap, rounded to float32, as XLA rewrites the division; transformers divides by the cap",
         "_modules.py, Attention.__call__; _transformer.py, Transformer.__call__; XLA's algebraic simplifier",
         replacing(CapInParts, divided=divided),
     ),
-    Bit(
+    Change(
         "tanh=xla",
         "the caps' tanh is XLA's, a ratio of polynomials in float32, up to 4.3 ulp off",
         "_modules.py, Attention.__call__; _transformer.py, Transformer.__call__; XLA, tanh in float32",
         replacing(CapInParts, tanh=tanh),
     ),
-    Bit(
+    Change(
         "norm_sum=compiled",
         "compiled, XLA leaves out one rounding of the norm: squares are summed as they are in float32",
         "_layers.py, RMSNorm.__call__, under the nn.jit of _transformer.py",
         replacing(NormInParts, inverse_scale=inverse_scale_compiled),
     ),
-    Bit(
+    Change(
         "softmax_sum=compiled",
         "compiled, XLA sums the powers as they are in float32, and multiplies by the sum's reciprocal in float32",
         "_modules.py, jax.nn.softmax, under the nn.jit of _transformer.py",

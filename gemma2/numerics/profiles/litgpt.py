@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from gemma2.model import Gemma2
-from gemma2.parity.bits import Bit, Kinds, replacing
-from gemma2.parity.parts import AttentionInParts, NormInParts, ScoresInParts
-from gemma2.parity.profiles.gemma_pytorch import rotated_wide
-from gemma2.parity.profiles.llama_cpp import masked as hidden_by_infinity
+from gemma2.numerics.changes import Change, Kinds, replacing
+from gemma2.numerics.parts import AttentionInParts, NormInParts, ScoresInParts
+from gemma2.numerics.profiles.gemma_pytorch import rotated_wide
+from gemma2.numerics.profiles.llama_cpp import masked as hidden_by_infinity
 
 
 def gain(weight: Tensor) -> Tensor:
@@ -28,20 +28,20 @@ def add_masks(model: Gemma2, kinds: Kinds) -> None:
             module.attend.masked = hidden_by_sum if module.window is None else hidden_by_infinity
 
 
-BITS = (
-    Bit(
+CHANGES = (
+    Change(
         "norm_1p=param_dtype",
         "1 + w is rounded to the weights' dtype; transformers adds in float32",
         "RMSNorm.forward",
         replacing(NormInParts, gain=gain),
     ),
-    Bit(
+    Change(
         "rope_mul=float32",
         "rotation is computed in float32 and rounded once; transformers rounds cosines, sines, products and sum",
         "apply_rope",
         replacing(AttentionInParts, rotated=rotated_wide),
     ),
-    Bit(
+    Change(
         "mask=added",
         "global layers add the lowest finite number to hidden scores, local ones minus infinity; transformers fills in",
         "CausalSelfAttention.forward and scaled_dot_product_attention",

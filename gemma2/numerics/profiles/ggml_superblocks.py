@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gemma2.checkpoints.ggml import Scales
-from gemma2.parity.profiles.ggml_math import f32, fma, halved_sum
+from gemma2.numerics.profiles.ggml_math import f32, fma, halved_sum
 
 BLOCK, LANES = 256, 8
 TILE = 8  # rows from which on there are tiles

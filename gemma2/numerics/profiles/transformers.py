@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from gemma2.parity.bits import Bit
+from gemma2.numerics.changes import Change
 
-BITS: tuple[Bit, ...] = ()
+CHANGES: tuple[Change, ...] = ()

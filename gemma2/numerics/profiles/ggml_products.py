@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from gemma2.checkpoints.ggml import Scales
-from gemma2.parity.profiles.ggml_math import f32, fma, lane_product, over
-from gemma2.parity.profiles.ggml_superblocks import TILE, summed_apart, summed_by_block, summed_in_lanes
+from gemma2.numerics.profiles.ggml_math import f32, fma, lane_product, over
+from gemma2.numerics.profiles.ggml_superblocks import TILE, summed_apart, summed_by_block, summed_in_lanes
 
 # ggml-cpu.c, type_traits_cpu: what the activations become. Q8_K for all other types.
 PARTNERS = {"F32": "F32", "F16": "F16", "BF16": "BF16", "Q4_1": "Q8_1", "Q5_1": "Q8_1"} | dict.fromkeys(

@@ -29,9 +29,8 @@ Kinds = Mapping[str, Stored]  # parameter name -> how it is stored
 
 
 @dataclass(frozen=True)
-class Bit:
-    """`apply` changes a model `in_parts`, each bit parts of its own or in the profile's order, so that any of them can
-    be applied alone."""
+class Change:
+    """One named change. `apply` makes it in a model `in_parts`; any change of a profile can be applied alone."""
 
     name: str
     about: str

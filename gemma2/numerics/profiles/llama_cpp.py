@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from gemma2.checkpoints.weights import EMBEDDING
 from gemma2.model import Gemma2, Rotation
-from gemma2.parity.bits import Bit, Kinds, replacing
-from gemma2.parity.parts import (
+from gemma2.numerics.changes import Change, Kinds, replacing
+from gemma2.numerics.parts import (
     AttentionInParts,
     CapInParts,
     EmbeddingInParts,
@@ -25,9 +25,9 @@ from gemma2.parity.parts import (
     NormInParts,
     ScoresInParts,
 )
-from gemma2.parity.profiles.gemma_pytorch import scaled_queries, unscaled_scores
-from gemma2.parity.profiles.ggml_math import exp, f32, fma, halved_sum, lane_product, over, tanh
-from gemma2.parity.profiles.ggml_products import partner, rounded, summed
+from gemma2.numerics.profiles.gemma_pytorch import scaled_queries, unscaled_scores
+from gemma2.numerics.profiles.ggml_math import exp, f32, fma, halved_sum, lane_product, over, tanh
+from gemma2.numerics.profiles.ggml_products import partner, rounded, summed
 
 
 def wide_rows(rows: Tensor) -> Tensor:
@@ -122,80 +122,80 @@ def sum_in_lanes(model: Gemma2, kinds: Kinds) -> None:
     replacing(ScoresInParts, product=matched_in_lanes, mixed=mixed_in_lanes)(model, kinds)
 
 
-BITS = (
-    Bit(
+CHANGES = (
+    Change(
         "stream=float32",
         "activations are float32 from the embedding on, whatever the weights are stored in",
         "ggml.c, ggml_get_rows",
         replacing(EmbeddingInParts, stream=wide_rows),
     ),
-    Bit(
+    Change(
         "embed_scale=float32",
         "the embedding is scaled by sqrt(d) in float32; transformers rounds the scale to the weights' dtype",
         "gemma2.cpp, ggml_scale(inpL, sqrtf(n_embd))",
         replacing(EmbeddingInParts, rounded_scale=unrounded_scale),
     ),
-    Bit(
+    Change(
         "gelu=float16",
         "GELU is looked up in a table over float16, so its input and output are rounded to that; 0 and x beyond +-10",
         "ggml-cpu/vec.h, ggml_vec_geglu_f32",
         replacing(MLPInParts, gated=gated_by_table),
     ),
-    Bit(
+    Change(
         "activations=partner",
         "what meets a weight is first rounded to the weight type's partner: float16, bfloat16, or 8 bits in blocks",
         "ggml-cpu/ggml-cpu.c, type_traits_cpu[].vec_dot_type",
         round_activations,
     ),
-    Bit(
+    Change(
         "sums=lanes",
         "products are summed in float32 in the lanes of a vector unit, whole blocks of 8-bit products at a time",
         "ggml-cpu/llamafile/sgemm.cpp, ggml-cpu/tiled/tiled-kernel.cpp, ggml-cpu/vec.cpp",
         sum_in_lanes,
     ),
-    Bit(
+    Change(
         "norm_sum=float64",
         "squares are summed in float64, and the root is one float32 division",
         "ggml-cpu/ops.cpp, ggml_compute_forward_rms_norm_f32",
         replacing(NormInParts, inverse_scale=inverse_scale),
     ),
-    Bit(
+    Change(
         "rope_turn=recurrence",
         "a pair's angle is the one before it times theta ** (-2/c) in float32; transformers takes each power anew",
         "ggml-cpu/ops.cpp, ggml_rope_cache_init",
         replacing(AttentionInParts, turns=recurrent_turns),
     ),
-    Bit(
+    Change(
         "rope_mul=fused",
         "rotation is in float32, and one of its two products is not rounded",
         "ggml-cpu/ops.cpp, rotate_pairs",
         replacing(AttentionInParts, rotated=rotated_fused),
     ),
-    Bit(
+    Change(
         "q_scale=before",
         "rotated queries are scaled before they meet the keys; transformers scales the products",
         "gemma2.cpp, ggml_scale(Qcur, f_attention_scale)",
         replacing(ScoresInParts, scaled_queries=scaled_queries, scaled_scores=unscaled_scores),
     ),
-    Bit(
+    Change(
         "cap=reciprocal",
         "caps multiply by 1 / cap, rounded to float32; transformers divides by the cap",
         "gemma2.cpp and llama-graph.cpp, ggml_scale(1.0f / softcapping)",
         replacing(CapInParts, divided=divided),
     ),
-    Bit(
+    Change(
         "tanh=glibc",
         "tanh is the C library's tanhf, up to 2 ulp off",
         "ggml-cpu/unary-ops.cpp, op_tanh; glibc 2.36, s_tanhf.c",
         replacing(CapInParts, tanh=tanh_of_c),
     ),
-    Bit(
+    Change(
         "mask=-inf",
         "masked scores are minus infinity; transformers fills in the lowest finite number",
         "llama-graph.cpp, attn_inp_kq_mask",
         replacing(ScoresInParts, masked=masked),
     ),
-    Bit(
+    Change(
         "softmax=ggml",
         "softmax has its own exp, sums of 16 in float32, and a sum of those in float64",
         "ggml-cpu/vec.cpp, ggml_vec_soft_max_f32",
