@@ -6,11 +6,11 @@ from gemma2.config import Gemma2Config
 from gemma2.convert import convert
 from gemma2.errors import BadModelFile, ContextOverflow, NonFiniteError
 from gemma2.gemma import Gemma
-from gemma2.generate import Stats
 from gemma2.inspect import inspect
 from gemma2.load import load
 from gemma2.model import Gemma2
 from gemma2.sampling import Sampling
+from gemma2.stats import Stats
 from gemma2.tokenizer import Tokenizer
 
 __all__ = [

@@ -1,69 +1,105 @@
 """The key/value cache. The caller owns it and passes it in; the model keeps nothing.
 
-A local layer needs only the last `window` positions, so it holds a ring of exactly that many slots; a global layer
-holds the whole capacity. Each slot carries the position it belongs to (empty: -1), and `ops.visible` does the rest:
-no mask depends on how slots are arranged.
+A column is one step of the batch: the tokens of all rows that stand in the same place, padding included. A position
+counts a row's own tokens, so in a row without padding the two are equal. A local layer needs only the last `window`
+columns, so it holds a ring of that many slots (and `slack` more); a global layer holds the whole capacity. Each slot
+carries the position of what it holds (empty: -1), and `ops.visible` does the rest: no mask depends on the order of
+slots.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from gemma2.config import Gemma2Config
 from gemma2.errors import ContextOverflow
+from gemma2.tokens import check_fit, check_positions
 
 EMPTY = -1  # the position of a slot that holds nothing; padding has negative positions too
-BROKEN = -1  # the length of a layer whose write was interrupted
+
+Held = tuple[Tensor, Tensor, Tensor]  # keys [b s g c], values [b s g c], positions [b s]
+
+
+class LayerStore(Protocol):
+    """What attention asks of the cache of one layer."""
+
+    def update(self, keys: Tensor, values: Tensor, positions: Tensor) -> Held:
+        """Store t new columns; return the keys, values and positions that the t queries attend over."""
+
+
+class Cache(Protocol):
+    """What the model and the generation loop ask of a cache. `HybridCache` is one; anything that has these serves."""
+
+    capacity: int  # columns that fit
+
+    @property
+    def length(self) -> int: ...  # columns held
+
+    @property
+    def layers(self) -> Sequence[LayerStore]: ...
+
+    def next_positions(self, tokens: Tensor, given: Tensor | None = None) -> Tensor:
+        """The positions [b t] of tokens [b t]: those given, or the ones that follow. Refuses what would not fit."""
 
 
 class LayerCache:
-    """Keys and values of one layer: slot = column % slots, where columns count the tokens fed so far."""
+    """Keys and values of one layer: slot = column % slots. Their dtype, device and heads are those of the first keys
+    and values it is given."""
 
-    def __init__(self, batch: int, slots: int, config: Gemma2Config, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (batch, slots, config.num_key_value_heads, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [b s g c], rotated
-        self.values = torch.zeros(shape, dtype=dtype, device=device)  # [b s g c]
-        self.positions = torch.full((batch, slots), EMPTY, dtype=torch.int32, device=device)  # [b s]
-        self.slots = slots
+    def __init__(self, slots: int, window: int | None) -> None:
+        self.slots, self.window = slots, window or slots
+        self.reset()
+
+    def reset(self) -> None:
         self.length = 0  # columns written so far
+        self.broken = False  # while a write is under way, and after one that was interrupted
+        self.keys, self.values, self.positions = torch.empty(3, 0)  # until the first pass: [b s g c] twice, [b s]
 
-    def update(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Store t new columns; return the keys, values and positions that the t queries attend over."""
-        self._refuse_misfit(keys, positions)
+    def update(self, keys: Tensor, values: Tensor, positions: Tensor) -> Held:
+        new = (keys, values, positions.to(torch.int32))
+        if not len(self.keys):
+            shape = (len(keys), self.slots)
+            self.keys, self.values = (x.new_zeros(*shape, *x.shape[2:]) for x in (keys, values))
+            self.positions = new[2].new_full(shape, EMPTY)
+        stored = (self.keys, self.values, self.positions)
+        check_fit(stored, new)
         start, t = self.length, positions.shape[1]
-        slots = (self.keys, self.values, self.positions)
-        new = (keys, values, positions.to(self.positions.dtype))
-        # A write may evict slots that a chunk's first queries still see, so a chunk is joined before it is written.
-        held = [slot[:, : min(start, self.slots)] for slot in slots]  # until the ring wraps, the rest is empty
-        seen = [torch.cat(pair, dim=1) for pair in zip(held, new, strict=True)] if t > 1 else None
+        # Two things are lost by a write: old keys that this pass's first queries still see, and gradients, which slots
+        # do not carry. Then the queries get what is held and what is new, joined, and not the slots.
+        lossless = start + t <= self.slots or t <= self.slots - self.window + 1
+        joined = None
+        if keys.requires_grad or values.requires_grad or not lossless:
+            joined = [torch.cat((old[:, :start], x), dim=1) for old, x in zip(stored, new, strict=True)]
         kept = min(t, self.slots)
         where = torch.arange(start + t - kept, start + t, device=keys.device) % self.slots
-        self.length = BROKEN
-        for slot, fresh in zip(slots, new, strict=True):
-            slot.index_copy_(1, where, fresh[:, -kept:].detach())
-        self.length = start + t
-        # One token evicts only what it does not see, so it reads the slots themselves, without a copy.
-        k, v, p = seen or [slot[:, : min(start + t, self.slots)] for slot in slots]
+        self.broken = True
+        for old, x in zip(stored, new, strict=True):
+            old.index_copy_(1, where, x[:, -kept:].detach())
+        self.length, self.broken = start + t, False
+        k, v, p = joined or [old[:, : self.length] for old in stored]  # beyond the slots a slice ends with them
         return k, v, p
 
-    def _refuse_misfit(self, keys: Tensor, positions: Tensor) -> None:
-        """Before anything is written: what would fail halfway."""
-        if (keys.dtype, keys.device.type) != (self.keys.dtype, self.keys.device.type):
-            raise ValueError(
-                f"the cache is {self.keys.dtype} on {self.keys.device.type}, the model computes {keys.dtype} on "
-                f"{keys.device.type}: make it with the model's dtype and device"
-            )
-        if positions.shape != keys.shape[:2]:
-            raise ValueError(f"positions {list(positions.shape)} are not one for each token {list(keys.shape[:2])}")
+    def last_positions(self) -> Tensor | None:
+        """The position [b] in the last column, or None in an empty cache."""
+        return self.positions[:, (self.length - 1) % self.slots] if self.length else None
 
-    def truncate(self, length: int) -> None:
-        self.positions[:, length:] = EMPTY
+    def can_forget(self, length: int) -> bool:
+        """Whether all that a query in column `length` sees is still held."""
+        return self.length <= self.slots or length - self.window + 1 >= self.length - self.slots
+
+    def forget(self, length: int) -> None:
+        """Empty the slots of all columns from `length` on."""
+        for column in range(max(length, self.length - self.slots), self.length):
+            self.positions[:, column % self.slots] = EMPTY
         self.length = length
 
 
 class HybridCache:
-    """One `LayerCache` a layer: rings of `window` slots for local layers, `capacity` slots for global ones.
+    """One `LayerCache` a layer: rings of `window + slack` slots for local layers, `capacity` slots for global ones.
 
     Padding goes on the left: a ring forgets by column, so padding after real tokens would push some of them out. What
     is stored is detached: gradients flow through the tokens of one pass, not into earlier ones.
@@ -72,23 +108,18 @@ class HybridCache:
         config: the model's architecture.
         batch: rows.
         capacity: most columns (tokens, padding included) that can be fed.
-        dtype, device: the model's.
+        slack: columns that `rollback` can take back after a ring has wrapped.
     """
 
-    def __init__(
-        self,
-        config: Gemma2Config,
-        batch: int,
-        capacity: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if batch < 1 or capacity < 1:
-            raise ValueError(f"a cache needs at least one row and one position, not {batch} x {capacity}")
-        self.batch, self.capacity, self.window = batch, capacity, config.sliding_window
+    def __init__(self, config: Gemma2Config, batch: int, capacity: int, slack: int = 0) -> None:
+        if batch < 1 or capacity < 1 or slack < 0:
+            raise ValueError(
+                f"a cache needs at least one row, one column and no negative slack, not {batch}, {capacity}, {slack}"
+            )
+        self.batch, self.capacity, self.slack = batch, capacity, slack
         windows = [config.window(i) for i in range(config.num_hidden_layers)]
         self.layers = [
-            LayerCache(batch, min(window or capacity, capacity), config, dtype, torch.device(device))
+            LayerCache(min(capacity, window + slack if window else capacity), window and min(window, capacity))
             for window in windows
         ]
 
@@ -96,64 +127,73 @@ class HybridCache:
     def length(self) -> int:
         """Columns fed so far. Raises RuntimeError when an interrupted pass left the layers out of step; a pass that was
         interrupted after its last layer has fed its columns, and they count here."""
-        lengths = {layer.length for layer in self.layers}
-        if len(lengths) > 1 or BROKEN in lengths:
-            raise RuntimeError("the cache was left half-written by an interrupted forward pass: call reset()")
-        return lengths.pop()
+        length = self.layers[0].length
+        for layer in self.layers:  # compared, not hashed: torch.compile would pin the number
+            if layer.broken or layer.length != length:
+                raise RuntimeError("the cache was left half-written by an interrupted forward pass: call reset()")
+        return length
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values (positions add 4 a slot)."""
+        """Bytes held by keys and values (positions add 4 a slot); 0 before the first pass."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
 
-    def next_positions(self, batch: int, t: int) -> Tensor:
-        """Positions [b t] of the next t columns, for rows without padding. Raises before anything is computed.
+    def next_positions(self, tokens: Tensor, given: Tensor | None = None) -> Tensor:
+        """The positions [b t] of tokens [b t]: those given, or each row's next ones. Nothing is computed before this.
 
         Raises:
             ContextOverflow: the columns do not fit.
-            ValueError: the batch is not the cache's.
+            ValueError: the batch is not the cache's; or positions that do not rise by one in a row, as with padding
+                after its tokens: a ring would forget the wrong keys.
         """
-        start = self.length
+        (batch, t), start = tokens.shape, self.length
         if batch != self.batch:
             raise ValueError(f"the cache holds {self.batch} rows, the tokens have {batch}")
         if start + t > self.capacity:
             raise ContextOverflow(
-                f"cache full: {start} positions held and {t} new exceed its capacity of {self.capacity}"
+                f"cache full: {start} columns held and {t} new exceed its capacity of {self.capacity}"
             )
-        return torch.arange(start, start + t, device=self.layers[0].keys.device).expand(batch, t)
+        last = self.layers[0].last_positions()
+        before = torch.full((batch, 1), EMPTY, device=tokens.device) if last is None else last[:, None].long()
+        if given is None:
+            return before.to(tokens.device) + 1 + torch.arange(t, device=tokens.device)
+        check_positions(given, tokens, before, start)
+        return given
 
     def rollback(self, length: int) -> None:
         """Forget all columns from `length` on, exactly as if they had never been fed.
 
         Raises:
-            ValueError: `length` is negative or beyond what is held, or a ring has wrapped: what it overwrote is gone.
+            ValueError: `length` is negative or beyond what is held, or a ring has wrapped and overwritten what the next
+                token would see; `slack` columns can be taken back then.
         """
         held = self.length
         if not 0 <= length <= held:
-            raise ValueError(f"cannot roll back to {length}: the cache holds {held} positions")
-        if length < held and held > min(layer.slots for layer in self.layers):
+            raise ValueError(f"cannot roll back to {length}: the cache holds {held} columns")
+        if length < held and not all(layer.can_forget(length) for layer in self.layers):
             raise ValueError(
-                f"cannot roll back to {length}: {held} positions have wrapped the local layers' ring of "
-                f"{self.window}; reset() and feed the prefix again"
+                f"cannot roll back to {length}: {held} columns have wrapped the local layers' rings, which can take "
+                f"back {self.slack} (slack); reset() and feed the prefix again"
             )
         for layer in self.layers:
-            layer.truncate(length)
+            layer.forget(length)
 
     def reset(self) -> None:
-        """Empty the cache, also after an interrupted pass."""
+        """Empty the cache, also after an interrupted pass; it then takes keys of any dtype again."""
         for layer in self.layers:
-            layer.truncate(0)
+            layer.reset()
 
 
 class NoCache:
     """What the model uses when the caller passes no cache: the queries attend over this pass's own keys."""
 
-    def __init__(self, config: Gemma2Config, device: torch.device) -> None:
-        self.layers = [self] * config.num_hidden_layers
-        self.device = device
+    def __init__(self, config: Gemma2Config) -> None:
+        self.layers: Sequence[LayerStore] = [self] * config.num_hidden_layers  # none holds anything, so one serves all
 
-    def next_positions(self, batch: int, t: int) -> Tensor:
-        return torch.arange(t, device=self.device).expand(batch, t)
+    def next_positions(self, tokens: Tensor, given: Tensor | None = None) -> Tensor:
+        if given is not None:
+            return given
+        return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
 
-    def update(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, positions: Tensor) -> Held:
         return keys, values, positions

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from gemma2.tokenizer import Tokenizer, check_text
 
 
-def checked_stops(stop: str | Sequence[str]) -> list[str]:
+def parse_stops(stop: str | Sequence[str]) -> list[str]:
     """One stop string or several as a list. Raises ValueError for one that is empty or no text."""
+    if not isinstance(stop, str | list | tuple | set | frozenset):
+        raise ValueError(f"stop must be a string or several, not {type(stop).__name__}")
     stops = [stop] if isinstance(stop, str) else list(stop)
     for text in stops:
         check_text(text)
@@ -44,7 +46,7 @@ class Detokenizer:
         return rest
 
     def _release(self) -> str:
-        found = [place for text in self.stop if (place := self._held.find(text)) >= 0]
+        found = [start for text in self.stop if (start := self._held.find(text)) >= 0]
         if found:
             self.finish_reason, text = "stop", self._held[: min(found)]
             self._held, self._undecoded = "", []

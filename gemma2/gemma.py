@@ -4,21 +4,52 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack, overload
 
 import torch
 
+from gemma2.cache import Cache
 from gemma2.chat import chat_ids
+from gemma2.checks import check_count
 from gemma2.config import Gemma2Config
-from gemma2.detokenizer import Detokenizer, checked_stops
-from gemma2.generate import Stats, generate_ids
+from gemma2.detokenizer import Detokenizer, parse_stops
+from gemma2.generate import Feed, Processor, generate_ids
 from gemma2.model import Gemma2
-from gemma2.sampling import Sampling, checked_count, make_generator
+from gemma2.sampling import Sampling, make_generator
+from gemma2.stats import Stats
 from gemma2.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 256
-
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+# What transformers calls otherwise, for whoever tries it here.
+ELSEWHERE = {
+    "do_sample": "temperature above 0 samples",
+    "max_length": "max_new_tokens counts the new tokens",
+    "stop_strings": "use stop",
+    "logits_processor": "use processors",
+    "past_key_values": "use cache",
+    "streamer": "use stream()",
+    "num_beams": "there is no beam search",
+}
+Prompt = str | Sequence[int]  # text, or token ids (with their BOS)
 Conversation = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}, see `chat_ids`
+
+
+class Options(TypedDict, total=False):
+    """What `Gemma.generate`, `stream`, `chat` and `stream_chat` take; `Gemma.generate` says what each means."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | torch.Generator | None
+    stop: str | Sequence[str]
+    special: bool
+    processors: Sequence[Processor]
+    cache: Cache | None
+    feed: Feed | None
+    stats: Stats | None
 
 
 class Gemma:
@@ -43,87 +74,114 @@ class Gemma:
         return self.model.config
 
     @overload
-    def generate(self, prompts: str, max_new_tokens: int = ..., **options: Any) -> str: ...
+    def generate(  # type: ignore[overload-overlap]  # a str is a sequence too
+        self, prompts: str, max_new_tokens: int = ..., **options: Unpack[Options]
+    ) -> str: ...
 
     @overload
-    def generate(self, prompts: Sequence[str], max_new_tokens: int = ..., **options: Any) -> list[str]: ...
+    def generate(
+        self, prompts: Sequence[Prompt], max_new_tokens: int = ..., **options: Unpack[Options]
+    ) -> list[str]: ...
 
     def generate(
-        self, prompts: str | Sequence[str], max_new_tokens: int = MAX_NEW_TOKENS, **options: Any
+        self, prompts: str | Sequence[Prompt], max_new_tokens: int = MAX_NEW_TOKENS, **options: Unpack[Options]
     ) -> str | list[str]:
         """Continue a prompt, or each prompt of a list in one batch. Returns the continuations without the prompts.
 
         Args:
-            prompts: text; an empty one continues from the BOS alone.
+            prompts: text, or a list in which each is a text or a list of token ids; an empty text continues from the
+                BOS alone.
             max_new_tokens: tokens at most; the prompt and these must fit the context.
         Options, here and in `stream`, `chat` and `stream_chat`:
-            stop: a string or several at which a row ends, not part of the text. `<eos>` and `<end_of_turn>` always do.
-            seed: an integer or a torch.Generator, for sampling; the same seed gives the same tokens for the same batch.
-            stats: a `Stats` to fill in.
-            special: let control tokens spelled in a prompt be control tokens, see `Tokenizer.encode`.
             temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`. Default: greedy.
+            seed: an integer or a torch.Generator, for sampling; the same seed gives the same tokens for the same batch.
+            stop: a string or several at which a row ends, not part of the text. `<eos>` and `<end_of_turn>` always do.
+            special: let control tokens spelled in a prompt be control tokens, see `Tokenizer.encode`.
+            processors, cache, feed: see `generate_ids`. A text that continues a filled cache gets no BOS.
+            stats: a `Stats` to fill in.
         Raises:
+            TypeError: an unknown option.
             ValueError, ContextOverflow, NonFiniteError: see `generate_ids` and `Sampling`.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        written = [""] * len(texts)
-        for pieces in self._run(texts, max_new_tokens, **options):
+        if not isinstance(prompts, str | list | tuple):
+            raise ValueError(f"prompts must be a text or a list of texts, not {type(prompts).__name__}")
+        rows = [prompts] if isinstance(prompts, str) else list(prompts)
+        written = [""] * len(rows)
+        for pieces in self._run(rows, max_new_tokens, **options):
             written = [text + piece for text, piece in zip(written, pieces, strict=True)]
         return written[0] if isinstance(prompts, str) else written
 
-    def stream(self, prompt: str, max_new_tokens: int = MAX_NEW_TOKENS, **options: Any) -> Iterator[str]:
+    def stream(self, prompt: Prompt, max_new_tokens: int = MAX_NEW_TOKENS, **options: Unpack[Options]) -> Iterator[str]:
         """`generate` for one prompt, piece by piece as it is written. Arguments are checked at once, not at the first
         piece; closing the iterator stops the computation and leaves the model as it was."""
         pieces = self._run([prompt], max_new_tokens, **options)
         return (piece for (piece,) in pieces if piece)
 
-    def chat(self, messages: Conversation, max_new_tokens: int = MAX_NEW_TOKENS, **options: Any) -> str:
+    def chat(self, messages: Conversation, max_new_tokens: int = MAX_NEW_TOKENS, **options: Unpack[Options]) -> str:
         """The model's answer to a conversation: {"role": "user" | "assistant", "content": text}, the user's last."""
         return "".join(self.stream_chat(messages, max_new_tokens, **options)).strip()
 
     def stream_chat(
-        self, messages: Conversation, max_new_tokens: int = MAX_NEW_TOKENS, **options: Any
+        self, messages: Conversation, max_new_tokens: int = MAX_NEW_TOKENS, **options: Unpack[Options]
     ) -> Iterator[str]:
-        """`chat`, piece by piece."""
+        """`chat`, piece by piece. Every call computes the whole conversation; `gemma2.Talk` keeps what it computed."""
         if not self.chat_tuned:
             warnings.warn("this checkpoint does not say that it was tuned for chat: it may ramble", stacklevel=2)
-        pieces = self._run([chat_ids(messages, self.tokenizer)], max_new_tokens, **options)
-        return (piece for (piece,) in pieces if piece)
+        return self.stream(chat_ids(messages, self.tokenizer), max_new_tokens, **options)
 
-    def _run(
-        self,
-        prompts: Sequence[str | list[int]],
-        max_new_tokens: int,
-        *,
-        special: bool = False,
-        stop: str | Sequence[str] = (),
-        seed: int | torch.Generator | None = None,
-        stats: Stats | None = None,
-        **sampling: Any,
-    ) -> Iterator[list[str]]:
+    def _run(self, prompts: Sequence[Prompt], max_new_tokens: int, **options: Unpack[Options]) -> Iterator[list[str]]:
         """Check everything, then return the iterator over each step's new text, one piece a row."""
-        checked_count("max_new_tokens", max_new_tokens)
-        settings = Sampling(**sampling)
-        generator = make_generator(seed, self.model.model.embed_tokens.weight.device)
-        stops = checked_stops(stop)
-        ids = [self.tokenizer.encode(p, special=special) if isinstance(p, str) else p for p in prompts]
-        replies = [Detokenizer(self.tokenizer, self.stop_ids, stops) for _ in prompts]
-        finished: set[int] = set()
-        stats = stats or Stats()
-        steps = generate_ids(self.model, ids, max_new_tokens, settings, generator, finished=finished, stats=stats)
-        return _texts(steps, replies, finished, stats)
+        check_options(options)
+        check_count("max_new_tokens", max_new_tokens)
+        sampling = Sampling(**{name: options[name] for name in SAMPLING if name in options})  # type: ignore[literal-required]
+        generator = make_generator(options.get("seed"), self.model.device)
+        stops = parse_stops(options.get("stop", ()))
+        cache, stats, finished = options.get("cache"), options.get("stats") or Stats(), set[int]()
+        if not prompts:
+            raise ValueError("there is no prompt: give a text, or a list with at least one")
+        fresh = cache is None or not cache.length
+        ids = [self._ids(prompt, options.get("special", False), fresh) for prompt in prompts]
+        rows = [Detokenizer(self.tokenizer, self.stop_ids, stops) for _ in prompts]
+        steps = generate_ids(
+            self.model,
+            ids,
+            max_new_tokens,
+            sampling,
+            generator,
+            processors=options.get("processors", ()),
+            cache=cache,
+            feed=options.get("feed"),
+            finished=finished,
+            stats=stats,
+        )
+        return _texts(steps, rows, finished, stats)
+
+    def _ids(self, prompt: Prompt, special: bool, bos: bool) -> Sequence[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, special=special, bos=bos)
+        if not isinstance(prompt, list | tuple):
+            raise ValueError(f"a prompt must be a text or a list of token ids, not {prompt!r}")
+        return prompt
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises TypeError for an option that there is not, and says what is meant where transformers has it."""
+    for name in options:
+        if name not in Options.__annotations__:
+            hint = ELSEWHERE.get(name, f"there are {', '.join(Options.__annotations__)}")
+            raise TypeError(f"generation has no option {name!r}: {hint}")
 
 
 def _texts(
-    steps: Iterator[list[int]], replies: list[Detokenizer], finished: set[int], stats: Stats
+    steps: Iterator[list[int]], rows: list[Detokenizer], finished: set[int], stats: Stats
 ) -> Iterator[list[str]]:
     for ids in steps:
-        pieces = [""] * len(replies)
-        for row, reply in enumerate(replies):
-            if row not in finished:
-                pieces[row] = reply.push(ids[row])
-                if reply.finish_reason:
-                    finished.add(row)
+        pieces = [""] * len(rows)
+        for number, row in enumerate(rows):
+            if number not in finished:
+                pieces[number] = row.push(ids[number])
+                if row.finish_reason:
+                    finished.add(number)
         yield pieces
-    stats.finish_reasons = [reply.finish_reason or "length" for reply in replies]
-    yield [reply.flush() for reply in replies]
+    stats.finish_reasons = [row.finish_reason or "length" for row in rows]
+    yield [row.flush() for row in rows]

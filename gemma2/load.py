@@ -12,7 +12,7 @@ from gemma2.checkpoints.weights import TARGETS, build
 from gemma2.errors import BadModelFile
 from gemma2.gemma import Gemma
 from gemma2.hub import download, download_gguf
-from gemma2.numerics import check_profile, stored_kinds, with_numerics
+from gemma2.numerics import check_profile, storage_of, with_numerics
 from gemma2.tokenizer import Tokenizer
 
 POCKET = Path(__file__).parent / "assets" / "pocket"
@@ -68,7 +68,7 @@ def load(
         raise BadModelFile(f"{opened.path}: {FLOAT16}")
     model = build(opened.weights, opened.config, where, final, allow_nonfinite=allow_nonfinite, progress=progress)
     if numerics is not None:
-        model = with_numerics(model, numerics, kinds=stored_kinds(opened.weights))
+        model = with_numerics(model, numerics, storage=storage_of(opened.weights))
     return Gemma(model, opened.tokenizer, opened.chat_tuned, opened.notes)
 
 

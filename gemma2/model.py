@@ -8,15 +8,16 @@ float64 everything is float64. Source of the architecture: Gemma 2 report, arXiv
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gemma2 import ops
-from gemma2.cache import HybridCache, LayerCache, NoCache
+from gemma2.cache import Cache, LayerStore, NoCache
 from gemma2.config import Gemma2Config
-
-Rotation = tuple[Tensor, Tensor]  # cosines and sines, [b t c] each
+from gemma2.tokens import check_last, check_same_device, check_tokens
 
 
 class Tap(nn.Identity):
@@ -43,6 +44,7 @@ class ScaledEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size).normal_(std=1 / self.scale))
 
     def forward(self, tokens: Tensor) -> Tensor:
+        check_tokens(tokens, len(self.weight))
         return F.embedding(tokens, self.weight) * torch.tensor(self.scale, dtype=self.weight.dtype)
 
 
@@ -57,33 +59,66 @@ class RMSNorm(nn.Module):
         self.hook_normalized = Tap()  # [b t d], before the gain
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = ops.widened(x)
+        wide = ops.upcast(x)
         normalized = self.hook_normalized(wide * self.hook_inv_scale(ops.inverse_rms(wide, self.eps)))
-        return (normalized * (1.0 + ops.widened(self.weight))).to(x.dtype)
+        return (normalized * (1.0 + ops.upcast(self.weight))).to(x.dtype)
 
 
-class SoftcapAttention(nn.Module):
-    """From queries, keys and values to each head's output. No parameters: a faster twin can take its place."""
+class RotaryEmbedding(nn.Module):
+    """Positions [b t] -> cosines and sines of their angles, [b t c] each, for all layers of a pass."""
 
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
+        self.width, self.theta = config.head_dim, config.rope_theta
+        self.inv_freq: Tensor
+        self.register_buffer("inv_freq", ops.frequencies(self.width, self.theta, torch.float32), persistent=False)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        frequency = self.inv_freq
+        if dtype == torch.float64:  # the dtype of truth has frequencies of its own
+            frequency = ops.frequencies(self.width, self.theta, dtype)
+        return ops.cos_sin(positions, frequency.to(positions.device), dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
+        # The frequencies move with the model but keep their dtype: bfloat16 would put far positions a radian off.
+        return super()._apply(lambda buffer: buffer.to(fn(buffer).device), recurse)
+
+
+class ApplyRotary(nn.Module):
+    """Turn queries or keys [b t heads c] by their positions' angles."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return ops.apply_rotary(x, cos, sin)
+
+
+class SoftcapAttention(nn.Module):
+    """From queries, keys and values to each head's output. No parameters: a faster twin can take its place.
+
+    `window` is None in a global layer.
+    """
+
+    def __init__(self, config: Gemma2Config, window: int | None) -> None:
+        super().__init__()
+        self.window = window
         self.scale = config.query_pre_attn_scalar**-0.5
         self.group = config.num_attention_heads // config.num_key_value_heads
         self.softcap = SoftCap(config.attn_logit_softcapping)
+        self.hook_key_positions = Tap()  # [b s]: the s axis is in the order of the cache's slots, not of positions
         self.hook_scores_raw = Tap()  # [b h t s], scaled, before the cap
         self.hook_attn_scores = Tap()  # [b h t s], capped and masked
         self.hook_pattern = Tap()  # [b h t s]
         self.hook_z = Tap()  # [b t h c]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-        """q [b t h c], k and v [b s g c], visible [b 1 t s] -> [b t h c]. Head i reads key/value head i // group."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, key_positions: Tensor) -> Tensor:
+        """q [b t h c], k and v [b s g c], positions [b t] and [b s] -> [b t h c]. Head i reads key head i // group."""
+        visible = ops.visible(positions, self.hook_key_positions(key_positions), self.window)
         q = q.transpose(1, 2)  # [b h t c]
         k = k.transpose(1, 2).repeat_interleave(self.group, dim=1)  # [b h s c]
         v = v.transpose(1, 2).repeat_interleave(self.group, dim=1)
         scores = self.hook_scores_raw(q @ k.transpose(2, 3) * self.scale)
         # The cap comes before the mask, and the fill is finite: a row of padding, which sees nothing, stays finite.
         scores = self.softcap(scores).masked_fill(~visible, torch.finfo(scores.dtype).min)
-        pattern = ops.widened(self.hook_attn_scores(scores)).softmax(dim=-1).to(q.dtype)
+        pattern = ops.upcast(self.hook_attn_scores(scores)).softmax(dim=-1).to(q.dtype)
         z = self.hook_pattern(pattern) @ v
         return self.hook_z(z.transpose(1, 2).contiguous())
 
@@ -94,29 +129,37 @@ class Attention(nn.Module):
     def __init__(self, config: Gemma2Config, window: int | None) -> None:
         super().__init__()
         d, c = config.hidden_size, config.head_dim
-        self.head_dim, self.window = c, window
+        self.head_dim = c
         self.q_proj = nn.Linear(d, config.num_attention_heads * c, bias=False)
         self.k_proj = nn.Linear(d, config.num_key_value_heads * c, bias=False)
         self.v_proj = nn.Linear(d, config.num_key_value_heads * c, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * c, d, bias=False)
         self.hook_q, self.hook_k, self.hook_v = Tap(), Tap(), Tap()  # [b t heads c], before rotation
+        self.apply_rotary = ApplyRotary()
         self.hook_rot_q, self.hook_rot_k = Tap(), Tap()
-        self.attend = SoftcapAttention(config)
+        self.attend = SoftcapAttention(config, window)
 
-    def forward(self, x: Tensor, positions: Tensor, rotation: Rotation, cache: LayerCache | NoCache) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerStore) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
         q = self.hook_q(self.q_proj(x).view(heads))
         k = self.hook_k(self.k_proj(x).view(heads))
         v = self.hook_v(self.v_proj(x).view(heads))
-        q = self.hook_rot_q(ops.rotate(q, *rotation))
-        k = self.hook_rot_k(ops.rotate(k, *rotation))
+        q = self.hook_rot_q(self.apply_rotary(q, *rotary))
+        k = self.hook_rot_k(self.apply_rotary(k, *rotary))
         k, v, key_positions = cache.update(k, v, positions)
-        z = self.attend(q, k, v, ops.visible(positions, key_positions, self.window))
+        z = self.attend(q, k, v, positions, key_positions)
         return self.o_proj(z.flatten(2))
 
 
+class GELUTanh(nn.Module):
+    """The tanh form of GELU. Hendrycks & Gimpel 2016, arXiv:1606.08415."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate="tanh")
+
+
 class MLP(nn.Module):
-    """GeGLU: down(gelu(gate(x)) * up(x)), with the tanh form of GELU."""
+    """GeGLU: down(gelu(gate(x)) * up(x))."""
 
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
@@ -124,11 +167,11 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(d, f, bias=False)
         self.up_proj = nn.Linear(d, f, bias=False)
         self.down_proj = nn.Linear(f, d, bias=False)
+        self.act_fn = GELUTanh()
         self.hook_post = Tap()  # [b t f]
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = F.gelu(self.gate_proj(x), approximate="tanh")
-        return self.down_proj(self.hook_post(gate * self.up_proj(x)))
+        return self.down_proj(self.hook_post(self.act_fn(self.gate_proj(x)) * self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -137,6 +180,7 @@ class Block(nn.Module):
     def __init__(self, config: Gemma2Config, window: int | None) -> None:
         super().__init__()
         d, eps = config.hidden_size, config.rms_norm_eps
+        self.hook_resid_pre = Tap()  # [b t d]
         self.input_layernorm = RMSNorm(d, eps)
         self.self_attn = Attention(config, window)
         self.post_attention_layernorm = RMSNorm(d, eps)
@@ -145,8 +189,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.post_feedforward_layernorm = RMSNorm(d, eps)
 
-    def forward(self, x: Tensor, positions: Tensor, rotation: Rotation, cache: LayerCache | NoCache) -> Tensor:
-        attention = self.self_attn(self.input_layernorm(x), positions, rotation, cache)
+    def forward(self, x: Tensor, positions: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerStore) -> Tensor:
+        x = self.hook_resid_pre(x)
+        attention = self.self_attn(self.input_layernorm(x), positions, rotary, cache)
         x = self.hook_resid_mid(x + self.post_attention_layernorm(attention))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
@@ -158,25 +203,26 @@ class Gemma2Model(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = ScaledEmbedding(config)
+        self.rotary_emb = RotaryEmbedding(config)
         self.layers = nn.ModuleList(Block(config, config.window(i)) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: HybridCache | None = None) -> Tensor:
-        store = cache or NoCache(self.config, tokens.device)
-        following = store.next_positions(*tokens.shape)  # also refuses what would not fit
-        positions = following if positions is None else positions
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        store = NoCache(self.config) if cache is None else cache
         x = self.embed_tokens(tokens)
-        rotation = ops.rotation(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        positions = store.next_positions(tokens, positions)  # also refuses what would not fit
+        rotary = self.rotary_emb(positions, x.dtype)
         for layer, slots in zip(self.layers, store.layers, strict=True):
-            x = layer(x, positions, rotation, slots)
+            x = layer(x, positions, rotary, slots)
         return self.norm(x)
 
 
 class TiedHead(nn.Module):
-    """The embedding read backwards: [b t d] -> [b t v], before the cap."""
+    """The embedding read backwards: [b t d] -> [b t v], before the cap. It is given the embedding's module."""
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return F.linear(x, embedding)
+    def forward(self, x: Tensor, embedding: ScaledEmbedding) -> Tensor:
+        check_same_device(x, embedding.weight)
+        return F.linear(x, embedding.weight)
 
 
 class Gemma2(nn.Module):
@@ -184,10 +230,12 @@ class Gemma2(nn.Module):
 
     Args of `forward`:
         tokens: ids [b t], int64 or int32.
-        positions: [b t]; negative marks padding, which goes on the left. Default: 0, 1, 2 ... continuing the cache.
+        positions: [b t]; negative marks padding, which goes on the left. Default: 0, 1, 2 ... or, with a cache, those
+            that follow in each row. `gemma2.left_padded` makes tokens and positions from rows of unequal length.
         cache: a `HybridCache` to read and extend, or None for one pass over `tokens` alone.
+        last: compute logits for so many of the last positions only; default all.
     Returns:
-        Logits [b t v] in the weights' dtype, within +-final_logit_softcapping.
+        Logits [b t v] in the weights' dtype, within +-final_logit_softcapping; [b last v] where `last` is given.
     """
 
     def __init__(self, config: Gemma2Config) -> None:
@@ -197,10 +245,25 @@ class Gemma2(nn.Module):
         self.lm_head = TiedHead()
         self.softcap = SoftCap(config.final_logit_softcapping)
 
-    def unembed(self, hidden: Tensor) -> Tensor:
-        """Logits [... v] of normalised hidden states [... d]; generation asks only for the last position's."""
-        return self.softcap(self.lm_head(hidden, self.model.embed_tokens.weight))
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        last: int | None = None,
+    ) -> Tensor:
+        check_last(last, tokens)
+        hidden = self.model(tokens, positions, cache)
+        if last is not None:
+            hidden = hidden[:, -last:]
+        return self.softcap(self.lm_head(hidden, self.model.embed_tokens))
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: HybridCache | None = None) -> Tensor:
-        ops.check_ids(tokens, self.config.vocab_size)
-        return self.unembed(self.model(tokens, positions, cache))
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding is, and so where token ids go."""
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the embedding."""
+        return self.model.embed_tokens.weight.dtype

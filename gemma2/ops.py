@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def widened(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """`x` in the dtype that norms, angles and softmax are computed in: float32, and float64 for float64."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -25,21 +25,26 @@ def softcap(x: Tensor, cap: float) -> Tensor:
     return torch.tanh(x / cap) * cap
 
 
-def rotation(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary embedding, both [b t c], for positions [b t] and head width c.
+def frequencies(width: int, theta: float, dtype: torch.dtype) -> Tensor:
+    """Radians per position of each rotary pair: theta ** (-2i / c) for i in [0, c/2), in float32 or float64.
 
-    Angles are formed in float32 whatever `dtype` is (float64 stays float64) and rounded once, at the end. Pairs are
-    (i, i + c/2), so each angle stands twice. Su et al. 2021, arXiv:2104.09864.
+    They are made on the CPU, also under `torch.device("meta")`: pow differs by an ulp between devices.
     """
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    # On the CPU on purpose, also under `torch.device("meta")`: pow differs by an ulp between devices.
-    frequency = 1.0 / (theta ** (torch.arange(0, width, 2, dtype=wide, device="cpu") / width))  # [c/2]
-    angle = positions[..., None].to(wide) * frequency.to(positions.device)
+    return 1.0 / (theta ** (torch.arange(0, width, 2, dtype=dtype, device="cpu") / width))
+
+
+def cos_sin(positions: Tensor, frequency: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary embedding, both [b t c], for positions [b t] and frequencies [c/2].
+
+    Angles have the frequencies' dtype and are rounded to `dtype` once, at the end. Gemma 2 turns the pair (i, i + c/2),
+    not (2i, 2i + 1), so every angle stands twice. Su et al. 2021, arXiv:2104.09864.
+    """
+    angle = positions[..., None].to(frequency.dtype) * frequency
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn every pair (i, i + c/2) of x [b t heads c] by its angle; cos and sin are [b t c]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos[:, :, None] + torch.cat((-second, first), dim=-1) * sin[:, :, None]
@@ -56,20 +61,3 @@ def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     if window is not None:
         seen = seen & (back < window)
     return seen[:, None]
-
-
-def check_ids(tokens: Tensor, vocab_size: int) -> None:
-    """Refuse what is not a [b t] matrix of ids: an embedding would take some of it and answer nonsense.
-
-    Raises:
-        ValueError: wrong rank or dtype, an empty matrix, or an id outside [0, vocab_size), the first one named.
-    """
-    if tokens.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"token ids must be int64 or int32, not {tokens.dtype}")
-    if tokens.ndim != 2 or tokens.numel() == 0:
-        raise ValueError(f"token ids must be a non-empty matrix [batch, length], not of shape {list(tokens.shape)}")
-    wrong = (tokens < 0) | (tokens >= vocab_size)
-    if wrong.any():
-        row, column = wrong.nonzero()[0].tolist()
-        found = int(tokens[row, column])
-        raise ValueError(f"token id {found} at [{row}, {column}] is outside the vocabulary [0, {vocab_size})")

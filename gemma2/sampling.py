@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from gemma2.checks import check_count, check_number
+from gemma2.errors import NonFiniteError
+from gemma2.ops import upcast
 
 GREEDY_BELOW = 1e-6  # a temperature this small is the greedy limit, not a division
 FIRST_SLICE = 256  # how many top logits a top-p search sorts before it looks further
@@ -35,28 +40,16 @@ class Sampling:
 
     def __post_init__(self) -> None:
         # Written so that NaN fails: every comparison with it is false.
-        checked_number("temperature", self.temperature, "in [0, 1e30]", lambda x: 0 <= x <= 1e30)
-        checked_number("top_p", self.top_p, "in (0, 1]", lambda x: 0 < x <= 1)
-        checked_number("min_p", self.min_p, "in [0, 1]", lambda x: 0 <= x <= 1)
+        check_number("temperature", self.temperature, "in [0, 1e30]", lambda x: 0 <= x <= 1e30)
+        check_number("top_p", self.top_p, "in (0, 1]", lambda x: 0 < x <= 1)
+        check_number("min_p", self.min_p, "in [0, 1]", lambda x: 0 <= x <= 1)
         # A logit of 30 times or over it, and then over the least temperature, stays finite in float32.
-        checked_number("repetition_penalty", self.repetition_penalty, "in [1e-30, 1e30]", lambda x: 1e-30 <= x <= 1e30)
-        checked_count("top_k", self.top_k)
+        check_number("repetition_penalty", self.repetition_penalty, "in [1e-30, 1e30]", lambda x: 1e-30 <= x <= 1e30)
+        check_count("top_k", self.top_k)
 
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
-
-
-def checked_number(name: str, value: object, range_: str, holds) -> None:  # type: ignore[no-untyped-def]
-    """Raises ValueError unless `value` is a real number (no bool) for which `holds` is true."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
-        raise ValueError(f"{name} must be a number {range_}, not {value!r}")
-
-
-def checked_count(name: str, value: object, below: int = 2**63) -> None:
-    """Raises ValueError unless `value` is an integer (no bool) in [0, below)."""
-    if type(value) is not int or not 0 <= value < below:
-        raise ValueError(f"{name} must be a non-negative integer, not {value!r}")
 
 
 def make_generator(seed: int | torch.Generator | None, device: torch.device) -> torch.Generator:
@@ -69,29 +62,48 @@ def make_generator(seed: int | torch.Generator | None, device: torch.device) -> 
     if seed is None:
         generator.seed()
         return generator
-    checked_count("seed", seed)
+    check_count("seed", seed)
     return generator.manual_seed(seed)
 
 
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator, seen: Tensor | None = None) -> Tensor:
-    """One id a row: logits [b v] -> [b].
+def repetition_penalty(penalty: float, pads: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """A processor that makes ids less likely that a row already has: positive logits are divided by the penalty,
+    negative ones multiplied. Keskar et al. 2019, arXiv:1909.05858.
 
     Args:
-        seen: [b v] bool, the ids that repetition_penalty applies to; needed only when it is not 1.
+        pads: [b 1], how many ids of each row are padding on its left, which do not count.
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if sampling.repetition_penalty != 1.0 and seen is not None:
-        penalty = sampling.repetition_penalty
-        logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+    def process(ids: Tensor, logits: Tensor) -> Tensor:
+        real = torch.arange(ids.shape[1], device=ids.device) >= pads
+        ids = torch.where(real, ids, ids[:, -1:])  # the last id is no padding
+        score = logits.gather(1, ids)
+        return logits.scatter(1, ids, torch.where(score < 0, score * penalty, score / penalty))
+
+    return process
+
+
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """One id a row: logits [b v] -> [b]."""
+    logits = upcast(logits)
     if sampling.greedy:
         return logits.argmax(dim=-1)
     top = logits.amax(dim=-1, keepdim=True)
-    kept, ids = candidates((logits - top) / sampling.temperature, sampling)
+    kept, ids = filter_logits((logits - top) / sampling.temperature, sampling)
     drawn = torch.multinomial(kept.softmax(dim=-1), 1, generator=generator)
     return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)
 
 
-def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+def refuse_non_finite(logits: Tensor, step: int) -> None:
+    """Raises NonFiniteError where a row of logits [b v] has no finite maximum; -inf bans an id and is no fault."""
+    top = logits.amax(dim=-1)  # NaN where any is NaN
+    if not bool(top.isfinite().all()):
+        row = int(top.isfinite().logical_not().nonzero()[0])
+        why = "every id is banned" if top[row] == -math.inf else "the logits are not finite"
+        raise NonFiniteError(f"step {step}: {why} in row {row}; generation stops here")
+
+
+def filter_logits(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
     """What top-k, then top-p, then min-p leave: logits [b n], -inf where excluded, and their ids [b n].
 
     The ids are None when the whole vocabulary stands in its own order: without top-k and top-p nothing is sorted.

@@ -23,7 +23,7 @@ from torch import Tensor
 import gemma2
 from gemma2.checkpoints.checkpoint import open_checkpoint
 from gemma2.convert import TYPES, convert
-from gemma2.numerics import stored_kinds, with_numerics
+from gemma2.numerics import storage_of, with_numerics
 
 SCORED = 48  # last positions, as in the stored logits
 # What is added at each step, as changes of the profile `llama.cpp`; None is all of it.
@@ -58,7 +58,7 @@ def llama_cpp_logits(path: Path, ids: list[int]) -> Tensor:
 @torch.no_grad()
 def row(path: Path, ids: list[int], reference: Tensor) -> str:
     plain = gemma2.load(path, dtype="float32", device="cpu").model
-    kinds = stored_kinds(open_checkpoint(path).weights)
+    kinds = storage_of(open_checkpoint(path).weights)
     cells = []
     for name, changes in STEPS.items():
         model = with_numerics(plain, "llama.cpp", changes, kinds) if changes != () else plain

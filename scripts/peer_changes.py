@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from gemma2 import Gemma2, ops
 from gemma2.config import GLOBAL, LOCAL
-from gemma2.model import Attention, SoftCap, SoftcapAttention, TiedHead
+from gemma2.model import Attention, ScaledEmbedding, SoftCap, SoftcapAttention, TiedHead
 
 Chunks = Sequence[int]  # none: one pass without a cache
 HIDDEN = float("-inf")
@@ -32,8 +32,8 @@ class Change(Protocol):
 
 
 class CappedHiddenHead(TiedHead):
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return F.linear(ops.softcap(x, 50.0), embedding)
+    def forward(self, x: Tensor, embedding: ScaledEmbedding) -> Tensor:
+        return F.linear(ops.softcap(x, 50.0), embedding.weight)
 
 
 class NoCap(SoftCap):
@@ -55,9 +55,13 @@ class CacheAttention(SoftcapAttention):
 
     addend: Tensor  # [t s+EMPTY], HIDDEN where a key is not seen
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, key_positions: Tensor) -> Tensor:
         k, v = (F.pad(x, (0, 0, 0, 0, 0, EMPTY)) for x in (k, v))
-        return super().forward(q, k, v, (self.addend > HIDDEN)[None, None])
+        q, k, v = (x.transpose(1, 2) for x in (q, *(x.repeat_interleave(self.group, dim=2) for x in (k, v))))
+        scores = self.softcap(self.hook_scores_raw(q @ k.transpose(2, 3) * self.scale))
+        scores = scores.masked_fill(self.addend <= HIDDEN, torch.finfo(scores.dtype).min)
+        pattern = ops.upcast(self.hook_attn_scores(scores)).softmax(dim=-1).to(q.dtype)
+        return self.hook_z((self.hook_pattern(pattern) @ v).transpose(1, 2).contiguous())
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def cached(rule: Rule, model: Gemma2, chunks: Chunks) -> Gemma2:
     for layer in other.model.layers:
         attention = layer.get_submodule("self_attn")
         assert isinstance(attention, Attention)
-        addend = rule(run, attention.window)
+        addend = rule(run, attention.attend.window)
         if addend.dtype == torch.bool:
             addend = torch.zeros(addend.shape).masked_fill(~addend, HIDDEN)
         attention.attend.__class__, attention.attend.softcap.__class__ = CacheAttention, AddingCap

@@ -107,7 +107,7 @@ def judged(
     if first is None:
         verdict = "equal bits" if all(row.bitwise for row in rows) else "rounding"
         return Outcome(run, verdict, apart=apart.max().item())
-    off = (apart > VISIBLE[model.model.embed_tokens.weight.dtype] * logits.abs().max()).nonzero()
+    off = (apart > VISIBLE[model.dtype] * logits.abs().max()).nonzero()
     position = int(off[0]) if len(off) else -1
     return Outcome(run, "differs", first.site, first.ratio, apart.max().item(), first.why, position)
 

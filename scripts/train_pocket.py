@@ -113,7 +113,7 @@ class Objective(nn.Module):
         self.model = model
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        logits = self.model.unembed(self.model.model(inputs))
+        logits = self.model(inputs)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 

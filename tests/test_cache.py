@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemma2 import ContextOverflow, Gemma2, HybridCache
+from gemma2 import ContextOverflow, Gemma2, Gemma2Config, HybridCache
 from gemma2.checkpoints.hf_config import published_config
 from tests.conftest import ids, tiny
 
@@ -23,7 +23,7 @@ def fed(model: Gemma2, tokens: torch.Tensor, sizes: list[int], cache: HybridCach
 
 
 def cache_for(model: Gemma2, batch: int, capacity: int) -> HybridCache:
-    return HybridCache(model.config, batch, capacity, dtype=model.model.norm.weight.dtype)
+    return HybridCache(model.config, batch, capacity)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float64", "float32"])
@@ -102,11 +102,20 @@ def test_one_thread_and_two_agree() -> None:
 
 
 def test_a_local_layer_holds_exactly_window_slots_and_2b_takes_654_megabytes() -> None:
-    cache = HybridCache(published_config("gemma-2-2b"), 1, 8192, torch.bfloat16, "meta")
-    assert [layer.slots for layer in cache.layers[:4]] == [4096, 8192, 4096, 8192]
-    assert round(cache.nbytes / 1e6) == 654
+    config = published_config("gemma-2-2b")
+    assert [layer.slots for layer in HybridCache(config, 1, 8192).layers[:4]] == [4096, 8192, 4096, 8192]
+    assert round(cache_bytes(config, 8192, torch.bfloat16) / 1e6) == 654
     full = 26 * 8192 * 2 * 4 * 256 * 2
     assert round(full / 1e6) == 872
+
+
+def cache_bytes(config: Gemma2Config, capacity: int, dtype: torch.dtype) -> int:
+    """Of a cache that holds one token, on the meta device."""
+    cache = HybridCache(config, 1, capacity)
+    for layer in cache.layers:
+        key = torch.empty(1, 1, config.num_key_value_heads, config.head_dim, dtype=dtype, device="meta")
+        layer.update(key, key, torch.empty(1, 1, dtype=torch.int64, device="meta"))
+    return cache.nbytes
 
 
 @torch.no_grad()
@@ -115,7 +124,7 @@ def test_writing_past_the_capacity_raises_before_anything_changes() -> None:
     cache = cache_for(model, 1, 20)
     model(ids(1, 18), cache=cache)
     before = [layer.keys.clone() for layer in cache.layers]
-    with pytest.raises(ContextOverflow, match="18 positions held and 3 new exceed its capacity of 20"):
+    with pytest.raises(ContextOverflow, match="18 columns held and 3 new exceed its capacity of 20"):
         model(ids(1, 3), cache=cache)
     assert cache.length == 18
     assert all(torch.equal(a, layer.keys) for a, layer in zip(before, cache.layers, strict=True))
@@ -133,8 +142,8 @@ def test_rolling_back_is_exact_while_no_ring_has_wrapped_and_refused_after() -> 
     assert all((layer.positions[:, 9:] == -1).all() and (layer.positions[:, :9] >= 0).all() for layer in cache.layers)
     again = model(tokens[:, 9:30], cache=cache)
     assert (again - model(tokens[:, :30])[:, 9:]).abs().max() <= 1e-10
-    with pytest.raises(ValueError, match="wrapped the local layers' ring of 16"):
-        cache.rollback(29)
+    with pytest.raises(ValueError, match="wrapped the local layers' rings, which can take back 0"):
+        cache.rollback(28)  # a query in column 28 sees column 13, which column 29 has overwritten
     cache.rollback(30)
     with pytest.raises(ValueError, match="holds 30"):
         cache.rollback(31)
@@ -181,11 +190,14 @@ def test_gradients_flow_without_a_cache_and_none_are_kept_with_one() -> None:
 @torch.no_grad()
 def test_a_cache_of_another_dtype_or_misshapen_positions_are_refused_before_anything_is_written() -> None:
     model = tiny()
-    cache = HybridCache(model.config, 2, 10, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"the cache is torch\.bfloat16 on cpu, the model computes torch\.float32"):
-        model(ids(2, 3), cache=cache)
-    assert cache.length == 0
     cache = cache_for(model, 2, 10)
+    model(ids(2, 3), cache=cache)
+    before = cache.layers[0].keys.clone()
+    with pytest.raises(ValueError, match=r"keys of torch\.float32 on cpu, \[2, 4, 16\].*torch\.bfloat16.*reset"):
+        model.bfloat16()(ids(2, 3), cache=cache)
     with pytest.raises(ValueError, match="not one for each token"):
-        model(ids(2, 1), torch.tensor([[0]]), cache)
-    assert cache.length == 0 and not cache.layers[0].keys.any()
+        model.float()(ids(2, 1), torch.tensor([[3]]), cache)
+    assert cache.length == 3 and torch.equal(cache.layers[0].keys, before)
+    cache.reset()
+    model.bfloat16()(ids(2, 3), cache=cache)
+    assert cache.layers[0].keys.dtype == torch.bfloat16

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import gemma2
 from gemma2.detokenizer import Detokenizer
+from gemma2.gemma import Options
 from gemma2.generate import generate_ids
 from gemma2.sampling import Sampling
 from tests.conftest import ids, tiny
@@ -41,7 +42,7 @@ def test_feeding_a_greedy_generation_back_gives_the_log_probabilities_it_was_mad
     """200 tokens past the pocket's window of 128: the loop's cached logits against one uncached pass."""
     prompt = pocket.tokenizer.encode("And it came to pass")
     made: list[Tensor] = []
-    hook = pocket.model.softcap.register_forward_hook(lambda m, i, output: made.append(output[0].log_softmax(-1)))
+    hook = pocket.model.softcap.register_forward_hook(lambda m, i, output: made.append(output[0, -1].log_softmax(-1)))
     written = continuation(pocket.model, [prompt], 200)[0]
     hook.remove()
     again = pocket.model(torch.tensor([prompt + written]))[0].log_softmax(-1)[len(prompt) - 1 : -1]
@@ -106,7 +107,7 @@ def test_the_head_is_computed_for_the_last_position_only() -> None:
     hook = model.lm_head.register_forward_hook(lambda m, inputs, output: shapes.append(tuple(output.shape)))
     continuation(model, [ids(1, 50)[0].tolist()], 3, chunk=20)
     hook.remove()
-    assert shapes == [(1, 512)] * 3
+    assert shapes == [(1, 1, 512)] * 5
 
 
 def test_a_list_gives_a_list_and_equals_the_single_prompts(pocket: gemma2.Gemma) -> None:
@@ -116,7 +117,8 @@ def test_a_list_gives_a_list_and_equals_the_single_prompts(pocket: gemma2.Gemma)
 
 
 def test_a_stream_is_the_whole_in_pieces(pocket: gemma2.Gemma) -> None:
-    for options in ({}, {"temperature": 1.2, "seed": 3}, {"temperature": 0.8, "top_p": 0.9, "seed": 4}):
+    settings: list[Options] = [{}, {"temperature": 1.2, "seed": 3}, {"temperature": 0.8, "top_p": 0.9, "seed": 4}]
+    for options in settings:
         pieces = list(pocket.stream(PROMPTS[0], 60, **options))
         assert len(pieces) > 20 and all(pieces)
         assert "".join(pieces) == pocket.generate(PROMPTS[0], 60, **options)
@@ -215,11 +217,11 @@ def test_logits_that_are_not_finite_stop_with_an_error_that_says_where() -> None
     list(islice(steps, 3))
 
     def poison(module: object, inputs: object, output: Tensor) -> Tensor:
-        output[1, 7] = torch.nan
+        output[1, -1, 7] = torch.nan
         return output
 
     hook = model.softcap.register_forward_hook(poison)
-    with pytest.raises(gemma2.NonFiniteError, match="step 3: the logits of row 1"):
+    with pytest.raises(gemma2.NonFiniteError, match="step 3: the logits are not finite in row 1"):
         next(steps)
     hook.remove()
 

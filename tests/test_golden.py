@@ -104,14 +104,14 @@ def with_head_width_as_query_scale(model: Gemma2) -> None:
 def with_window(window: int | None) -> Callable[[Gemma2], None]:
     def change(model: Gemma2) -> None:
         for layer in model.model.layers[::2]:
-            layer.self_attn.window = window
+            layer.self_attn.attend.window = window
 
     return change
 
 
 def with_swapped_layers(model: Gemma2) -> None:
     for layer, window in zip(model.model.layers, [None, 8, None, 8], strict=True):
-        layer.self_attn.window = window
+        layer.self_attn.attend.window = window
 
 
 def with_swapped_post_norms(model: Gemma2) -> None:
@@ -126,9 +126,9 @@ def with_tiled_instead_of_grouped_heads(model: Gemma2) -> None:
         attend = layer.self_attn.attend
         original = attend.forward
 
-        def forward(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, original=original) -> Tensor:
+        def forward(q: Tensor, k: Tensor, v: Tensor, *positions: Tensor, original=original) -> Tensor:
             order = torch.arange(q.shape[2]).view(2, 2).T.flatten()
-            z: Tensor = original(q[:, :, order], k, v, seen)
+            z: Tensor = original(q[:, :, order], k, v, *positions)
             return z[:, :, order.argsort()]
 
         attend.forward = forward
@@ -195,8 +195,8 @@ SWITCHED: dict[str, Callable[..., None]] = {
     "window one narrower": with_window(7),
     "local and global layers swapped": with_swapped_layers,
     "heads tiled instead of grouped": with_tiled_instead_of_grouped_heads,
-    "no rotation": with_another_function("rotate", lambda x, cos, sin: x),
-    "rotary pairs interleaved": with_another_function("rotate", interleaved),
+    "no rotation": with_another_function("apply_rotary", lambda x, cos, sin: x),
+    "rotary pairs interleaved": with_another_function("apply_rotary", interleaved),
     "relu instead of gelu": with_relu,
     "erf gelu": with_erf_gelu,
     "no gate": without_gate,

@@ -79,7 +79,7 @@ def test_the_long_prompt_leaves_the_window_and_the_short_one_shows_every_block()
 
 def local_layers_only(model: gemma2.Gemma2) -> None:
     for layer in model.model.layers:
-        layer.self_attn.window = model.config.sliding_window
+        layer.self_attn.attend.window = model.config.sliding_window
 
 
 def without_positions_of_the_first_block(model: gemma2.Gemma2) -> None:
@@ -119,8 +119,8 @@ SWITCHED: dict[str, tuple[str, Change]] = {
     "another token's query": ("short", without_positions_of_the_first_block),
     "another group's keys": ("short", with_heads_of_another_group),
     "another head": ("short", with_untied_head),
-    "no rotation": ("short", with_another_function("rotate", lambda x, cos, sin: x)),
-    "rotary pairs interleaved": ("short", with_another_function("rotate", interleaved)),
+    "no rotation": ("short", with_another_function("apply_rotary", lambda x, cos, sin: x)),
+    "rotary pairs interleaved": ("short", with_another_function("apply_rotary", interleaved)),
     "relu instead of gelu": ("short", with_relu),
     "erf gelu": ("short", with_erf_gelu),
     "no gate": ("short", without_gate),

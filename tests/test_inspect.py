@@ -19,6 +19,7 @@ from gemma2.inspect import Inspection, inspect
 from gemma2.load import POCKET
 from tests.conftest import SHARED
 from tests.gguf_files import File, spoilt, tiny_model
+from tests.test_cache import cache_bytes
 
 Folder = Callable[..., Path]
 
@@ -56,7 +57,7 @@ def test_the_memory_is_that_of_the_weights_and_a_full_cache() -> None:
         gemma = gemma2.load(dtype=dtype, device="cpu")
         assert need["weights"] == sum(parameter.nbytes for parameter in gemma.model.parameters())
         full = gemma.config.max_position_embeddings
-        assert need["cache"] == gemma2.HybridCache(gemma.config, 1, full, dtype).nbytes
+        assert need["cache"] == cache_bytes(gemma.config, full, dtype)
     assert set(found.memory) == {"float32", "bfloat16", "float64"}
 
 

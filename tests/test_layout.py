@@ -12,12 +12,12 @@ import gemma2
 PACKAGE = Path(gemma2.__file__).parent
 # A file may import only from rows above its own (and, in a package, from its own folder).
 ROWS = [
-    ["errors", "atomic"],
-    ["config", "ops", "sampling"],
-    ["cache", "tokenizer"],
+    ["errors", "atomic", "checks", "stats", "tokens"],
+    ["config", "ops"],
+    ["cache", "tokenizer", "sampling"],
     ["model", "chat", "detokenizer"],
     ["twins", "generate"],
-    ["gemma", "checkpoints", "research"],
+    ["gemma", "checkpoints", "research", "fast"],
     ["hub", "numerics"],
     ["load"],
     ["parity"],
@@ -98,7 +98,7 @@ def test_every_file_has_a_place_and_none_is_called_utils() -> None:
 def test_the_core_can_be_read_in_one_sitting() -> None:
     core = ("config", "ops", "cache", "model", "generate")
     lines = {name: len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core}
-    assert lines["model"] <= 280 and sum(lines.values()) <= 1100, lines
+    assert lines["model"] <= 280 and sum(lines.values()) <= 700, lines
 
 
 def test_nothing_runs_at_import_that_needs_the_network_or_a_device() -> None:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from gemma2 import Gemma2, HybridCache
-from gemma2.model import RMSNorm, ScaledEmbedding, SoftCap, Tap
+from gemma2.model import RMSNorm, ScaledEmbedding, Tap
 from tests.conftest import ids, tiny
 
 # TransformerLens's name -> our module below a block or at the top, and the shape with b=2, t=20 in tiny("27b"):
-# d=288, h=8, g=4, c=16, f=2304. hook_resid_pre is the previous block's (or the embedding's) output.
+# d=288, h=8, g=4, c=16, f=2304.
 IN_BLOCK = {
     "attn.hook_q": ("self_attn.hook_q", (2, 20, 8, 16)),
     "attn.hook_k": ("self_attn.hook_k", (2, 20, 4, 16)),
@@ -48,11 +48,12 @@ AT_TOP = {
 
 @torch.no_grad()
 def observed(model: Gemma2, tokens: Tensor) -> dict[str, Tensor]:
-    """Every module's output by its path."""
+    """Every module's output by its path, but for cosines and sines, which are a pair, and positions."""
     seen: dict[str, Tensor] = {}
     hooks = [
         module.register_forward_hook(lambda m, inputs, output, path=path: seen.__setitem__(path, output))
         for path, module in model.named_modules()
+        if not path.endswith(("rotary_emb", "hook_key_positions"))
     ]
     model(tokens)
     for hook in hooks:
@@ -146,7 +147,8 @@ def test_padding_that_sees_nothing_stays_finite() -> None:
 def test_the_head_is_the_embedding_and_there_is_no_other_parameter() -> None:
     model = tiny()
     assert not list(model.lm_head.parameters())
-    assert isinstance(model.softcap, SoftCap) and not list(model.buffers())
+    assert [name for name, _ in model.named_buffers()] == ["model.rotary_emb.inv_freq"]
+    assert model.state_dict().keys() == dict(model.named_parameters()).keys()
     model(ids(1, 5)).sum().backward()
     assert model.model.embed_tokens.weight.grad is not None
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gemma2 import ops
+from gemma2.tokens import check_tokens
 
 
 def test_visible_is_exactly_zero_to_window_positions_back() -> None:
@@ -36,9 +37,9 @@ def test_softcap_is_nearly_the_identity_for_small_values_and_bounded_for_large_o
 
 def test_rotation_turns_pairs_half_a_head_apart_by_position_times_frequency() -> None:
     c, theta, p = 8, 10000.0, 5
-    cos, sin = ops.rotation(torch.tensor([[p]]), c, theta, torch.float64)
+    cos, sin = ops.cos_sin(torch.tensor([[p]]), ops.frequencies(c, theta, torch.float64), torch.float64)
     x = torch.randn(1, 1, 1, c, dtype=torch.float64)
-    turned = ops.rotate(x, cos, sin)[0, 0, 0]
+    turned = ops.apply_rotary(x, cos, sin)[0, 0, 0]
     for i in range(c // 2):
         angle = p * theta ** (-2 * i / c)
         a, b = x[0, 0, 0, i], x[0, 0, 0, i + c // 2]
@@ -48,15 +49,15 @@ def test_rotation_turns_pairs_half_a_head_apart_by_position_times_frequency() ->
 
 def test_angles_are_float32_inside_and_rounded_once() -> None:
     far = torch.tensor([[8191]])
-    low, _ = ops.rotation(far, 256, 10000.0, torch.bfloat16)
-    high, _ = ops.rotation(far, 256, 10000.0, torch.float32)
+    frequency = ops.frequencies(256, 10000.0, torch.float32)
+    low, _ = ops.cos_sin(far, frequency, torch.bfloat16)
+    high, _ = ops.cos_sin(far, frequency, torch.float32)
     assert low.dtype == torch.bfloat16 and torch.equal(low, high.bfloat16())
 
 
-def test_rotation_works_inside_a_meta_device_context() -> None:
+def test_frequencies_are_made_on_the_cpu_inside_a_meta_device_context() -> None:
     with torch.device("meta"):
-        cos, _ = ops.rotation(torch.zeros(1, 3, dtype=torch.int64, device="cpu"), 8, 10000.0, torch.float32)
-    assert cos.device.type == "cpu"
+        assert ops.frequencies(8, 10000.0, torch.float32).device.type == "cpu"
 
 
 def test_inverse_rms_is_that_of_the_last_axis() -> None:
@@ -77,4 +78,4 @@ def test_inverse_rms_is_that_of_the_last_axis() -> None:
 )
 def test_ids_that_are_none_are_refused_by_name(tokens: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ops.check_ids(tokens, 10)
+        check_tokens(tokens, 10)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma2.sampling import Sampling, candidates, choose, make_generator
+from gemma2.sampling import Sampling, filter_logits, make_generator, repetition_penalty, sample
 
 SETTINGS = [
     {},
@@ -32,8 +32,8 @@ def some_logits(rows: int = 3, size: int = 5000, seed: int = 0) -> Tensor:
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """What `choose` would draw from, over the whole vocabulary."""
-    kept, ids = candidates(logits / sampling.temperature, sampling)
+    """What `sample` would draw from, over the whole vocabulary."""
+    kept, ids = filter_logits(logits / sampling.temperature, sampling)
     drawn = kept.softmax(-1)
     return drawn if ids is None else torch.zeros_like(logits).scatter(-1, ids, drawn)
 
@@ -59,10 +59,16 @@ def test_the_repetition_penalty_is_that_of_transformers() -> None:
     process = pytest.importorskip("transformers.generation.logits_process")
     logits, history = some_logits(2, 50), torch.tensor([[1, 2, 3, 1], [4, 4, 5, 6]])
     theirs = process.RepetitionPenaltyLogitsProcessor(1.7)(history, logits.clone())
-    seen = torch.zeros(2, 50, dtype=torch.bool).scatter(1, history, True)
-    penalised = Sampling(repetition_penalty=1.7)
-    assert torch.equal(choose(logits, penalised, torch.Generator(), seen), theirs.argmax(-1))
+    assert torch.equal(repetition_penalty(1.7, torch.zeros(2, 1))(history, logits), theirs)
     assert not torch.equal(theirs, logits)
+
+
+def test_padding_is_no_id_that_a_row_has_had() -> None:
+    logits = some_logits(2, 50)
+    padded, plain = torch.tensor([[0, 0, 3, 1], [0, 4, 5, 6]]), torch.tensor([[3, 1, 3, 1], [4, 5, 6, 4]])
+    found = repetition_penalty(1.7, torch.tensor([[2], [1]]))(padded, logits)
+    assert torch.equal(found, repetition_penalty(1.7, torch.zeros(2, 1))(plain, logits))
+    assert torch.equal(found[:, 0], logits[:, 0])
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_the_mass() -> None:
@@ -93,33 +99,33 @@ def test_nothing_is_sorted_unless_it_must_be(monkeypatch: pytest.MonkeyPatch) ->
         ({"top_p": 0.9}, flat, 256_000),
     ):
         sorted_.clear()
-        choose(logits, Sampling(temperature=1.0, **settings), torch.Generator().manual_seed(0))
+        sample(logits, Sampling(temperature=1.0, **settings), torch.Generator().manual_seed(0))
         assert max(sorted_, default=0) <= largest, settings
 
 
 def test_draws_follow_the_distribution() -> None:
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    drawn = choose(p.log().expand(20_000, 4), Sampling(temperature=1.0), torch.Generator().manual_seed(0))
+    drawn = sample(p.log().expand(20_000, 4), Sampling(temperature=1.0), torch.Generator().manual_seed(0))
     assert torch.allclose(drawn.bincount(minlength=4) / 20_000, p, atol=0.012)
 
 
 def test_temperature_near_zero_is_greedy_and_small_ones_do_not_overflow() -> None:
     logits = some_logits()
     for temperature in (0, 1e-40, 1e-7, 1e-5, 1e-3):
-        chosen = choose(logits, Sampling(temperature=temperature), torch.Generator().manual_seed(0))
+        chosen = sample(logits, Sampling(temperature=temperature), torch.Generator().manual_seed(0))
         assert torch.equal(chosen, logits.argmax(-1)), temperature
 
 
 def test_bfloat16_logits_are_sampled_in_float32() -> None:
     logits = some_logits().bfloat16()
-    a = choose(logits, Sampling(temperature=0.7, top_p=0.9), torch.Generator().manual_seed(1))
-    b = choose(logits.float(), Sampling(temperature=0.7, top_p=0.9), torch.Generator().manual_seed(1))
+    a = sample(logits, Sampling(temperature=0.7, top_p=0.9), torch.Generator().manual_seed(1))
+    b = sample(logits.float(), Sampling(temperature=0.7, top_p=0.9), torch.Generator().manual_seed(1))
     assert torch.equal(a, b)
 
 
 def test_the_same_seed_gives_the_same_draws_and_a_generator_is_used_as_it_is() -> None:
     device, logits = torch.device("cpu"), some_logits(64)
-    one, two, other = (choose(logits, Sampling(temperature=1.0), make_generator(seed, device)) for seed in (5, 5, 6))
+    one, two, other = (sample(logits, Sampling(temperature=1.0), make_generator(seed, device)) for seed in (5, 5, 6))
     assert torch.equal(one, two) and not torch.equal(one, other)
     own = torch.Generator()
     assert make_generator(own, device) is own

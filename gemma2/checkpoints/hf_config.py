@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma2.config import GLOBAL, LOCAL, MOST_LAYERS, Gemma2Config
+from gemma2.checks import MOST_LAYERS
+from gemma2.config import GLOBAL, LOCAL, Gemma2Config
 from gemma2.errors import BadModelFile
 
 PUBLISHED = ("gemma-2-2b", "gemma-2-9b", "gemma-2-27b")

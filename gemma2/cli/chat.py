@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gemma2.chat import chat_ids
 from gemma2.cli.options import add_options, load_model, report, sampling_options
 from gemma2.errors import ContextOverflow
-from gemma2.generate import Stats
+from gemma2.stats import Stats
 from gemma2.tokenizer import check_text
 
 if TYPE_CHECKING:

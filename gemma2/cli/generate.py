@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from gemma2.cli.options import add_options, load_model, report, sampling_options
 from gemma2.errors import NonFiniteError
-from gemma2.generate import Stats
+from gemma2.stats import Stats
 from gemma2.tokenizer import check_text
 
 if TYPE_CHECKING:

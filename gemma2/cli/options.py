@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from gemma2.detokenizer import checked_stops
+from gemma2.checks import check_count
+from gemma2.detokenizer import parse_stops
 from gemma2.gemma import MAX_NEW_TOKENS, Gemma
-from gemma2.generate import Stats
 from gemma2.load import check_device, check_dtype, load
-from gemma2.sampling import Sampling, checked_count
+from gemma2.sampling import Sampling
+from gemma2.stats import Stats
 
 SOURCE = "hub name (owner/repo, or owner/repo:FILE.gguf), folder or file"
 
@@ -60,10 +61,10 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     chosen = {name: getattr(args, name) for name in names}
     Sampling(**chosen)
-    checked_count("max_new_tokens", args.max_new_tokens)
+    check_count("max_new_tokens", args.max_new_tokens)
     if args.seed is not None:
-        checked_count("seed", args.seed)
-    checked_stops(args.stop)
+        check_count("seed", args.seed)
+    parse_stops(args.stop)
     return {**chosen, "max_new_tokens": args.max_new_tokens, "seed": args.seed, "stop": args.stop}
 
 

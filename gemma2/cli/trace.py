@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     patterns = args.sites or ["*"]
     about = About(f"gemma2 {version('gemma2')}", name_of(gemma), gemma.config, versions(gemma))
     trace = TraceWriter(args.output, about, ids, patterns, dtypes(gemma.model, patterns), args.force)
-    tokens = torch.tensor([ids], device=gemma.model.model.embed_tokens.weight.device)
+    tokens = torch.tensor([ids], device=gemma.model.device)
     held = f"{len(trace.sites)} sites of {len(ids)} tokens, {size(trace.bytes)}"
     print(f"{args.output}: {held}", flush=True)
     bar = tqdm(total=len(trace.sites), desc="sites", disable=None, leave=False, delay=1)  # shown from a second on
@@ -132,12 +132,12 @@ def ids_for(given: str | list[int], gemma: Gemma) -> list[int]:
 
 def name_of(gemma: Gemma) -> str:
     """The dtype, as in `--dtype`."""
-    return str(gemma.model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    return str(gemma.model.dtype).removeprefix("torch.")
 
 
 def versions(gemma: Gemma) -> dict[str, str]:
     """What results depend on beside the model: they may differ by rounding with any of it."""
-    device = gemma.model.model.embed_tokens.weight.device
+    device = gemma.model.device
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return {
         "gemma2": version("gemma2"),

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma2.checks import check_count
 from gemma2.cli.options import SOURCE, add_common_options, add_model_options, load_model
 from gemma2.cli.trace import name_of, versions
 from gemma2.convert import convert
@@ -21,7 +22,6 @@ from gemma2.load import load
 from gemma2.model import Gemma2
 from gemma2.parity.tolerances import TOLERANCES
 from gemma2.parity.verify import LENGTH, Check, check_length, narrowed, verify
-from gemma2.sampling import checked_count
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -44,7 +44,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    checked_count("length", args.length)
+    check_count("length", args.length)
     gemma = load_model(args)
     check_length(gemma.config, args.length)
     saved = {how: saver(args, gemma, name) for how, name in (("safetensors", "model"), ("GGUF", "model.gguf"))}
@@ -91,7 +91,7 @@ def describe(args: argparse.Namespace, gemma: Gemma) -> dict[str, str]:
         "versions": f"gemma2 {machine['gemma2']}, torch {machine['torch']}, Python {platform.python_version()}, "
         f"{sys.platform}, {machine['threads']} threads",
         "prompt": f"{args.length} random ids, window {window}{own}",
-        "tolerance": str(TOLERANCES[gemma.model.model.embed_tokens.weight.dtype]),
+        "tolerance": str(TOLERANCES[gemma.model.dtype]),
     }
 
 

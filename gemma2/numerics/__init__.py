@@ -8,17 +8,20 @@ A profile is an ordered list of changes to `gemma2/model.py`, which is itself bi
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from functools import partial
 
 import torch
+from torch import nn
 
 from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.weights import Weights
 from gemma2.model import Gemma2
-from gemma2.numerics.changes import Change, Kinds, Stored
+from gemma2.numerics.changes import Change, Storage, Stored
 from gemma2.numerics.parts import in_parts
 from gemma2.numerics.profiles import gemma_pytorch, jax, litgpt, llama_cpp, transformers
+from gemma2.twins import Make, replaced, sharing
 
 PROFILES: dict[str, tuple[Change, ...]] = {
     "transformers": transformers.CHANGES,
@@ -31,7 +34,7 @@ GGML = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def with_numerics(
-    model: Gemma2, profile: str, changes: Iterable[str] | None = None, kinds: Kinds | None = None
+    model: Gemma2, profile: str, changes: Iterable[str] | None = None, storage: Storage | None = None
 ) -> Gemma2:
     """A new model with a profile's arithmetic and `model`'s own parameters; `model` and its hooks are left alone.
 
@@ -40,9 +43,20 @@ def with_numerics(
     Args:
         profile: one of `PROFILES`.
         changes: names of the changes to apply; default all.
-        kinds: for `llama.cpp`, parameter name -> how it is stored; default what its dtype is called in ggml.
+        storage: for `llama.cpp`, parameter name -> how it is stored; default what its dtype is called in ggml.
     Raises:
         ValueError: an unknown profile or change, or a dtype that the profile's implementation does not compute in.
+    """
+    new = sharing(model)
+    make = twins_of(profile, changes, model.dtype, storage)
+    return replaced(new, make).model
+
+
+def twins_of(profile: str, changes: Iterable[str] | None, dtype: torch.dtype, storage: Storage | None = None) -> Make:
+    """What makes of a model's modules their twins with a profile's arithmetic, for `replaced` or `build`.
+
+    Args and errors as in `with_numerics`.
+        dtype: of the parameters.
     """
     check_profile(profile)
     known = {change.name: change for change in PROFILES[profile]}
@@ -50,19 +64,19 @@ def with_numerics(
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise ValueError(f"{profile} has no change {unknown[0]!r}; it has {', '.join(known) or 'none'}")
-    if wanted and model.model.embed_tokens.weight.dtype == torch.float64:
+    if wanted and dtype == torch.float64:
         raise ValueError(f"numerics {profile!r}: no float64 is computed there; use float32 or bfloat16")
-    parameters = dict(model.named_parameters())
-    with torch.device("meta"):
-        twin = Gemma2(model.config)
-    twin.load_state_dict(parameters, strict=True, assign=True)
-    twin.train(model.training)
-    types = {name: Stored(GGML.get(tensor.dtype, "F32")) for name, tensor in parameters.items()} | dict(kinds or {})
-    in_parts(twin)
-    for name, change in known.items():
-        if name in wanted:
-            change.apply(twin, types)
-    return twin
+    stored = defaultdict(lambda: Stored(GGML.get(dtype, "F32")), storage or {})
+
+    def make(path: str, module: nn.Module) -> nn.Module | None:
+        twin = in_parts(path, module)
+        for inner in twin.modules() if twin else ():  # attention has the cap of its scores inside
+            for name, change in known.items():
+                if name in wanted:
+                    change.apply(path, inner, stored)
+        return twin
+
+    return make
 
 
 def check_profile(name: str) -> None:
@@ -71,7 +85,7 @@ def check_profile(name: str) -> None:
         raise ValueError(f"numerics {name!r} is not one of {', '.join(PROFILES)}")
 
 
-def stored_kinds(weights: Weights) -> Kinds | None:
+def storage_of(weights: Weights) -> Storage | None:
     """How each tensor of a GGUF is stored, on which llama.cpp's arithmetic depends; else None."""
     if not isinstance(weights, GGUFWeights):
         return None

@@ -1,4 +1,4 @@
-"""One difference between two implementations' arithmetic: a name, a sentence, a source, and the parts it replaces."""
+"""One difference between two implementations' arithmetic: a name, a sentence, a source, the functions it replaces."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from gemma2.checkpoints.ggml import Scales
-from gemma2.model import Gemma2
 
 
 @dataclass(frozen=True)
@@ -17,35 +16,36 @@ class Stored:
     """How a file holds a parameter.
 
     Attributes:
-        kind: ggml's name for the type, as "Q8_0".
+        type: ggml's name for the type, as "Q8_0".
         scales: reads what its integers are multiplied with; None if that is not known.
     """
 
-    kind: str
+    type: str
     scales: Callable[[], Scales | None] | None = None
 
 
-Kinds = Mapping[str, Stored]  # parameter name -> how it is stored
+Storage = Mapping[str, Stored]  # parameter name -> how a file holds it
+Apply = Callable[[str, nn.Module, Storage], None]  # a part's path, the part, and how parameters are stored
 
 
 @dataclass(frozen=True)
 class Change:
-    """One named change. `apply` makes it in a model `in_parts`; any change of a profile can be applied alone."""
+    """One named change. `apply` makes it in a part of the model (see `parts`) that it concerns, and leaves the others;
+    any change of a profile can be applied alone."""
 
     name: str
     about: str
     source: str
-    apply: Callable[[Gemma2, Kinds], None]
+    apply: Apply
 
 
-def replacing(part: type[nn.Module], **functions: Callable[..., Any]) -> Callable[[Gemma2, Kinds], None]:
-    """Put functions in the place of a twin's, wherever the model has that twin."""
+def replacing(part: type[nn.Module], **functions: Callable[..., Any]) -> Apply:
+    """Put functions in the place of a part's own, in all parts of this class."""
 
-    def apply(model: Gemma2, kinds: Kinds) -> None:
-        for module in model.modules():
-            if isinstance(module, part):
-                for name, function in functions.items():
-                    assert hasattr(module, name), f"{part.__name__} has no part {name}"
-                    setattr(module, name, function)
+    def apply(path: str, module: nn.Module, storage: Storage) -> None:
+        if isinstance(module, part):
+            for name, function in functions.items():
+                assert hasattr(module, name), f"{part.__name__} has no function {name}"
+                setattr(module, name, function)
 
     return apply

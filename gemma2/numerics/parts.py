@@ -1,30 +1,31 @@
-"""The model in parts: twins of its modules in which all that implementations do differently has a place of its own.
+"""The model in parts: twins of its leaves in which every operation that implementations do differently is a function of
+its own.
 
-`in_parts` computes what the model computes, bit for bit, until a part is replaced. Parts are plain functions; the twins
-keep the names of the modules, parameters and taps they stand for. Shapes are in the letters of `ops.py`.
+`replaced(model, in_parts)` computes what the model computes, bit for bit, until such a function is replaced. The twins
+keep the names of the parameters and taps they stand for. Shapes are in the letters of `ops.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gemma2 import ops
-from gemma2.cache import LayerCache, NoCache
 from gemma2.model import (
-    MLP,
-    Attention,
-    Gemma2,
+    ApplyRotary,
+    GELUTanh,
     RMSNorm,
-    Rotation,
+    RotaryEmbedding,
     ScaledEmbedding,
     SoftCap,
     SoftcapAttention,
     TiedHead,
 )
+from gemma2.tokens import check_tokens
 
 Product = Callable[[Tensor, Tensor], Tensor]  # x [... n] and weight [m n] -> [... m]
 
@@ -48,23 +49,23 @@ def divided(x: Tensor, cap: float) -> Tensor:
 
 
 def inverse_scale(x: Tensor, eps: float) -> Tensor:
-    return ops.inverse_rms(ops.widened(x), eps)
+    return ops.inverse_rms(ops.upcast(x), eps)
 
 
 def normalized(x: Tensor, inverse: Tensor) -> Tensor:
-    return ops.widened(x) * inverse
+    return ops.upcast(x) * inverse
 
 
 def gain(weight: Tensor) -> Tensor:
-    return 1.0 + ops.widened(weight)
+    return 1.0 + ops.upcast(weight)
 
 
-def turns(positions: Tensor, c: int, theta: float, wide: torch.dtype) -> Rotation:
-    return ops.rotation(positions, c, theta, wide)
+def cos_sin(positions: Tensor, c: int, theta: float, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    return ops.cos_sin(positions, ops.frequencies(c, theta, wide).to(positions.device), wide)
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return ops.rotate(x, cos.to(x.dtype), sin.to(x.dtype))
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return ops.apply_rotary(x, cos.to(x.dtype), sin.to(x.dtype))
 
 
 def unscaled(q: Tensor, scale: float) -> Tensor:
@@ -84,15 +85,15 @@ def masked(scores: Tensor, visible: Tensor) -> Tensor:
 
 
 def softmaxed(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    return ops.widened(scores).softmax(dim=-1).to(dtype)
+    return ops.upcast(scores).softmax(dim=-1).to(dtype)
 
 
 def mixed(pattern: Tensor, v: Tensor) -> Tensor:
     return pattern @ v
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
-    return F.gelu(gate, approximate="tanh") * up
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
 
 
 class EmbeddingInParts(ScaledEmbedding):
@@ -102,9 +103,10 @@ class EmbeddingInParts(ScaledEmbedding):
         self.stream, self.rounded_scale = same, rounded_scale
 
     def forward(self, tokens: Tensor) -> Tensor:
+        check_tokens(tokens, len(self.weight))
         rows = self.stream(F.embedding(tokens, self.weight))
         scale = self.rounded_scale(self.scale, self.weight.dtype)
-        return (ops.widened(rows) * ops.widened(scale)).to(rows.dtype)
+        return (ops.upcast(rows) * ops.upcast(scale)).to(rows.dtype)
 
 
 class NormInParts(RMSNorm):
@@ -131,13 +133,13 @@ class LinearInParts(nn.Module):
 
 
 class HeadInParts(TiedHead):
-    def __init__(self) -> None:
+    def __init__(self, plain: TiedHead) -> None:
         super().__init__()
         self.received: Callable[[Tensor], Tensor] = same
         self.product: Product = multiplied
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.product(self.received(x), embedding).to(x.dtype)
+    def forward(self, x: Tensor, embedding: ScaledEmbedding) -> Tensor:
+        return self.product(self.received(x), embedding.weight).to(x.dtype)
 
 
 class CapInParts(SoftCap):
@@ -152,14 +154,16 @@ class CapInParts(SoftCap):
 class ScoresInParts(SoftcapAttention):
     def __init__(self, plain: SoftcapAttention) -> None:
         nn.Module.__init__(self)
-        self.scale, self.group = plain.scale, plain.group
+        self.scale, self.group, self.window = plain.scale, plain.group, plain.window
         self.softcap = CapInParts(plain.softcap)
+        self.hook_key_positions = plain.hook_key_positions
         self.hook_scores_raw, self.hook_attn_scores = plain.hook_scores_raw, plain.hook_attn_scores
         self.hook_pattern, self.hook_z = plain.hook_pattern, plain.hook_z
         self.scaled_queries, self.product, self.scaled_scores = unscaled, matched, scaled_scores
         self.masked, self.softmaxed, self.mixed = masked, softmaxed, mixed
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, key_positions: Tensor) -> Tensor:
+        visible = ops.visible(positions, self.hook_key_positions(key_positions), self.window)
         dtype = q.dtype
         q = self.scaled_queries(q, self.scale).transpose(1, 2)
         k = k.transpose(1, 2).repeat_interleave(self.group, dim=1)
@@ -170,55 +174,50 @@ class ScoresInParts(SoftcapAttention):
         return self.hook_z(z.transpose(1, 2).contiguous())
 
 
-class AttentionInParts(Attention):
-    def __init__(self, plain: Attention, theta: float) -> None:
+class RotaryInParts(RotaryEmbedding):
+    def __init__(self, plain: RotaryEmbedding) -> None:
         nn.Module.__init__(self)
-        self.head_dim, self.window, self.theta = plain.head_dim, plain.window, theta
-        self.q_proj, self.k_proj = LinearInParts(plain.q_proj), LinearInParts(plain.k_proj)  # type: ignore[assignment]
-        self.v_proj, self.o_proj = LinearInParts(plain.v_proj), LinearInParts(plain.o_proj)  # type: ignore[assignment]
-        self.hook_q, self.hook_k, self.hook_v = plain.hook_q, plain.hook_k, plain.hook_v
-        self.hook_rot_q, self.hook_rot_k = plain.hook_rot_q, plain.hook_rot_k
-        self.attend = ScoresInParts(plain.attend)
-        self.turns, self.rotated = turns, rotated
+        self.width, self.theta = plain.width, plain.theta
+        self.cos_sin = cos_sin
 
-    def forward(self, x: Tensor, positions: Tensor, rotation: Rotation, cache: LayerCache | NoCache) -> Tensor:
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = self.hook_q(self.q_proj(x).view(heads))
-        k = self.hook_k(self.k_proj(x).view(heads))
-        v = self.hook_v(self.v_proj(x).view(heads))
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        cos, sin = self.turns(positions, self.head_dim, self.theta, wide)
-        q, k = self.hook_rot_q(self.rotated(q, cos, sin)), self.hook_rot_k(self.rotated(k, cos, sin))
-        k, v, key_positions = cache.update(k, v, positions)
-        z = self.attend(q, k, v, ops.visible(positions, key_positions, self.window))
-        return self.o_proj(z.flatten(2))
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """In float32 (float64 for float64): `ApplyRotaryInParts` rounds them, or not."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return self.cos_sin(positions, self.width, self.theta, wide)
 
 
-class MLPInParts(MLP):
-    def __init__(self, plain: MLP) -> None:
-        nn.Module.__init__(self)
-        self.gate_proj = LinearInParts(plain.gate_proj)  # type: ignore[assignment]
-        self.up_proj = LinearInParts(plain.up_proj)  # type: ignore[assignment]
-        self.down_proj = LinearInParts(plain.down_proj)  # type: ignore[assignment]
-        self.hook_post = plain.hook_post
-        self.gated = gated
+class ApplyRotaryInParts(ApplyRotary):
+    def __init__(self, plain: ApplyRotary) -> None:
+        super().__init__()
+        self.apply_rotary = apply_rotary
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return self.apply_rotary(x, cos, sin)
+
+
+class ActivationInParts(GELUTanh):
+    def __init__(self, plain: GELUTanh) -> None:
+        super().__init__()
+        self.gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.hook_post(self.gated(self.gate_proj(x), self.up_proj(x))))
+        return self.gelu(x)
 
 
-def in_parts(model: Gemma2) -> Gemma2:
-    """Put the twins into `model` itself, and return it."""
-    inner = model.model
-    inner.embed_tokens = EmbeddingInParts(inner.embed_tokens)
-    for layer in inner.layers:
-        assert isinstance(layer.self_attn, Attention) and isinstance(layer.mlp, MLP)
-        layer.self_attn = AttentionInParts(layer.self_attn, model.config.rope_theta)
-        layer.mlp = MLPInParts(layer.mlp)
-        for name, child in list(layer.named_children()):
-            if isinstance(child, RMSNorm):
-                setattr(layer, name, NormInParts(child))
-    inner.norm = NormInParts(inner.norm)
-    model.lm_head = HeadInParts()
-    model.softcap = CapInParts(model.softcap)
-    return model
+TWINS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+    ScaledEmbedding: EmbeddingInParts,
+    RotaryEmbedding: RotaryInParts,
+    RMSNorm: NormInParts,
+    nn.Linear: LinearInParts,
+    ApplyRotary: ApplyRotaryInParts,
+    SoftcapAttention: ScoresInParts,
+    GELUTanh: ActivationInParts,
+    TiedHead: HeadInParts,
+    SoftCap: CapInParts,
+}
+
+
+def in_parts(path: str, module: nn.Module) -> nn.Module | None:
+    """A leaf's twin in parts; None for containers and taps."""
+    twin = TWINS.get(type(module))
+    return twin(module) if twin else None

@@ -121,7 +121,7 @@ def compare(
     # Of what the other shows for its last positions alone, nothing is put in the place of ours, on either side.
     whole = {name: value for name, value in own.items() if value.shape == other[name].shape}
     from_own, from_other = predicted(model, ids, whole), predicted(model, ids, other)
-    floor = FLOOR[model.model.embed_tokens.weight.dtype]
+    floor = FLOOR[model.dtype]
     return [_row(name, truth[name], own[name], other[name], from_own[name], from_other[name], floor) for name in own]
 
 
@@ -171,7 +171,7 @@ def observed(model: Gemma2, ids: list[int], names: Iterable[str]) -> dict[str, T
 
 
 def _tokens(model: Gemma2, ids: list[int]) -> Tensor:
-    return torch.tensor([ids], device=model.model.embed_tokens.weight.device)
+    return torch.tensor([ids], device=model.device)
 
 
 @contextmanager

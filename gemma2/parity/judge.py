@@ -100,7 +100,7 @@ def judge(
     tell(reference.system)
     other = reference.run(given, wanted)
     tell("comparing")
-    ours = Ourselves(opened, reference.dtype, numerics=numerics, kinds=reference.kinds)
+    ours = Ourselves(opened, reference.dtype, numerics=numerics, storage=reference.storage)
     truth = predicted(ours.model, given)
     rows = compare(ours.model, given, other, ours.computing, truth)
     logits = compare_logits(truth["logits"], other["logits"]) if "logits" in other else None
@@ -162,10 +162,10 @@ def explain(
     given = _checked(ids, opened)
     names = [name for name in chosen(opened.config) if name in reference.sites]
     other = reference.run(given, names)
-    ours = Ourselves(opened, reference.dtype, kinds=reference.kinds)
+    ours = Ourselves(opened, reference.dtype, storage=reference.storage)
     steps: list[Step] = []
     for label, about, way, changes in _walk(start, profile):
-        own = observed(with_numerics(ours.model, way, changes, ours.kinds), given, names)
+        own = observed(with_numerics(ours.model, way, changes, ours.storage), given, names)
         apart = own["logits"][-len(other["logits"]) :].double() - other["logits"].double()
         distance = apart.square().mean().sqrt().item()
         if not math.isfinite(distance):

@@ -285,7 +285,7 @@ def dtypes(model: Gemma2, patterns: Iterable[str] | str = "*") -> dict[str, torc
     """The dtype in which a model computes each site (what a norm holds inside is wider than what comes out of it).
     It runs the model over one token."""
     with capture(model, patterns) as seen:
-        model(torch.zeros(1, 1, dtype=torch.int64, device=model.model.embed_tokens.weight.device))
+        model(torch.zeros(1, 1, dtype=torch.int64, device=model.device))
     return {name: value.dtype for name, value in seen.items()}
 
 

@@ -15,8 +15,9 @@ from gemma2.cache import HybridCache
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile, ContextOverflow
 from gemma2.model import Gemma2
-from gemma2.parity.references import left_padded
 from gemma2.parity.tolerances import TOLERANCES
+from gemma2.tokens import left_padded
+from gemma2.twins import sharing
 
 LENGTH, SHORTEST = 192, 16  # ids of the prompt
 Saved = Mapping[str, Callable[[], Gemma2]]  # how it was saved -> saves the model there, and loads it
@@ -60,10 +61,7 @@ class Check:
 def narrowed(model: Gemma2, length: int) -> Gemma2:
     """A model with the same parameters whose window is at most two thirds of a prompt, so that the prompt leaves it."""
     window = min(model.config.sliding_window, 2 * length // 3)
-    with torch.device("meta"):
-        twin = Gemma2(replace(model.config, sliding_window=window))
-    twin.load_state_dict(dict(model.named_parameters()), strict=True, assign=True)
-    return twin.eval()
+    return sharing(model, replace(model.config, sliding_window=window)).eval()
 
 
 def check_length(config: Gemma2Config, length: int) -> None:
@@ -104,8 +102,7 @@ class _Subject:
 
     def __init__(self, model: Gemma2, length: int) -> None:
         self.model, self.length = model, length
-        weight = model.model.embed_tokens.weight
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device, self.dtype = model.device, model.dtype
         ids = torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
         self.ids = ids.to(self.device)
         self.whole = self._logits(model, self.ids)
@@ -124,7 +121,7 @@ class _Subject:
     def batched(self) -> tuple[Tensor, Tensor]:
         ids = self.ids.tolist()
         rows = [ids, ids[: 3 * self.length // 4], ids[-self.length // 8 :]]
-        tokens, positions = (x.to(self.device) for x in left_padded(rows))
+        tokens, positions = left_padded(rows, self.device)
         with torch.no_grad():
             batch = self.model(tokens, positions)
         found = [logits[-len(row) :] for logits, row in zip(batch, rows, strict=True)]
@@ -172,7 +169,7 @@ class _Subject:
         return self._logits(again, self.ids), self.whole
 
     def _fed(self, sizes: list[int]) -> tuple[Tensor, Tensor]:
-        cache = HybridCache(self.model.config, 1, self.length, self.dtype, self.device)
+        cache = HybridCache(self.model.config, 1, self.length)
         parts = [size for size in sizes if size]
         with torch.no_grad():
             logits = [self.model(part, cache=cache)[0].cpu() for part in self.ids[None].split(parts, dim=1)]

@@ -51,14 +51,14 @@ class Site:
     @property
     def path(self) -> str:
         """The module's path in `Gemma2`, with {i} for the layer in the table's rows."""
-        inside = LAYER in self.name and not self.module.startswith("model.")
+        inside = LAYER in self.name
         return f"model.layers.{LAYER}.{self.module}".rstrip(".") if inside else self.module
 
 
 # In the order in which a pass computes them.
 TABLE = (
     Site("hook_embed", "model.embed_tokens", "b t d", "the embedding, scaled"),
-    Site("blocks.{i}.hook_resid_pre", "model.layers.{i-1}", "b t d", "the stream before it; 0: model.embed_tokens"),
+    Site("blocks.{i}.hook_resid_pre", "hook_resid_pre", "b t d", "the stream before the block"),
     Site("blocks.{i}.ln1.hook_inv_scale", "input_layernorm.hook_inv_scale", "b t 1", "1 / its rms"),
     Site("blocks.{i}.ln1.hook_normalized", "input_layernorm.hook_normalized", "b t d", "times that, before the gain"),
     Site("blocks.{i}.ln1", "input_layernorm", "b t d", "what attention reads"),
@@ -126,11 +126,7 @@ def sites(config: Gemma2Config) -> dict[str, Site]:
 
 
 def _in_layer(site: Site, layer: int) -> Site:
-    if site.name.endswith("hook_resid_pre"):
-        module = f"model.layers.{layer - 1}" if layer else "model.embed_tokens"
-    else:
-        module = f"model.layers.{layer}.{site.module}".rstrip(".")
-    return replace(site, name=site.name.replace(LAYER, str(layer)), module=module)
+    return replace(site, name=site.name.replace(LAYER, str(layer)), module=site.path.replace(LAYER, str(layer)))
 
 
 def chosen(config: Gemma2Config, patterns: Iterable[str] | str = "*") -> dict[str, Site]:

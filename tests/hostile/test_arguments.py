@@ -17,7 +17,7 @@ from gemma2.checkpoints.hf_config import published_config
 from gemma2.checkpoints.safetensors import SINGLE
 from gemma2.cli import main
 from gemma2.generate import generate_ids
-from gemma2.sampling import choose
+from gemma2.sampling import repetition_penalty, sample
 from tests.conftest import tensors_of, tiny
 from tests.hostile.conftest import SMALL, Complaint, shell
 
@@ -329,11 +329,12 @@ def test_every_value_taken_draws_and_the_narrow_ones_draw_the_likeliest(name: st
     logits = torch.randn(3, 600, generator=torch.Generator().manual_seed(1)).mul(8)
     logits[:, 7] = 40  # the likeliest by far
     logits[:, 8] = 0  # 0 times infinity would be NaN
-    seen = torch.arange(600).remainder(2).eq(0).expand(3, -1)  # 7 is not seen, 8 is
+    seen = torch.arange(0, 600, 2).expand(3, -1)  # 7 is not among them, 8 is
     for value in [*(VALUES[label] for label in TAKEN[name]), *EXTREMES.get(name, [])]:
         sampling = Sampling(**{"temperature": temperature, name: value})
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.stack([choose(logits, sampling, generator, seen) for _ in range(20)])
+        penalised = repetition_penalty(sampling.repetition_penalty, torch.zeros(3, 1))(seen, logits)
+        tokens = torch.stack([sample(penalised, sampling, generator) for _ in range(20)])
         assert bool(((tokens >= 0) & (tokens < 600)).all())
         if value in ONLY_THE_LIKELIEST.get(name, []) or (sampling.temperature <= 1e-6 and name != "repetition_penalty"):
             assert bool((tokens == 7).all()), value

@@ -16,13 +16,11 @@ from torch.nn import functional as F
 
 import gemma2
 from gemma2 import ops
-from gemma2.cache import LayerCache, NoCache
 from gemma2.model import (
-    MLP,
-    Attention,
+    ApplyRotary,
+    GELUTanh,
     Gemma2,
     RMSNorm,
-    Rotation,
     ScaledEmbedding,
     SoftCap,
     SoftcapAttention,
@@ -59,49 +57,40 @@ class NarrowNorm(RMSNorm):
     """1 + weight in the parameter's dtype, as in litgpt."""
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = ops.widened(x)
+        wide = ops.upcast(x)
         normalized = self.hook_normalized(wide * self.hook_inv_scale(ops.inverse_rms(wide, self.eps)))
-        return (normalized * ops.widened(1.0 + self.weight)).to(x.dtype)
+        return (normalized * ops.upcast(1.0 + self.weight)).to(x.dtype)
 
 
 class CapAfterMask(SoftcapAttention):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, key_positions: Tensor) -> Tensor:
+        visible = ops.visible(positions, key_positions, self.window)
         q, k, v = (x.transpose(1, 2) for x in (q, *(x.repeat_interleave(self.group, dim=2) for x in (k, v))))
         scores = self.hook_scores_raw(q @ k.transpose(2, 3) * self.scale)
         scores = self.softcap(scores.masked_fill(~visible, torch.finfo(scores.dtype).min))
-        pattern = ops.widened(self.hook_attn_scores(scores)).softmax(dim=-1).to(q.dtype)
+        pattern = ops.upcast(self.hook_attn_scores(scores)).softmax(dim=-1).to(q.dtype)
         return self.hook_z((self.hook_pattern(pattern) @ v).transpose(1, 2).contiguous())
 
 
-class Interleaved(Attention):
+class Interleaved(ApplyRotary):
     """Rotary pairs (2i, 2i + 1), as Llama's original code has them, instead of (i, i + c/2)."""
 
-    def forward(self, x: Tensor, positions: Tensor, rotation: Rotation, cache: LayerCache | NoCache) -> Tensor:
-        half = self.head_dim // 2
-        cos, sin = (part[..., :half].repeat_interleave(2, -1)[:, :, None] for part in rotation)
-
-        def rotate(y: Tensor) -> Tensor:
-            return y * cos + torch.stack((-y[..., 1::2], y[..., ::2]), -1).flatten(-2) * sin
-
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q, k = self.hook_q(self.q_proj(x).view(heads)), self.hook_k(self.k_proj(x).view(heads))
-        v = self.hook_v(self.v_proj(x).view(heads))
-        q, k = self.hook_rot_q(rotate(q)), self.hook_rot_k(rotate(k))
-        k, v, key_positions = cache.update(k, v, positions)
-        z = self.attend(q, k, v, ops.visible(positions, key_positions, self.window))
-        return self.o_proj(z.flatten(2))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        cos, sin = (part[..., :half].repeat_interleave(2, -1)[:, :, None] for part in (cos, sin))
+        return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin
 
 
-class ErfMLP(MLP):
+class ErfGELU(GELUTanh):
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.hook_post(F.gelu(self.gate_proj(x)) * self.up_proj(x)))
+        return F.gelu(x)
 
 
 class CappedHiddenHead(TiedHead):
     """The cap on what the head reads instead of on the logits, as in torchtune."""
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return F.linear(ops.softcap(x, 30.0), embedding)
+    def forward(self, x: Tensor, embedding: ScaledEmbedding) -> Tensor:
+        return F.linear(ops.softcap(x, 30.0), embedding.weight)
 
 
 class NoCap(SoftCap):
@@ -119,24 +108,26 @@ class WideLinear(nn.Linear):
 class WideAttention(SoftcapAttention):
     """No mistake either: products summed in float32, every result rounded."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, key_positions: Tensor) -> Tensor:
+        visible = ops.visible(positions, key_positions, self.window)
         dtype = q.dtype
         q, k, v = (x.transpose(1, 2).float() for x in (q, *(x.repeat_interleave(self.group, dim=2) for x in (k, v))))
         scores = self.hook_scores_raw((q @ k.transpose(2, 3) * self.scale).to(dtype))
         scores = self.softcap(scores).masked_fill(~visible, torch.finfo(dtype).min)
-        pattern = self.hook_pattern(ops.widened(self.hook_attn_scores(scores)).softmax(dim=-1).to(dtype))
+        pattern = self.hook_pattern(ops.upcast(self.hook_attn_scores(scores)).softmax(dim=-1).to(dtype))
         return self.hook_z((pattern.float() @ v).to(dtype).transpose(1, 2).contiguous())
 
 
 def window_one_wider(model: Gemma2) -> None:
     for module in model.modules():
-        if isinstance(module, Attention) and module.window is not None:
+        if isinstance(module, SoftcapAttention) and module.window is not None:
             module.window += 1
 
 
 def layers_swapped(model: Gemma2) -> None:
     for layer in model.model.layers:
-        layer.self_attn.window = None if layer.self_attn.window else model.config.sliding_window
+        attend = layer.self_attn.attend
+        attend.window = None if attend.window else model.config.sliding_window
 
 
 def post_norms_swapped(model: Gemma2) -> None:
@@ -192,10 +183,10 @@ BUGS = {
     ),
     "1 added to a norm twice": Bug(norm_read_twice, "blocks.2.ln2"),
     "wrong query scale": Bug(scaled_by_width, "blocks.0.attn.hook_scores_raw"),
-    "interleaved rotary": Bug(as_class(Attention, Interleaved), "blocks.0.attn.hook_rot_q"),
+    "interleaved rotary": Bug(as_class(ApplyRotary, Interleaved), "blocks.0.attn.hook_rot_q"),
     "swapped post-norms": Bug(post_norms_swapped, "blocks.0.hook_attn_out"),
     "unscaled embedding": Bug(as_class(ScaledEmbedding, UnscaledEmbedding), "hook_embed"),
-    "erf GELU": Bug(as_class(MLP, ErfMLP), "blocks.0.mlp.hook_post"),
+    "erf GELU": Bug(as_class(GELUTanh, ErfGELU), "blocks.0.mlp.hook_post"),
 }
 
 

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import gemma2
+from gemma2.model import Attention
 from gemma2.numerics import PROFILES, with_numerics
-from gemma2.numerics.parts import AttentionInParts, HeadInParts, LinearInParts, ScoresInParts
+from gemma2.numerics.parts import HeadInParts, LinearInParts, ScoresInParts
 from gemma2.numerics.profiles import jax
 from gemma2.parity.trace import Trace
 from gemma2.research.capture import capture
@@ -52,7 +53,7 @@ def put_in_order(model: gemma2.Gemma2) -> None:
             module.product = lambda q, k: in_order(q, k.transpose(2, 3))
             module.mixed = lambda pattern, v: in_order(pattern, v)
     for module in model.modules():
-        if isinstance(module, AttentionInParts):
+        if isinstance(module, Attention):
             c = module.head_dim
 
             def across_heads(x: Tensor, weight: Tensor, c: int = c) -> Tensor:

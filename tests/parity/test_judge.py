@@ -20,8 +20,9 @@ from gemma2.model import Gemma2
 from gemma2.numerics import PROFILES
 from gemma2.parity.cases import AGREES, DIFFERS, NOT_RUN, Case, run_cases
 from gemma2.parity.judge import DIFFERENCE, EQUAL, ROUNDING, explain, judge
-from gemma2.parity.references import CannotDo, Reference, left_padded, open_reference, spans
+from gemma2.parity.references import CannotDo, Reference, open_reference, spans
 from gemma2.parity.references.ourselves import Ourselves
+from gemma2.tokens import left_padded
 from tests.conftest import COMMON, SHAPES, ids, tensors_of, tiny
 from tests.parity.planted import BUGS, layers_swapped, no_final_cap, no_score_cap, scaled_by_width, window_one_wider
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import gemma2
 from gemma2.checkpoints.checkpoint import open_checkpoint
 from gemma2.model import Block
-from gemma2.numerics import PROFILES, stored_kinds, with_numerics
-from gemma2.numerics.changes import Kinds, Stored
+from gemma2.numerics import PROFILES, storage_of, with_numerics
+from gemma2.numerics.changes import Storage, Stored
 from gemma2.numerics.profiles import ggml_math
 from gemma2.numerics.profiles.ggml_products import rounded, summed
 from tests.conftest import SHARED, ids, tiny
@@ -119,7 +119,7 @@ def test_types_are_taken_from_the_dtype_unless_they_are_given() -> None:
     for dtype, kind, other in ((torch.float32, "F32", "BF16"), (torch.bfloat16, "BF16", "F32")):
         model.to(dtype)
         taken, stated, wrong = (
-            with_numerics(model, "llama.cpp", kinds=kinds)
+            with_numerics(model, "llama.cpp", storage=kinds)
             for kinds in (None, dict.fromkeys(names, Stored(kind)), dict.fromkeys(names, Stored(other)))
         )
         with torch.no_grad():
@@ -133,9 +133,9 @@ def test_rows_of_padding_stay_finite() -> None:
         assert with_numerics(tiny(), "llama.cpp")(ids(1, 20), positions).isfinite().all()
 
 
-def opened(path: Path) -> tuple[gemma2.Gemma2, Kinds | None]:
+def opened(path: Path) -> tuple[gemma2.Gemma2, Storage | None]:
     model = gemma2.load(path, dtype="float32", device="cpu").model
-    return model, stored_kinds(open_checkpoint(path).weights)
+    return model, storage_of(open_checkpoint(path).weights)
 
 
 def prompt() -> Tensor:
@@ -171,7 +171,7 @@ def test_no_bit_can_be_left_out_but_those_that_float32_weights_make_void(bit: st
 def test_every_recorded_node_of_llama_cpps_graph_is_met_to_the_bit(name: str) -> None:
     theirs = load_file(DATA / f"llama_cpp_trace_{name}.safetensors")
     model, kinds = opened(DATA / f"{name}.gguf")
-    twin = with_numerics(model, "llama.cpp", kinds=kinds)
+    twin = with_numerics(model, "llama.cpp", storage=kinds)
     places: dict[str, nn.Module] = {"inp_scaled": twin.model.embed_tokens, "result_norm": twin.model.norm}
     for i, layer in enumerate(twin.model.layers):
         assert isinstance(layer, Block)

@@ -81,7 +81,7 @@ def test_float64_runs_in_float64_where_transformers_drops_to_float32() -> None:
     model = tiny("27b").double()
     tokens = ids(1, 60)
     whole = model(tokens)
-    cache = gemma2.HybridCache(model.config, 1, 60, dtype=torch.float64)
+    cache = gemma2.HybridCache(model.config, 1, 60)
     parts = torch.cat([model(part, cache=cache) for part in tokens.split(7, dim=1)], dim=1)
     assert (whole - parts).abs().max() < 1e-10
     theirs = reference(model, raw_config("27b"), torch.float64)(tokens, use_cache=False).logits

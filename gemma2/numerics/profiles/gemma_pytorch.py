@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from gemma2 import ops
-from gemma2.model import Rotation
 from gemma2.numerics.changes import Change, replacing
-from gemma2.numerics.parts import AttentionInParts, ScoresInParts
+from gemma2.numerics.parts import ApplyRotaryInParts, RotaryInParts, ScoresInParts
 
 HIDDEN = -2.3819763e38  # what masked scores are added to: not quite the lowest bfloat16
 
 
-def polar_turns(positions: Tensor, c: int, theta: float, wide: torch.dtype) -> Rotation:
+def polar_cos_sin(positions: Tensor, c: int, theta: float, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """`torch.polar` takes cosines and sines from another library than `torch.cos`: one in twenty differs by an ulp."""
     frequency = 1.0 / (theta ** (torch.arange(0, c, 2, dtype=wide, device=positions.device) / c))
     angle = positions[..., None].to(wide) * frequency
@@ -22,9 +21,9 @@ def polar_turns(positions: Tensor, c: int, theta: float, wide: torch.dtype) -> R
     return turn.real, turn.imag
 
 
-def rotated_wide(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary_wide(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As a complex product computes it."""
-    return ops.rotate(ops.widened(x), cos, sin).to(x.dtype)
+    return ops.apply_rotary(ops.upcast(x), cos, sin).to(x.dtype)
 
 
 def scaled_queries(q: Tensor, scale: float) -> Tensor:
@@ -44,13 +43,13 @@ CHANGES = (
         "rope_mul=float32",
         "rotation is computed in float32 and rounded once; transformers rounds cosines, sines, products and sum",
         "apply_rotary_emb",
-        replacing(AttentionInParts, rotated=rotated_wide),
+        replacing(ApplyRotaryInParts, apply_rotary=apply_rotary_wide),
     ),
     Change(
         "rope_turn=polar",
         "cosines and sines are those of torch.polar, an ulp from torch.cos and torch.sin here and there",
         "precompute_freqs_cis",
-        replacing(AttentionInParts, turns=polar_turns),
+        replacing(RotaryInParts, cos_sin=polar_cos_sin),
     ),
     Change(
         "q_scale=before",

@@ -20,10 +20,16 @@ import torch
 from torch import Tensor
 
 from gemma2 import ops
-from gemma2.model import Rotation
 from gemma2.numerics.changes import Change, replacing
-from gemma2.numerics.parts import AttentionInParts, CapInParts, MLPInParts, NormInParts, ScoresInParts
-from gemma2.numerics.profiles.gemma_pytorch import HIDDEN, rotated_wide, unscaled_scores
+from gemma2.numerics.parts import (
+    ActivationInParts,
+    ApplyRotaryInParts,
+    CapInParts,
+    NormInParts,
+    RotaryInParts,
+    ScoresInParts,
+)
+from gemma2.numerics.profiles.gemma_pytorch import HIDDEN, apply_rotary_wide, unscaled_scores
 from gemma2.numerics.profiles.litgpt import gain
 
 # Between these two the ratio is taken; below the first tanh(x) is x.
@@ -51,21 +57,21 @@ def normal(x: Tensor) -> Tensor:
 
 
 def inverse_scale(x: Tensor, eps: float) -> Tensor:
-    mean = ops.widened(x * x).mean(-1, keepdim=True).to(x.dtype)  # jnp.mean sums in float32
+    mean = ops.upcast(x * x).mean(-1, keepdim=True).to(x.dtype)  # jnp.mean sums in float32
     # Wide, then rounded: torch's own bfloat16 reciprocal root is rounded twice.
-    return torch.rsqrt(ops.widened(mean + like(x, eps))).to(x.dtype)
+    return torch.rsqrt(ops.upcast(mean + like(x, eps))).to(x.dtype)
 
 
 def inverse_scale_compiled(x: Tensor, eps: float) -> Tensor:
-    mean = ops.widened(x).square().mean(-1, keepdim=True).to(x.dtype)
-    return torch.rsqrt(ops.widened(mean + like(x, eps))).to(x.dtype)
+    mean = ops.upcast(x).square().mean(-1, keepdim=True).to(x.dtype)
+    return torch.rsqrt(ops.upcast(mean + like(x, eps))).to(x.dtype)
 
 
 def normalized(x: Tensor, inverse: Tensor) -> Tensor:
     return x * inverse
 
 
-def divided_turns(positions: Tensor, c: int, theta: float, wide: torch.dtype) -> Rotation:
+def divided_cos_sin(positions: Tensor, c: int, theta: float, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     timescale = theta ** (2 / c * torch.arange(0, c // 2, dtype=wide, device=positions.device))
     angle = positions[..., None].to(wide) / timescale
     angle = torch.cat((angle, angle), dim=-1)
@@ -82,18 +88,18 @@ def masked(scores: Tensor, visible: Tensor) -> Tensor:
 
 def softmaxed(scores: Tensor, dtype: torch.dtype) -> Tensor:
     powers = normal((scores - scores.amax(-1, keepdim=True)).exp())
-    total = ops.widened(powers).sum(-1, keepdim=True).to(scores.dtype)  # jnp.sum sums in float32
+    total = ops.upcast(powers).sum(-1, keepdim=True).to(scores.dtype)  # jnp.sum sums in float32
     return normal((powers / total).to(dtype))
 
 
 def softmaxed_compiled(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    powers = normal(ops.widened(scores - scores.amax(-1, keepdim=True)).exp())
+    powers = normal(ops.upcast(scores - scores.amax(-1, keepdim=True)).exp())
     total = powers.sum(-1, keepdim=True).to(scores.dtype)
-    return normal((ops.widened(powers.to(scores.dtype)) * (1 / ops.widened(total))).to(dtype))
+    return normal((ops.upcast(powers.to(scores.dtype)) * (1 / ops.upcast(total))).to(dtype))
 
 
 def divided(x: Tensor, cap: float) -> Tensor:
-    return (ops.widened(x) * torch.tensor(1 / cap, dtype=torch.float32)).to(x.dtype)
+    return (ops.upcast(x) * torch.tensor(1 / cap, dtype=torch.float32)).to(x.dtype)
 
 
 def tanh(x: Tensor) -> Tensor:
@@ -112,10 +118,10 @@ def tanh(x: Tensor) -> Tensor:
     return torch.where(wide.abs() < TANH_START, wide, ratio).to(x.dtype)
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
+def gelu(gate: Tensor) -> Tensor:
     cubed = like(gate, 0.044715) * (gate * gate * gate)
     inner = like(gate, 0.7978845608028654) * (gate + cubed)  # sqrt(2 / pi)
-    return gate * (like(gate, 0.5) * (like(gate, 1.0) + tanh(inner))) * up
+    return gate * (like(gate, 0.5) * (like(gate, 1.0) + tanh(inner)))
 
 
 CHANGES = (
@@ -136,13 +142,13 @@ CHANGES = (
         "rope_turn=divided",
         "angles are positions over theta ** (2i/c); transformers multiplies with the reciprocal",
         "_positional_embeddings.py, apply_rope",
-        replacing(AttentionInParts, turns=divided_turns),
+        replacing(RotaryInParts, cos_sin=divided_cos_sin),
     ),
     Change(
         "rope_mul=float32",
         "rotation is computed in float32 and rounded once; transformers rounds cosines, sines, products and sum",
         "_positional_embeddings.py, apply_rope",
-        replacing(AttentionInParts, rotated=rotated_wide),
+        replacing(ApplyRotaryInParts, apply_rotary=apply_rotary_wide),
     ),
     Change(
         "q_scale=before_rounded",
@@ -167,7 +173,7 @@ CHANGES = (
         "gelu=act_dtype",
         "every operation of GELU is rounded to the activations' dtype, and tanh is XLA's; torch rounds once",
         "_modules.py, nn.gelu",
-        replacing(MLPInParts, gated=gated),
+        replacing(ActivationInParts, gelu=gelu),
     ),
     Change(
         "cap=reciprocal",

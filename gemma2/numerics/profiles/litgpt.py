@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gemma2.model import Gemma2
-from gemma2.numerics.changes import Change, Kinds, replacing
-from gemma2.numerics.parts import AttentionInParts, NormInParts, ScoresInParts
-from gemma2.numerics.profiles.gemma_pytorch import rotated_wide
+from gemma2.numerics.changes import Change, Storage, replacing
+from gemma2.numerics.parts import ApplyRotaryInParts, NormInParts, ScoresInParts
+from gemma2.numerics.profiles.gemma_pytorch import apply_rotary_wide
 from gemma2.numerics.profiles.llama_cpp import masked as hidden_by_infinity
 
 
@@ -21,11 +20,9 @@ def hidden_by_sum(scores: Tensor, visible: Tensor) -> Tensor:
     return scores + torch.zeros_like(scores).masked_fill(~visible, torch.finfo(scores.dtype).min)
 
 
-def add_masks(model: Gemma2, kinds: Kinds) -> None:
-    for module in model.modules():
-        if isinstance(module, AttentionInParts):
-            assert isinstance(module.attend, ScoresInParts)
-            module.attend.masked = hidden_by_sum if module.window is None else hidden_by_infinity
+def add_masks(path: str, module: nn.Module, storage: Storage) -> None:
+    if isinstance(module, ScoresInParts):
+        module.masked = hidden_by_sum if module.window is None else hidden_by_infinity
 
 
 CHANGES = (
@@ -39,7 +36,7 @@ CHANGES = (
         "rope_mul=float32",
         "rotation is computed in float32 and rounded once; transformers rounds cosines, sines, products and sum",
         "apply_rope",
-        replacing(AttentionInParts, rotated=rotated_wide),
+        replacing(ApplyRotaryInParts, apply_rotary=apply_rotary_wide),
     ),
     Change(
         "mask=added",

@@ -9,20 +9,20 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gemma2.checkpoints.weights import EMBEDDING
-from gemma2.model import Gemma2, Rotation
-from gemma2.numerics.changes import Change, Kinds, replacing
+from gemma2.numerics.changes import Change, Storage, replacing
 from gemma2.numerics.parts import (
-    AttentionInParts,
+    ActivationInParts,
+    ApplyRotaryInParts,
     CapInParts,
     EmbeddingInParts,
     HeadInParts,
     LinearInParts,
-    MLPInParts,
     NormInParts,
+    RotaryInParts,
     ScoresInParts,
 )
 from gemma2.numerics.profiles.gemma_pytorch import scaled_queries, unscaled_scores
@@ -45,7 +45,7 @@ def inverse_scale(x: Tensor, eps: float) -> Tensor:
     return over(f32(1.0), root)
 
 
-def recurrent_turns(positions: Tensor, c: int, theta: float, wide: torch.dtype) -> Rotation:
+def recurrent_cos_sin(positions: Tensor, c: int, theta: float, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """The angle of each pair is that of the pair before it times theta ** (-2/c), rounded each time."""
     ratio = f32(theta ** (-2 / c))
     angles = [positions.float()]
@@ -57,7 +57,7 @@ def recurrent_turns(positions: Tensor, c: int, theta: float, wide: torch.dtype) 
     return turn.real, turn.imag
 
 
-def rotated_fused(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary_fused(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The compiler makes one of each pair of products part of a fused multiply-add."""
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = (part[:, :, None, : x.shape[-1] // 2] for part in (cos, sin))
@@ -98,28 +98,28 @@ def mixed_in_lanes(pattern: Tensor, v: Tensor) -> Tensor:
     return lane_product(pattern, v.transpose(-1, -2), lanes=64 if pattern.shape[-2] == 1 else 16).to(v.dtype)
 
 
-def gated_by_table(gate: Tensor, up: Tensor) -> Tensor:
+def gelu_by_table(gate: Tensor) -> Tensor:
     """GELU of a float16, as a float16: ggml looks it up in a table of all 65,536. (vec.h, ggml_vec_geglu_f32)"""
     x = gate.half().float()
     inner = f32(0.79788456080286535587989211986876) * x * fma(f32(0.044715) * x, x, f32(1.0))
     looked_up = (0.5 * x * (1.0 + tanh(inner))).half().float()
-    return torch.where(gate <= -10, 0.0, torch.where(gate >= 10, gate, looked_up)).to(gate.dtype) * up
+    return torch.where(gate <= -10, 0.0, torch.where(gate >= 10, gate, looked_up)).to(gate.dtype)
 
 
-def round_activations(model: Gemma2, kinds: Kinds) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, LinearInParts | HeadInParts):
-            stored = kinds[EMBEDDING if isinstance(module, HeadInParts) else f"{name}.weight"]
-            module.received = partial(rounded, to=partner(stored.kind))
+def round_activations(path: str, module: nn.Module, storage: Storage) -> None:
+    if isinstance(module, LinearInParts | HeadInParts):
+        module.received = partial(rounded, to=partner(storage[weight_of(path, module)].type))
 
 
-def sum_in_lanes(model: Gemma2, kinds: Kinds) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, LinearInParts | HeadInParts):
-            stored = kinds[EMBEDDING if isinstance(module, HeadInParts) else f"{name}.weight"]
-            scales = stored.scales() if stored.scales else None
-            module.product = partial(summed, kind=stored.kind, scales=scales)
-    replacing(ScoresInParts, product=matched_in_lanes, mixed=mixed_in_lanes)(model, kinds)
+def sum_in_lanes(path: str, module: nn.Module, storage: Storage) -> None:
+    if isinstance(module, LinearInParts | HeadInParts):
+        stored = storage[weight_of(path, module)]
+        module.product = partial(summed, kind=stored.type, scales=stored.scales() if stored.scales else None)
+    replacing(ScoresInParts, product=matched_in_lanes, mixed=mixed_in_lanes)(path, module, storage)
+
+
+def weight_of(path: str, module: nn.Module) -> str:
+    return EMBEDDING if isinstance(module, HeadInParts) else f"{path}.weight"
 
 
 CHANGES = (
@@ -139,7 +139,7 @@ CHANGES = (
         "gelu=float16",
         "GELU is looked up in a table over float16, so its input and output are rounded to that; 0 and x beyond +-10",
         "ggml-cpu/vec.h, ggml_vec_geglu_f32",
-        replacing(MLPInParts, gated=gated_by_table),
+        replacing(ActivationInParts, gelu=gelu_by_table),
     ),
     Change(
         "activations=partner",
@@ -163,13 +163,13 @@ CHANGES = (
         "rope_turn=recurrence",
         "a pair's angle is the one before it times theta ** (-2/c) in float32; transformers takes each power anew",
         "ggml-cpu/ops.cpp, ggml_rope_cache_init",
-        replacing(AttentionInParts, turns=recurrent_turns),
+        replacing(RotaryInParts, cos_sin=recurrent_cos_sin),
     ),
     Change(
         "rope_mul=fused",
         "rotation is in float32, and one of its two products is not rounded",
         "ggml-cpu/ops.cpp, rotate_pairs",
-        replacing(AttentionInParts, rotated=rotated_fused),
+        replacing(ApplyRotaryInParts, apply_rotary=apply_rotary_fused),
     ),
     Change(
         "q_scale=before",

@@ -12,7 +12,7 @@ from torch import Tensor
 from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile, ContextOverflow
-from gemma2.numerics.changes import Kinds
+from gemma2.numerics.changes import Storage
 
 SPECS = "transformers, llama.cpp, gemma_pytorch:FOLDER, trace:FILE, FILE.safetensors, self:KEY=VALUE,..."
 # Two models that differ in one of these have no site in common. Any other number may differ: that is what comparing is
@@ -42,7 +42,7 @@ class Reference(Protocol):
         versions: of what else matters, name -> version.
         sites: names of `research/sites.py` that it can show.
         longest: most ids it takes, or None.
-        kinds: how it holds the weights, where its arithmetic depends on it and it says so; else None.
+        storage: how it holds the weights, where its arithmetic depends on it and it says so; else None.
     """
 
     system: str
@@ -51,7 +51,7 @@ class Reference(Protocol):
     versions: Mapping[str, str]
     sites: frozenset[str]
     longest: int | None
-    kinds: Kinds | None
+    storage: Storage | None
 
     def run(self, ids: Sequence[int], sites: Iterable[str]) -> dict[str, Tensor]:
         """One pass over one row: site -> value without the batch axis, on the CPU. A site that it shows only for the
@@ -150,10 +150,3 @@ def spans(ids: Sequence[int], chunks: Sequence[int]) -> list[tuple[int, int]]:
         raise ValueError(f"chunks {list(chunks)} are not a row of {len(ids)} ids in parts of at least one")
     ends = [sum(chunks[: n + 1]) for n in range(len(chunks))]
     return list(zip([0, *ends], ends, strict=False))
-
-
-def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Rows as one batch: tokens [b t] and positions [b t], negative where there is padding."""
-    width = max(len(row) for row in rows)
-    tokens = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
-    return tokens, torch.arange(width) - torch.tensor([[width - len(row)] for row in rows])

@@ -22,7 +22,7 @@ from gemma2.checkpoints.google import fused
 from gemma2.checkpoints.weights import build
 from gemma2.config import LOCAL
 from gemma2.errors import BadModelFile
-from gemma2.numerics.changes import Kinds
+from gemma2.numerics.changes import Storage
 from gemma2.parity.references import CannotDo, check_row, check_sites, spans
 from gemma2.parity.references.hooks import COMMON, INPUT, OUTPUT, as_site, in_layers, watching
 
@@ -52,7 +52,7 @@ class GemmaPyTorch:
         CannotDo: its code has no place for a number of the config, or for the dtype.
     """
 
-    kinds: Kinds | None = None
+    storage: Storage | None = None
 
     def __init__(self, folder: Path, opened: Checkpoint, dtype: torch.dtype) -> None:
         if dtype not in NAMES:

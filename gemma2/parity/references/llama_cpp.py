@@ -24,8 +24,8 @@ from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gemma2.checkpoints.export import layout_for, write
 from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.errors import BadModelFile
-from gemma2.numerics import stored_kinds
-from gemma2.numerics.changes import Kinds
+from gemma2.numerics import storage_of
+from gemma2.numerics.changes import Storage
 from gemma2.parity.references import CannotDo, check_row, check_sites, spans
 from gemma2.research.sites import LAYER
 from gemma2.research.sites import sites as all_sites
@@ -121,7 +121,7 @@ class LlamaCpp:
             self._folder = tempfile.TemporaryDirectory(prefix="gemma2-")  # goes with the last that refers to it
             opened = _as_gguf(opened, kind, Path(self._folder.name) / "model.gguf")
         assert isinstance(opened.weights, GGUFWeights)
-        self.kinds: Kinds | None = stored_kinds(opened.weights)
+        self.storage: Storage | None = storage_of(opened.weights)
         kinds = sorted(opened.weights.kinds)
         # Of a split one, the first part.
         self._path = min(opened.weights.stored(name).path for name in opened.weights.tensors)

@@ -17,11 +17,13 @@ from gemma2.checkpoints.checkpoint import Checkpoint
 from gemma2.checkpoints.weights import TARGETS, build, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.model import Gemma2
-from gemma2.numerics import GGML, stored_kinds, with_numerics
-from gemma2.numerics.changes import Kinds, Stored
-from gemma2.parity.references import check_row, check_sites, left_padded, open_local, spans
+from gemma2.numerics import GGML, storage_of, with_numerics
+from gemma2.numerics.changes import Storage, Stored
+from gemma2.parity.references import check_row, check_sites, open_local, spans
 from gemma2.research.capture import capture
 from gemma2.research.sites import sites as all_sites
+from gemma2.tokens import left_padded
+from gemma2.twins import sharing
 
 KEYS = ("dtype", "device", "numerics", "model")
 WIDE = "llama.cpp"  # the profile whose activations are float32 whatever the weights are
@@ -55,13 +57,13 @@ class Ourselves:
     Args:
         dtype: default the checkpoint's, and float32 for a GGUF under llama.cpp's numerics, which dequantises to that.
         numerics: a profile of `gemma2/numerics/__init__.py`; default the model as it is.
-        kinds: how llama.cpp's numerics take each parameter to be stored; default as the checkpoint has it, or as its
+        storage: how llama.cpp's numerics take each parameter to be stored; default as the checkpoint has it, or as its
             dtype is called in ggml.
     Raises:
         ValueError: a device that is not here, or an unknown profile.
     """
 
-    kinds: Kinds | None
+    storage: Storage | None
 
     def __init__(
         self,
@@ -69,18 +71,18 @@ class Ourselves:
         dtype: torch.dtype | None = None,
         device: str = "cpu",
         numerics: str | None = None,
-        kinds: Kinds | None = None,
+        storage: Storage | None = None,
     ) -> None:
-        self.kinds = kinds or stored_kinds(opened.weights)
+        self.storage = storage or storage_of(opened.weights)
         if dtype is None:
-            dtype = torch.float32 if self.kinds and numerics == WIDE else opened.weights.dtype
+            dtype = torch.float32 if self.storage and numerics == WIDE else opened.weights.dtype
         try:
             self._device = torch.device(device)
             torch.empty(0, device=self._device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ValueError(f"device {device!r} is not available here ({str(error).splitlines()[0][:100]})") from None
-        if numerics == WIDE and self.kinds is None:
-            self.kinds = {name: Stored(GGML.get(dtype, "F32")) for name in shapes_of(opened.config)}
+        if numerics == WIDE and self.storage is None:
+            self.storage = {name: Stored(GGML.get(dtype, "F32")) for name in shapes_of(opened.config)}
         self._numerics = numerics
         plain = build(opened.weights, opened.config, self._device, dtype, progress=False)
         self._arrange(plain, opened.config)
@@ -117,7 +119,7 @@ class Ourselves:
     @torch.no_grad()
     def cached(self, ids: Sequence[int], chunks: Sequence[int]) -> Tensor:
         tokens = check_row(self, ids).to(self._device)
-        cache = HybridCache(self.config, 1, len(ids), self.dtype, self._device)
+        cache = HybridCache(self.config, 1, len(ids))
         parts = [self._model(tokens[:, start:stop], cache=cache) for start, stop in spans(ids, chunks)]
         return torch.cat(parts, dim=1)[0].cpu()
 
@@ -131,8 +133,6 @@ class Ourselves:
 
     def _arrange(self, plain: Gemma2, config: Gemma2Config) -> None:
         """A model of this config with the parameters of `plain`, and the profile's arithmetic."""
-        with torch.device("meta"):
-            model = Gemma2(config)
-        model.load_state_dict(dict(plain.named_parameters()), strict=True, assign=True)
+        model = sharing(plain, config)
         self.config, self._plain = config, model.eval()
-        self._model = with_numerics(model, self._numerics, kinds=self.kinds) if self._numerics else model
+        self._model = with_numerics(model, self._numerics, storage=self.storage) if self._numerics else model

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from gemma2.checkpoints.weights import TARGETS
-from gemma2.numerics.changes import Kinds
+from gemma2.numerics.changes import Storage
 from gemma2.parity.references import CannotDo, Reference, check_sites
 from gemma2.parity.trace import Trace
 
@@ -20,7 +20,7 @@ class Recorded:
         BadModelFile: not a trace, or damaged.
     """
 
-    kinds: Kinds | None = None
+    storage: Storage | None = None
 
     def __init__(self, path: Path) -> None:
         self._trace = Trace(path)

@@ -17,9 +17,10 @@ from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.hf_config import config_dict, read_config
 from gemma2.checkpoints.weights import EMBEDDING, HEAD, build
 from gemma2.errors import BadModelFile
-from gemma2.numerics.changes import Kinds
-from gemma2.parity.references import check_row, check_sites, left_padded, spans
+from gemma2.numerics.changes import Storage
+from gemma2.parity.references import check_row, check_sites, spans
 from gemma2.parity.references.hooks import COMMON, OUTPUT, as_site, in_layers, watching
+from gemma2.tokens import left_padded
 
 try:
     import transformers
@@ -65,7 +66,7 @@ class Transformers:
         BadModelFile: it does not take every tensor, or finds some missing.
     """
 
-    kinds: Kinds | None = None
+    storage: Storage | None = None
 
     def __init__(self, opened: Checkpoint, dtype: torch.dtype) -> None:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, observed_attention)

@@ -1,0 +1,84 @@
+"""A cache whose tensors never change shape or place, so that one compiled or captured graph serves every decode step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemma2.cache import EMPTY, Held
+from gemma2.config import Gemma2Config
+from gemma2.model import Gemma2
+from gemma2.tokens import check_fit, check_positions
+
+
+class StaticLayer:
+    """All slots, always. A token's slot is its position modulo the ring; one more slot takes what is padding."""
+
+    def __init__(self, batch: int, slots: int, config: Gemma2Config, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (batch, slots + 1, config.num_key_value_heads, config.head_dim)
+        self.slots = slots
+        self.rows = torch.arange(batch, device=device)[:, None]
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [b s g c], rotated
+        self.values = torch.zeros_like(self.keys)
+        self.positions = torch.full(shape[:2], EMPTY, device=device)  # [b s]
+
+    def update(self, keys: Tensor, values: Tensor, positions: Tensor) -> Held:
+        stored, new = (self.keys, self.values, self.positions), (keys, values, positions)
+        check_fit(stored, new)
+        t = positions.shape[1]
+        # One token overwrites only what it does not see. More would hide keys from each other, so those are joined.
+        joined = [torch.cat(pair, dim=1) for pair in zip(stored, new, strict=True)] if t > 1 else None
+        slot = torch.where(positions >= 0, positions % self.slots, self.slots)[:, -self.slots :]
+        for old, x in zip(stored, new, strict=True):
+            old[self.rows, slot] = x[:, -self.slots :].detach()
+        k, v, p = joined or stored
+        return k, v, p
+
+
+class StaticCache:
+    """Like `HybridCache`, of fixed shape: a graph compiled over it is compiled once, whatever has been fed.
+
+    Attention then reads every slot at every step, so an eager model is faster with `HybridCache`. No gradient flows
+    through what is stored, and nothing can be rolled back.
+
+    Args:
+        model: gives the architecture, the device and, of its keys, the dtype.
+        batch: rows.
+        capacity: most columns (tokens, padding included) that can be fed.
+        dtype: of keys and values, where it is not that of the embedding.
+    """
+
+    def __init__(self, model: Gemma2, batch: int, capacity: int, dtype: torch.dtype | None = None) -> None:
+        config = model.config
+        if batch < 1 or capacity < 1:
+            raise ValueError(f"a cache needs at least one row and one column, not {batch} and {capacity}")
+        self.batch, self.capacity = batch, capacity
+        windows = [config.window(i) or capacity for i in range(config.num_hidden_layers)]
+        self.layers = [
+            StaticLayer(batch, min(window, capacity), config, dtype or model.dtype, model.device) for window in windows
+        ]
+
+    @property
+    def length(self) -> int:
+        """Positions held by the longest row. Reads the device, so the model itself never asks."""
+        return max(0, int(self.last_positions().max()) + 1)
+
+    def last_positions(self) -> Tensor:
+        """The highest position [b] of each row, -1 in an empty one."""
+        return self.layers[0].positions.amax(dim=1)
+
+    def next_positions(self, tokens: Tensor, given: Tensor | None = None) -> Tensor:
+        """The positions [b t] of tokens [b t]: those given, or each row's next ones.
+
+        Whether they fit is not checked here, where a graph is captured, but by whoever feeds: `generate_ids` does.
+        """
+        last = self.last_positions()[:, None]
+        if given is None:
+            return last + 1 + torch.arange(tokens.shape[1], device=tokens.device)
+        check_positions(given, tokens, last, 0)
+        return given
+
+    def reset(self) -> None:
+        """Empty the cache; its tensors stay where they are."""
+        for layer in self.layers:
+            layer.positions.fill_(EMPTY)
