@@ -1,4 +1,4 @@
-"""A cache whose tensors never change shape or place, so that one compiled or captured graph serves every decode step."""
+"""A cache whose tensors never change shape or place: one compiled or captured graph serves every decode step."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def compiled_step(model: Gemma2, cache: StaticCache, **options: Any) -> Feed:
         cache = StaticCache(model, batch=1, capacity=1024)
         generate_ids(model, prompts, 100, cache=cache, feed=compiled_step(model, cache))
 
-    The graph is compiled at the first token and serves all later ones, of this and other prompts, after `cache.reset()`.
+    The graph is compiled at the first token and serves all later ones, and after `cache.reset()` other prompts too.
     Hooks do not fire inside it: while the model has any, tokens are computed eagerly.
 
     Args:
