@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from gemma2.checkpoints.checkpoint import open_checkpoint
-from gemma2.checkpoints.weights import TARGETS, build
+from gemma2.checkpoints.dtypes import RUNNABLE, dtype_name
+from gemma2.checkpoints.weights import build
 from gemma2.errors import BadModelFile
 from gemma2.gemma import Gemma
 from gemma2.hub import download, download_gguf
@@ -90,9 +91,9 @@ def check_dtype(dtype: str | torch.dtype | None, force_float16: bool = False) ->
     """A dtype by name or itself. Raises ValueError for one Gemma 2 is not run in, float16 unless forced among them."""
     if dtype is None:
         return None
-    found = TARGETS.get(str(dtype).removeprefix("torch."))
+    found = RUNNABLE.get(dtype_name(dtype))
     if found is None:
-        raise ValueError(f"dtype {str(dtype)!r} is not one of {', '.join(TARGETS)}")
+        raise ValueError(f"dtype {str(dtype)!r} is not one of {', '.join(RUNNABLE)}")
     if found == torch.float16 and not force_float16:
         raise ValueError(FLOAT16)
     return found

@@ -75,4 +75,4 @@ def stored_kinds(weights: Weights) -> Kinds | None:
     """How each tensor of a GGUF is stored, on which llama.cpp's arithmetic depends; else None."""
     if not isinstance(weights, GGUFWeights):
         return None
-    return {name: Stored(weights.stored(name).kind.name, partial(weights.scales, name)) for name in weights.tensors}
+    return {name: Stored(weights.stored(name), partial(weights.scales, name)) for name in weights.tensors}

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gemma2.cache import HybridCache
 from gemma2.checkpoints.checkpoint import Checkpoint
-from gemma2.checkpoints.weights import TARGETS, build, shapes_of
+from gemma2.checkpoints.dtypes import RUNNABLE
+from gemma2.checkpoints.weights import build, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.model import Gemma2
 from gemma2.numerics import GGML, stored_kinds, with_numerics
@@ -43,9 +44,9 @@ def open_ourselves(spec: str, opened: Checkpoint, dtype: torch.dtype | None) -> 
     if "model" in asked:
         opened = open_local(Path(asked["model"]).expanduser())
     if "dtype" in asked:
-        if asked["dtype"] not in TARGETS:
-            raise ValueError(f"self:{spec}: dtype is not one of {', '.join(TARGETS)}")
-        dtype = TARGETS[asked["dtype"]]
+        if asked["dtype"] not in RUNNABLE:
+            raise ValueError(f"self:{spec}: dtype is not one of {', '.join(RUNNABLE)}")
+        dtype = RUNNABLE[asked["dtype"]]
     return Ourselves(opened, dtype, asked.get("device", "cpu"), asked.get("numerics"))
 
 
