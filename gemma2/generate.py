@@ -14,7 +14,7 @@ from gemma2.cache import HybridCache
 from gemma2.errors import ContextOverflow, NonFiniteError
 from gemma2.model import Gemma2
 from gemma2.sampling import Sampling, checked_count, choose, make_generator
-from gemma2.tokenizer import check_ids
+from gemma2.tokenizer import parse_ids
 
 PREFILL_CHUNK = 512  # positions a forward pass of the prompt takes: bounds the [b h t s] scores in memory
 MAX_NEW_TOKENS = 256
@@ -65,7 +65,7 @@ def generate_ids(
     checked_count("max_new_tokens", max_new_tokens)
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, not {chunk!r}")
-    rows = [check_ids(prompt, config.vocab_size) for prompt in prompts]
+    rows = [parse_ids(prompt, config.vocab_size) for prompt in prompts]
     if not rows or not all(rows):
         raise ValueError("nothing to continue: a prompt needs at least one id (the BOS)")
     width = max(map(len, rows))
