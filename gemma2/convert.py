@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from gemma2.atomic import replacing
 from gemma2.checkpoints.checkpoint import Checkpoint, chat_template, chat_tuned, open_checkpoint
-from gemma2.checkpoints.export import FLOATS, FOLDER, Layout, layout_for, write
+from gemma2.checkpoints.dtypes import FLOATS
+from gemma2.checkpoints.export import FOLDER, Layout, layout_for, write
 from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.gguf_write import FILE_TYPES, FINER
 from gemma2.checkpoints.hf_config import read_config
@@ -93,7 +94,7 @@ def convert(
         write(layout, opened, unfinished, bar.update)
         files = unfinished.iterdir() if form == FOLDER else [unfinished]
         size = sum(file.stat().st_size for file in files)
-    counts = Counter(entry.kind.name for entry in layout.entries).most_common()
+    counts = Counter(entry.type.name for entry in layout.entries).most_common()
     return Converted(target, size, dict(counts), (*opened.notes, *_notes(opened, layout, main)))
 
 
@@ -127,8 +128,8 @@ def _check_target(target: Path, form: str, force: bool) -> None:
     if not os.path.lexists(target) or (form == FOLDER and target.is_dir() and not inside):
         return
     if target.is_dir() != (form == FOLDER):
-        kind, other = ("folder", "file") if target.is_dir() else ("file", "folder")
-        raise FileExistsError(f"{target}: is a {kind}, and not replaced by a {other}; choose another name")
+        there, other = ("folder", "file") if target.is_dir() else ("file", "folder")
+        raise FileExistsError(f"{target}: is a {there}, and not replaced by a {other}; choose another name")
     foreign = [name for name in inside if name not in OWN]
     if foreign:
         raise FileExistsError(
@@ -142,7 +143,7 @@ def _check_apart(target: Path, opened: Checkpoint) -> None:
     """Not even --force lets a source be replaced by what was made of it."""
     files, weights = {opened.path}, opened.weights
     if isinstance(weights, GGUFWeights):
-        files |= {weights.stored(name).path for name in weights.tensors}
+        files |= weights.files
     whole = {place for file in files for place in (file.resolve(), *file.resolve().parents)}
     if target.resolve() in whole:
         raise FileExistsError(f"{target}: is the source itself, or holds it; choose another name")
@@ -150,15 +151,16 @@ def _check_apart(target: Path, opened: Checkpoint) -> None:
 
 def _own_type(opened: Checkpoint) -> str:
     """The type of the source's matrices; of those that hold all their values, the narrowest."""
+    types = _matrix_types(opened)
+    if not types <= FLOATS.keys():
+        return "BF16"
+    return types.pop() if len(types) == 1 else "F32"
+
+
+def _matrix_types(opened: Checkpoint) -> set[str]:
+    """The types that the source stores its matrices in, by ggml's names."""
     weights = opened.weights
-    if isinstance(weights, GGUFWeights):
-        kinds = weights.kinds
-        if not kinds <= FLOATS.keys():
-            return "BF16"
-    else:
-        names = {dtype: name for name, dtype in FLOATS.items()}
-        kinds = {names.get(dtype, "F32") for shape, dtype in weights.tensors.values() if len(shape) > 1}
-    return kinds.pop() if len(kinds) == 1 else "F32"
+    return {weights.stored(name) for name, (shape, _) in weights.tensors.items() if len(shape) > 1}
 
 
 def _title(source: str | Path | None, path: Path) -> str:
@@ -202,14 +204,14 @@ def _beside(layout: Layout, opened: Checkpoint, folder: Path) -> dict[Path, byte
 def _notes(opened: Checkpoint, layout: Layout, main: str) -> list[str]:
     """What the target does not keep of the source, and what is in it of another type than asked for."""
     said = []
-    config, weights, form = opened.config, opened.weights, layout.form
-    if isinstance(weights, GGUFWeights) and not weights.kinds <= FLOATS.keys() and main != "F32":
+    config, form = opened.config, layout.form
+    if not _matrix_types(opened) <= FLOATS.keys() and main != "F32":
         said.append(
             f"values of quantized tensors were rounded to {main.lower()}; --type f32 keeps every bit of them"
             if main in FLOATS
             else "the source was quantized already: the errors of both add up"
         )
-    wide = sum(entry.kind.name == "F32" for entry in layout.entries)
+    wide = sum(entry.type.name == "F32" for entry in layout.entries)
     if form != "gguf" and main != "F32" and wide:
         said.append(f"{wide} norm weights are float32, because {main.lower()} cannot hold them exactly")
     if form == "gguf":

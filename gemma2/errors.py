@@ -11,3 +11,8 @@ class ContextOverflow(ValueError):
 
 class NonFiniteError(RuntimeError):
     """A NaN or an infinity where a finite number must be."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error of another library, at most 200 characters; its type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -15,7 +15,7 @@ from gemma2.errors import ContextOverflow
 from gemma2.model import Gemma2
 from gemma2.sampling import Sampling, make_generator, refuse_non_finite, repetition_penalty, sample
 from gemma2.stats import Stats, timed
-from gemma2.tokenizer import check_ids
+from gemma2.tokenizer import parse_ids
 from gemma2.tokens import left_padded
 
 PREFILL_CHUNK = 512  # positions a forward pass of the prompt takes: bounds the [b h t s] scores in memory
@@ -61,7 +61,7 @@ def generate_ids(
     sampling, finished = sampling or Sampling(), set() if finished is None else finished
     check_count("max_new_tokens", max_new_tokens)
     check_count("chunk", chunk, least=1)
-    rows = [check_ids(prompt, model.config.vocab_size) for prompt in prompts]
+    rows = [parse_ids(prompt, model.config.vocab_size) for prompt in prompts]
     if not rows or not all(rows):
         raise ValueError("nothing to continue: a prompt needs at least one id (the BOS)")
     ids, positions = left_padded(rows, model.device)

@@ -15,9 +15,10 @@ import torch
 
 from gemma2.checkpoints import gguf, gguf_tokenizer, gguf_weights, safetensors
 from gemma2.checkpoints.checkpoint import open_checkpoint
+from gemma2.checkpoints.dtypes import RUNNABLE
 from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.hf_config import PUBLISHED, config_dict, published_config, read_config
-from gemma2.checkpoints.weights import TARGETS, Weights, check_names, count_nonfinite, shapes_of
+from gemma2.checkpoints.weights import Weights, check_names, count_nonfinite, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
 from gemma2.load import locate
@@ -128,7 +129,7 @@ def _inspect_gguf(path: Path, tokenizer: str | Path | None) -> tuple[Inspection,
     found = Inspection(str(path), "gguf", header.bytes, header.version)
     found.architecture = str(stated.value) if stated is not None else None
     found.metadata = {key: (value.type, _shortened(value.value)) for key, value in header.metadata.items()}
-    found.tensors = [TensorLine(name, info.shape, info.kind.name, info.bytes) for name, info in header.tensors.items()]
+    found.tensors = [TensorLine(name, info.shape, info.type.name, info.bytes) for name, info in header.tensors.items()]
     weights: Weights | None = None
     config: Gemma2Config | None = None
     try:
@@ -185,9 +186,8 @@ def _inspect_other(path: Path, tokenizer: str | Path | None) -> tuple[Inspection
     found.architecture = "gemma2" if config is not None else None
     if weights is not None:
         for name, (shape, dtype) in weights.tensors.items():
-            type_name = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}.get(dtype, str(dtype))
             size = torch.Size(shape).numel() * dtype.itemsize
-            found.tensors.append(TensorLine(weights.in_file(name), shape, type_name, size))
+            found.tensors.append(TensorLine(weights.in_file(name), shape, weights.stored(name), size))
     _complete(found, path, config, weights, words)
     return found, weights
 
@@ -201,7 +201,7 @@ def _complete(
         found.model = next((name for name in PUBLISHED if _same_shape(published_config(name), config)), None)
         found.memory = {
             name: {"weights": config.parameter_count * dtype.itemsize, "cache": _cache_bytes(config, dtype)}
-            for name, dtype in TARGETS.items()
+            for name, dtype in RUNNABLE.items()
             if name != "float16"
         }
         if weights is not None:

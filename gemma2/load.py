@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 
 from gemma2.checkpoints.checkpoint import open_checkpoint
-from gemma2.checkpoints.weights import TARGETS, build
+from gemma2.checkpoints.dtypes import RUNNABLE, dtype_name
+from gemma2.checkpoints.weights import build
 from gemma2.errors import BadModelFile
 from gemma2.gemma import Gemma
 from gemma2.hub import download, download_gguf
-from gemma2.numerics import check_profile, storage_of, with_numerics
+from gemma2.numerics import check_profile, storage_of, twins_of
 from gemma2.tokenizer import Tokenizer
+from gemma2.twins import Make
 
 POCKET = Path(__file__).parent / "assets" / "pocket"
 SUFFIXES = (".safetensors", ".gguf", ".ckpt")  # of files, so never taken for a hub name
@@ -34,6 +36,7 @@ def load(
     force_float16: bool = False,
     allow_nonfinite: bool = False,
     numerics: str | None = None,
+    make: Make | None = None,
     progress: bool | None = None,
 ) -> Gemma:
     """Load a Gemma 2.
@@ -52,6 +55,7 @@ def load(
         allow_nonfinite: take weights with NaN or infinity in them.
         numerics: compute as another implementation does, rounding for rounding: one of the profiles of
             `gemma2/numerics/__init__.py`, as "gemma_pytorch" or "llama.cpp" (which computes in float32).
+        make: puts twins of modules in before any weight is read, see `gemma2.twins.replaced`: packed linears, say.
         progress: a bar while loading; None shows it on a terminal only.
     Raises:
         BadModelFile: anything that is not exactly a Gemma 2 this program runs; says what, where, and the cure.
@@ -61,14 +65,18 @@ def load(
     wanted = check_dtype(dtype, force_float16)
     if numerics is not None:
         check_profile(numerics)
+        if make is not None:
+            raise ValueError("numerics and make both replace modules: give one of them")
         wanted = wanted or (torch.float32 if numerics == "llama.cpp" else None)
     opened = open_checkpoint(locate(source, revision), tokenizer)
     final = wanted or opened.weights.dtype
     if final == torch.float16 and not force_float16:
         raise BadModelFile(f"{opened.path}: {FLOAT16}")
-    model = build(opened.weights, opened.config, where, final, allow_nonfinite=allow_nonfinite, progress=progress)
     if numerics is not None:
-        model = with_numerics(model, numerics, storage=storage_of(opened.weights))
+        make = twins_of(numerics, None, final, storage_of(opened.weights))
+    model = build(
+        opened.weights, opened.config, where, final, make=make, allow_nonfinite=allow_nonfinite, progress=progress
+    )
     return Gemma(model, opened.tokenizer, opened.chat_tuned, opened.notes)
 
 
@@ -90,9 +98,9 @@ def check_dtype(dtype: str | torch.dtype | None, force_float16: bool = False) ->
     """A dtype by name or itself. Raises ValueError for one Gemma 2 is not run in, float16 unless forced among them."""
     if dtype is None:
         return None
-    found = TARGETS.get(str(dtype).removeprefix("torch."))
+    found = RUNNABLE.get(dtype_name(dtype))
     if found is None:
-        raise ValueError(f"dtype {str(dtype)!r} is not one of {', '.join(TARGETS)}")
+        raise ValueError(f"dtype {str(dtype)!r} is not one of {', '.join(RUNNABLE)}")
     if found == torch.float16 and not force_float16:
         raise ValueError(FLOAT16)
     return found

@@ -246,11 +246,7 @@ class Gemma2(nn.Module):
         self.softcap = SoftCap(config.final_logit_softcapping)
 
     def forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
-        cache: Cache | None = None,
-        last: int | None = None,
+        self, tokens: Tensor, positions: Tensor | None = None, cache: Cache | None = None, last: int | None = None
     ) -> Tensor:
         check_last(last, tokens)
         hidden = self.model(tokens, positions, cache)

@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 import gemma2
-from gemma2.checkpoints.ggml import BlockType
+from gemma2.checkpoints.ggml import GGMLType
 from gemma2.checkpoints.gguf import Value
 from gemma2.checkpoints.gguf_tokenizer import tokenizer_metadata
 from gemma2.checkpoints.gguf_weights import llama_cpp_name
@@ -72,7 +72,7 @@ def make_file(folder: Path, mix: str, layers: int) -> Path:
         words[f"tokenizer.ggml.{name}"] = Value(f"{number_type}[]", values)
     number = {"Q4_K_M": 15}.get(mix) or FILE_TYPES[mix]
     metadata = architecture_metadata(config, "random") | {"general.file_type": Value("u32", number)} | words
-    tensors: list[tuple[str, tuple[int, ...], BlockType, int]] = []
+    tensors: list[tuple[str, tuple[int, ...], GGMLType, int]] = []
     for name, shape in shapes_of(config).items():
         layer = int(found[1]) if (found := re.search(r"layers\.(\d+)\.", name)) else -1
         kind = BLOCKS[type_of(name, layer, layers, mix)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -25,6 +26,7 @@ from gemma2.load import POCKET
 from tests.gguf_files import tiny_model
 from tests.hostile.conftest import SMALL
 from tests.test_convert import TARGETS, Make, model_folder
+from tests.test_tokenizer import space_prefixed
 
 TEXTS = [
     "In the beginning",
@@ -156,6 +158,20 @@ def test_a_space_before_every_text_stays(tmp_path: Path) -> None:
     assert ids != gemma2.Tokenizer.from_file(POCKET / "tokenizer.model").encode("word")
     for name in TARGETS.values():
         assert open_checkpoint(convert(path, tmp_path / name, progress=False).path).tokenizer.encode("word") == ids
+
+
+def test_the_text_of_a_model_whose_tokenizer_puts_a_space_before_every_text_stays(tmp_path: Path) -> None:
+    place = tmp_path / "spaced"
+    shutil.copytree(POCKET, place)
+    (place / "tokenizer.model").write_bytes(space_prefixed((POCKET / "tokenizer.model").read_bytes()))
+    written = gemma2.load(place, progress=False).generate("In the beginning God", 16)
+    assert written == gemma2.load(POCKET, progress=False).generate(" In the beginning God", 16)
+    assert written.count(" ") > 5
+    quantized = convert(place, tmp_path / "middle.gguf", progress=False).path
+    for path in (quantized, convert(quantized, tmp_path / "back", progress=False).path):
+        gemma = gemma2.load(path, progress=False)
+        assert gemma.generate("In the beginning God", 16) == written
+        assert "".join(gemma.stream("In the beginning God", 16)) == written
 
 
 # The command.

@@ -10,7 +10,7 @@ from gguf import quants
 from torch import Tensor
 
 from gemma2.checkpoints import ggml
-from gemma2.checkpoints.ggml import TYPES, BlockType, dequantize, dequantize_into
+from gemma2.checkpoints.ggml import TYPES, GGMLType, dequantize, dequantize_into
 from gemma2.checkpoints.gguf import read_header
 from tests.conftest import SHARED
 
@@ -18,13 +18,13 @@ FILES = sorted((SHARED / "data" / "parity-model").glob("*.gguf"))
 KINDS = list(TYPES.values())
 
 
-def random_blocks(kind: BlockType, rows: int, blocks: int, seed: int = 0) -> Tensor:
+def random_blocks(kind: GGMLType, rows: int, blocks: int, seed: int = 0) -> Tensor:
     """Any bits at all, so NaN and infinite scales among them."""
     raw = np.random.default_rng(seed).integers(0, 256, (rows, blocks * kind.bytes), dtype=np.uint8)
     return torch.from_numpy(raw)
 
 
-def oracle(raw: Tensor, kind: BlockType) -> Tensor:
+def oracle(raw: Tensor, kind: GGMLType) -> Tensor:
     with np.errstate(all="ignore"):
         found = quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType(kind.id))
     return torch.from_numpy(np.array(found, np.float32)).view(len(raw), -1)
@@ -44,13 +44,13 @@ def test_every_type_that_gguf_py_can_dequantise_is_here_with_its_sizes() -> None
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_random_blocks_have_the_bits_of_gguf_py(kind: BlockType) -> None:
+def test_random_blocks_have_the_bits_of_gguf_py(kind: GGMLType) -> None:
     raw = random_blocks(kind, 7, 4096 // kind.values + 1)
     assert same_bits(oracle(raw, kind), dequantize(raw, kind))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_blocks_of_one_byte_repeated_have_the_bits_of_gguf_py(kind: BlockType) -> None:
+def test_blocks_of_one_byte_repeated_have_the_bits_of_gguf_py(kind: GGMLType) -> None:
     raw = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, kind.bytes).contiguous()
     assert same_bits(oracle(raw, kind), dequantize(raw, kind))
 
@@ -62,12 +62,12 @@ def test_real_blocks_written_by_llama_cpp_have_the_bits_of_gguf_py(path) -> None
     for name, info in read_header(path).tensors.items():
         raw = torch.frombuffer(bytearray(content[info.offset : info.offset + info.bytes]), dtype=torch.uint8)
         raw = raw.view(-1, info.row_bytes)
-        assert same_bits(oracle(raw, info.kind), dequantize(raw, info.kind)), name
+        assert same_bits(oracle(raw, info.type), dequantize(raw, info.type)), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_another_dtype_is_the_float32_value_rounded_once(kind: BlockType, dtype: torch.dtype) -> None:
+def test_another_dtype_is_the_float32_value_rounded_once(kind: GGMLType, dtype: torch.dtype) -> None:
     raw = random_blocks(kind, 3, 1024 // kind.values, seed=1)
     out = torch.empty(3, raw.shape[1] // kind.bytes * kind.values, dtype=dtype)
     dequantize_into(raw, kind, out)
@@ -75,7 +75,7 @@ def test_another_dtype_is_the_float32_value_rounded_once(kind: BlockType, dtype:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_pieces_and_strides_change_nothing(kind: BlockType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_and_strides_change_nothing(kind: GGMLType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ggml, "CPU_PIECE", 3 * kind.values)  # so that pieces end within rows, the last one short
     raw = random_blocks(kind, 5, 8, seed=2)
     wide = torch.empty(10, 8 * kind.values)

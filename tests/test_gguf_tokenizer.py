@@ -21,13 +21,13 @@ from gemma2.checkpoints.sentencepiece_proto import (
     BYTE,
     CONTROL,
     NORMAL,
-    SPACE,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
     read_proto,
 )
 from gemma2.load import POCKET
+from gemma2.tokenizer import SPACE
 from tests.conftest import SHARED
 
 REAL = SHARED / "data" / "gemma2-tokenizer"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gemma2
-from gemma2.checkpoints.ggml import TYPES, BlockType
+from gemma2.checkpoints.ggml import TYPES, GGMLType
 from gemma2.checkpoints.gguf import GGUF, TensorInfo, Value, read_header
 from gemma2.checkpoints.gguf_weights import config_of, hugging_face_name, llama_cpp_name
 from gemma2.checkpoints.hf_config import published_config
@@ -107,7 +107,7 @@ def test_each_published_size_gets_its_query_scale(name: str, scale: int) -> None
     assert sum(f"{scale} ** -0.5" in note for note in notes) == 1
 
 
-def _f32() -> BlockType:
+def _f32() -> GGMLType:
     return TYPES[0]
 
 

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
 from gemma2 import Tokenizer
+from gemma2.detokenizer import Detokenizer
 from gemma2.load import POCKET
 from tests.conftest import SHARED
 
@@ -115,3 +117,38 @@ def test_the_model_file_is_the_one_a_bare_sentencepiece_reads(pocket: Tokenizer)
     bare = sentencepiece.SentencePieceProcessor(model_file=str(POCKET / "tokenizer.model"))
     text = Path(__file__).read_text()
     assert pocket.encode(text, bos=False, special=True) == bare.encode(text)
+
+
+# Settings of the SentencePiece model under which it drops a leading space of what it decodes, and Gemma's.
+FILES = {"Gemma's": b"", "a space prefix": b"\x1a\x02\x18\x01", "white space collapsed": b"\x1a\x02\x20\x01"}
+LONG = "And God said, Let there be light:  and\n\n\tthere was <b>light</b> 日本🙂 <start_of_turn>\x00 1 2 "
+
+
+def space_prefixed(proto: bytes) -> bytes:
+    """The same `tokenizer.model` with a space before every text. Of two settings in a protobuf the last one holds."""
+    return proto + FILES["a space prefix"]
+
+
+@pytest.mark.parametrize("settings", FILES.values(), ids=FILES)
+def test_text_made_id_by_id_is_the_text_of_all_ids(settings: bytes, pocket: Tokenizer) -> None:
+    tokenizer = Tokenizer(pocket.to_proto() + settings)
+    ids = pocket.encode(LONG, bos=False)
+    for start in range(len(ids)):
+        growing = Detokenizer(tokenizer, frozenset(), ())
+        pieces = [growing.push(token) for token in ids[start:]]
+        assert "".join(pieces) + growing.flush() == tokenizer.decode(ids[start:]) == pocket.decode(ids[start:])
+    assert tokenizer.decode([2, *ids]) == LONG
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("text", ["And God said", " two", "\n", "a<start_of_turn>b<end_of_turn>", LONG])
+def test_a_space_prefix_is_one_space_before_a_whole_text(text: str, special: bool, pocket: Tokenizer) -> None:
+    tokenizer = Tokenizer(space_prefixed(pocket.to_proto()))
+    ids = tokenizer.encode(text, special=special)
+    assert ids == pocket.encode(" " + text, special=special) and tokenizer.decode(ids) == " " + text
+    bare = sentencepiece.SentencePieceProcessor(model_proto=space_prefixed(pocket.to_proto()))
+    assert tokenizer.encode(text, special=True, bos=False) == bare.encode(text)
+    assert tokenizer.encode("") == [2]
+    assert tokenizer.to_proto() == space_prefixed(pocket.to_proto())
+    with pytest.raises(ValueError, match="lone surrogate at character 1"):
+        tokenizer.encode("a\ud800")

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from gemma2.checkpoints import google, google_write
 from gemma2.checkpoints.checkpoint import CHAT_TUNED, Checkpoint
-from gemma2.checkpoints.ggml import BlockType
+from gemma2.checkpoints.dtypes import FLOATS, dtype_name
+from gemma2.checkpoints.ggml import GGMLType
 from gemma2.checkpoints.gguf import Value
 from gemma2.checkpoints.gguf_tokenizer import tokenizer_metadata
 from gemma2.checkpoints.gguf_weights import NORM, ZERO_CENTRED, llama_cpp_name
@@ -40,16 +41,15 @@ from gemma2.checkpoints.safetensors import SINGLE
 from gemma2.checkpoints.weights import (
     EMBEDDING,
     RELEASE_BYTES,
-    a_thread_a_core,
     check_head,
     check_names,
     chunks,
+    one_thread_per_core,
     shapes_of,
 )
 from gemma2.errors import BadModelFile
 
 FOLDER = "safetensors"  # the form of a target that is a folder; the others are "gguf" and "ckpt"
-FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # what safetensors and .ckpt hold here
 AROUND = 512  # bytes, and more than any format has around a tensor: padding, headers
 LARGEST_HALF = 65504.0  # float16's, in which blocks have their scales
 
@@ -64,11 +64,11 @@ class Entry:
     name: str
     sources: tuple[str, ...]
     shape: tuple[int, ...]
-    kind: BlockType
+    type: GGMLType
 
     @property
     def bytes(self) -> int:
-        return torch.Size(self.shape[:-1]).numel() * (self.shape[-1] // self.kind.values) * self.kind.bytes
+        return torch.Size(self.shape[:-1]).numel() * (self.shape[-1] // self.type.values) * self.type.bytes
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,10 @@ def layout_for(form: str, opened: Checkpoint, main: str, title: str) -> Layout:
     entries = []
     for name, sources in grouped.items():
         shape = (sum(shapes[own][0] for own in sources), *shapes[sources[0]][1:])
-        entries.append(Entry(name, sources, shape, _float_kind(opened, sources[0], main)))
-    entries.sort(key=lambda entry: -entry.kind.bytes)  # wider first, so that every tensor is aligned
+        entries.append(Entry(name, sources, shape, _float_type(opened, sources[0], main)))
+    entries.sort(key=lambda entry: -entry.type.bytes)  # wider first, so that every tensor is aligned
     if form == "ckpt":
-        header = google_write.state_pickle({entry.name: (entry.kind.name, entry.shape) for entry in entries})
+        header = google_write.state_pickle({entry.name: (entry.type.name, entry.shape) for entry in entries})
         return Layout(form, tuple(entries), header, _companions(opened))
     return Layout(form, tuple(entries), _safetensors_header(entries), _companions(opened, FLOATS[main]))
 
@@ -158,7 +158,7 @@ def _companions(opened: Checkpoint, dtype: torch.dtype | None = None) -> dict[st
     """The files beside weights that do not state what they are."""
     special = opened.tokenizer.special
     ids = {f"{name}_token_id": special[name] for name in ("bos", "eos", "pad")}
-    kind = {} if dtype is None else {"torch_dtype": str(dtype).removeprefix("torch.")}
+    stated = {} if dtype is None else {"torch_dtype": dtype_name(dtype)}
     words = {
         "tokenizer_class": "GemmaTokenizer",
         "add_bos_token": True,
@@ -166,7 +166,7 @@ def _companions(opened: Checkpoint, dtype: torch.dtype | None = None) -> dict[st
         **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad")},
         **({} if opened.chat_template is None else {"chat_template": opened.chat_template}),
     }
-    files: dict[str, Any] = {"config.json": config_dict(opened.config) | ids | kind, "tokenizer_config.json": words}
+    files: dict[str, Any] = {"config.json": config_dict(opened.config) | ids | stated, "tokenizer_config.json": words}
     if opened.chat_tuned is not None and "end_of_turn" in special:
         stops = [special["eos"], special["end_of_turn"]] if opened.chat_tuned else special["eos"]
         files["generation_config.json"] = ids | {"eos_token_id": stops}
@@ -180,7 +180,7 @@ def _safetensors_header(entries: list[Entry]) -> bytes:
     end = 0
     for entry in entries:
         place = [end, end + entry.bytes]
-        described[entry.name] = {"dtype": entry.kind.name, "shape": list(entry.shape), "data_offsets": place}
+        described[entry.name] = {"dtype": entry.type.name, "shape": list(entry.shape), "data_offsets": place}
         end += entry.bytes
     text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -199,20 +199,20 @@ def _gguf_header(opened: Checkpoint, entries: list[Entry], main: str, title: str
     if opened.chat_tuned is not None:
         metadata[CHAT_TUNED] = Value("bool", opened.chat_tuned)
     metadata |= _lost_in_the_sum(opened, entries)
-    return header_bytes(metadata, [(entry.name, entry.shape, entry.kind, entry.bytes) for entry in entries])
+    return header_bytes(metadata, [(entry.name, entry.shape, entry.type, entry.bytes) for entry in entries])
 
 
 def _gguf_entry(opened: Checkpoint, name: str, shape: tuple[int, ...], main: str) -> Entry:
-    kind = BLOCKS["F32" if len(shape) == 1 else FINER.get(main, main) if name == EMBEDDING else main]
-    if shape[-1] % kind.values:
+    type = BLOCKS["F32" if len(shape) == 1 else FINER.get(main, main) if name == EMBEDDING else main]
+    if shape[-1] % type.values:
         raise BadModelFile(
-            f"{opened.weights.where}: {opened.weights.in_file(name)} has rows of {shape[-1]}, no whole {kind.name} "
-            f"blocks of {kind.values}; choose bf16, f16 or f32"
+            f"{opened.weights.where}: {opened.weights.in_file(name)} has rows of {shape[-1]}, no whole {type.name} "
+            f"blocks of {type.values}; choose bf16, f16 or f32"
         )
-    return Entry(llama_cpp_name(name), (name,), shape, kind)
+    return Entry(llama_cpp_name(name), (name,), shape, type)
 
 
-def _float_kind(opened: Checkpoint, name: str, main: str) -> BlockType:
+def _float_type(opened: Checkpoint, name: str, main: str) -> GGMLType:
     """The type for a tensor among plain floats: `main`, or float32 for a norm that `main` does not hold exactly."""
     if not name.endswith(NORM):
         return BLOCKS[main]
@@ -255,8 +255,8 @@ def _encoded(opened: Checkpoint, entries: tuple[Entry, ...]) -> Generator[tuple[
         else:
             values = torch.empty(stop - start, *entry.shape[1:])
             weights.read(name, start, values)
-        _check_values(values, opened, name, entry.kind)
-        return entry, quantize(values, entry.kind), values.numel() * weights.tensors[name][1].itemsize
+        _check_values(values, opened, name, entry.type)
+        return entry, quantize(values, entry.type), values.numel() * weights.tensors[name][1].itemsize
 
     def jobs() -> Iterator[tuple[Entry, str, int, int]]:
         for entry in entries:
@@ -266,7 +266,7 @@ def _encoded(opened: Checkpoint, entries: tuple[Entry, ...]) -> Generator[tuple[
 
     waiting, most, mapped = jobs(), 2 * torch.get_num_threads(), 0
     ahead: deque[Future[tuple[Entry, bytes, int]]] = deque()
-    with a_thread_a_core() as pool:
+    with one_thread_per_core() as pool:
         while True:
             for job in islice(waiting, most - len(ahead)):
                 ahead.append(pool.submit(encode, *job))
@@ -281,11 +281,11 @@ def _encoded(opened: Checkpoint, entries: tuple[Entry, ...]) -> Generator[tuple[
     weights.release()
 
 
-def _check_values(values: Tensor, opened: Checkpoint, name: str, kind: BlockType) -> None:
+def _check_values(values: Tensor, opened: Checkpoint, name: str, type: GGMLType) -> None:
     where = f"{opened.weights.where}: {opened.weights.in_file(name)}"
     if not values.sum().isfinite() and not values.isfinite().all():
         raise BadModelFile(f"{where} holds NaN or infinity, and is not passed on")
-    if kind.name not in ("F32", "BF16", "MXFP4") and values.abs().max() > LARGEST_HALF:
-        raise BadModelFile(f"{where} holds {values.abs().max():g}, and {kind.name} goes up to 65504: choose bf16")
-    if kind.name == "BF16" and not values.bfloat16().isfinite().all():
+    if type.name not in ("F32", "BF16", "MXFP4") and values.abs().max() > LARGEST_HALF:
+        raise BadModelFile(f"{where} holds {values.abs().max():g}, and {type.name} goes up to 65504: choose bf16")
+    if type.name == "BF16" and not values.bfloat16().isfinite().all():
         raise BadModelFile(f"{where} holds {values.abs().max():g}, and BF16 goes up to 3.39e+38: choose f32")

@@ -25,7 +25,7 @@ CPU_PIECE, DEVICE_PIECE = 2**19, 2**24
 
 
 @dataclass(frozen=True)
-class BlockType:
+class GGMLType:
     """A ggml type.
 
     Attributes:
@@ -41,49 +41,49 @@ class BlockType:
     bytes: int
 
 
-def dequantize(raw: Tensor, kind: BlockType) -> Tensor:
+def dequantize(raw: Tensor, type: GGMLType) -> Tensor:
     """Blocks as the float32 numbers they stand for, on the same device.
 
     Args:
-        raw: uint8 [..., n * kind.bytes], little-endian as in a file.
-        kind: one of `TYPES`.
+        raw: uint8 [..., n * type.bytes], little-endian as in a file.
+        type: one of `TYPES`.
 
     Returns:
-        float32 [..., n * kind.values].
+        float32 [..., n * type.values].
 
     Raises:
         ValueError: the last axis of `raw` is no whole number of blocks.
     """
-    out = torch.empty((*raw.shape[:-1], _values(raw, kind)), dtype=torch.float32, device=raw.device)
-    dequantize_into(raw, kind, out)
+    out = torch.empty((*raw.shape[:-1], _values(raw, type)), dtype=torch.float32, device=raw.device)
+    dequantize_into(raw, type, out)
     return out
 
 
-def dequantize_into(raw: Tensor, kind: BlockType, out: Tensor) -> None:
+def dequantize_into(raw: Tensor, type: GGMLType, out: Tensor) -> None:
     """Like `dequantize`, rounded once from float32 to the dtype of `out`, in pieces that need little memory.
 
     Args:
-        raw: uint8 [..., n * kind.bytes], little-endian as in a file.
-        kind: one of `TYPES`.
-        out: [..., n * kind.values] of any float dtype; overwritten.
+        raw: uint8 [..., n * type.bytes], little-endian as in a file.
+        type: one of `TYPES`.
+        out: [..., n * type.values] of any float dtype; overwritten.
 
     Raises:
         ValueError: the last axis of `raw` is no whole number of blocks, or `out` does not fit.
     """
-    wanted = (*raw.shape[:-1], _values(raw, kind))
+    wanted = (*raw.shape[:-1], _values(raw, type))
     if tuple(out.shape) != wanted or not out.is_floating_point():
-        raise ValueError(f"out is {list(out.shape)} of {out.dtype}: {kind.name} needs {list(wanted)} of a float dtype")
+        raise ValueError(f"out is {list(out.shape)} of {out.dtype}: {type.name} needs {list(wanted)} of a float dtype")
     if raw.ndim > 1 and not (raw.is_contiguous() and out.is_contiguous()):
         for some, place in zip(raw, out, strict=True):
-            dequantize_into(some, kind, place)
+            dequantize_into(some, type, place)
         return
-    blocks, rows = raw.reshape(-1, kind.bytes), out.unflatten(-1, (-1, kind.values)).flatten(0, -2)
-    step = max(1, (CPU_PIECE if raw.device.type == "cpu" else DEVICE_PIECE) // kind.values)
+    blocks, rows = raw.reshape(-1, type.bytes), out.unflatten(-1, (-1, type.values)).flatten(0, -2)
+    step = max(1, (CPU_PIECE if raw.device.type == "cpu" else DEVICE_PIECE) // type.values)
     direct = out.dtype == torch.float32 and out.device == raw.device
-    scratch = torch.empty(0 if direct else min(step, len(blocks)), kind.values, device=raw.device)
+    scratch = torch.empty(0 if direct else min(step, len(blocks)), type.values, device=raw.device)
     for start in range(0, len(blocks), step):
         piece, place = blocks[start : start + step], rows[start : start + step]
-        q, scale, minimum = _UNPACK[kind.name](piece)
+        q, scale, minimum = _UNPACK[type.name](piece)
         values = place if direct else scratch[: len(piece)]
         values.view(q.shape).copy_(q)
         if scale is not None:
@@ -104,59 +104,59 @@ class Scales(NamedTuple):
     minimum: Tensor | None = None  # [..., blocks * groups]
 
 
-def scales(raw: Tensor, kind: BlockType) -> Scales | None:
+def scales(raw: Tensor, type: GGMLType) -> Scales | None:
     """The scales of blocks, as for `dequantize`; None for a format that is not among `_UNITS`."""
-    if kind.name not in _UNITS:
+    if type.name not in _UNITS:
         return None
-    _values(raw, kind)
-    blocks = raw.reshape(-1, kind.bytes)
-    unit, step = (None if at is None else ggml_blocks.half(blocks, at) for at in _UNITS[kind.name])
-    _, scale, minimum = _UNPACK[kind.name](blocks)
+    _values(raw, type)
+    blocks = raw.reshape(-1, type.bytes)
+    unit, step = (None if at is None else ggml_blocks.half(blocks, at) for at in _UNITS[type.name])
+    _, scale, minimum = _UNPACK[type.name](blocks)
     found = (None if part is None else part.reshape(*raw.shape[:-1], -1) for part in (unit, scale, step, minimum))
     return Scales(*found)  # type: ignore[arg-type]
 
 
-def _values(raw: Tensor, kind: BlockType) -> int:
+def _values(raw: Tensor, type: GGMLType) -> int:
     """Numbers in a row of `raw`."""
-    if raw.dtype != torch.uint8 or raw.ndim == 0 or raw.shape[-1] % kind.bytes:
+    if raw.dtype != torch.uint8 or raw.ndim == 0 or raw.shape[-1] % type.bytes:
         raise ValueError(
-            f"raw is {list(raw.shape)} of {raw.dtype}: {kind.name} needs uint8 with whole blocks of {kind.bytes} bytes "
+            f"raw is {list(raw.shape)} of {raw.dtype}: {type.name} needs uint8 with whole blocks of {type.bytes} bytes "
             "in the last axis"
         )
-    return raw.shape[-1] // kind.bytes * kind.values
+    return raw.shape[-1] // type.bytes * type.values
 
 
 # ggml's enum ggml_type, and what unpacks each.
-_FORMATS: tuple[tuple[BlockType, Callable[[Tensor], Parts]], ...] = (
-    (BlockType(0, "F32", 1, 4), ggml_blocks.f32),
-    (BlockType(1, "F16", 1, 2), ggml_blocks.f16),
-    (BlockType(2, "Q4_0", 32, 18), ggml_blocks.q4_0),
-    (BlockType(3, "Q4_1", 32, 20), ggml_blocks.q4_1),
-    (BlockType(6, "Q5_0", 32, 22), ggml_blocks.q5_0),
-    (BlockType(7, "Q5_1", 32, 24), ggml_blocks.q5_1),
-    (BlockType(8, "Q8_0", 32, 34), ggml_blocks.q8_0),
-    (BlockType(10, "Q2_K", 256, 84), ggml_blocks.q2_k),
-    (BlockType(11, "Q3_K", 256, 110), ggml_blocks.q3_k),
-    (BlockType(12, "Q4_K", 256, 144), ggml_blocks.q4_k),
-    (BlockType(13, "Q5_K", 256, 176), ggml_blocks.q5_k),
-    (BlockType(14, "Q6_K", 256, 210), ggml_blocks.q6_k),
-    (BlockType(16, "IQ2_XXS", 256, 66), ggml_grids.iq2_xxs),
-    (BlockType(17, "IQ2_XS", 256, 74), ggml_grids.iq2_xs),
-    (BlockType(18, "IQ3_XXS", 256, 98), ggml_grids.iq3_xxs),
-    (BlockType(19, "IQ1_S", 256, 50), ggml_grids.iq1_s),
-    (BlockType(20, "IQ4_NL", 32, 18), ggml_grids.iq4_nl),
-    (BlockType(21, "IQ3_S", 256, 110), ggml_grids.iq3_s),
-    (BlockType(22, "IQ2_S", 256, 82), ggml_grids.iq2_s),
-    (BlockType(23, "IQ4_XS", 256, 136), ggml_grids.iq4_xs),
-    (BlockType(29, "IQ1_M", 256, 56), ggml_grids.iq1_m),
-    (BlockType(30, "BF16", 1, 2), ggml_blocks.bf16),
-    (BlockType(34, "TQ1_0", 256, 54), ggml_blocks.tq1_0),
-    (BlockType(35, "TQ2_0", 256, 66), ggml_blocks.tq2_0),
-    (BlockType(39, "MXFP4", 32, 17), ggml_grids.mxfp4),
-    (BlockType(40, "NVFP4", 64, 36), ggml_grids.nvfp4),
+_FORMATS: tuple[tuple[GGMLType, Callable[[Tensor], Parts]], ...] = (
+    (GGMLType(0, "F32", 1, 4), ggml_blocks.f32),
+    (GGMLType(1, "F16", 1, 2), ggml_blocks.f16),
+    (GGMLType(2, "Q4_0", 32, 18), ggml_blocks.q4_0),
+    (GGMLType(3, "Q4_1", 32, 20), ggml_blocks.q4_1),
+    (GGMLType(6, "Q5_0", 32, 22), ggml_blocks.q5_0),
+    (GGMLType(7, "Q5_1", 32, 24), ggml_blocks.q5_1),
+    (GGMLType(8, "Q8_0", 32, 34), ggml_blocks.q8_0),
+    (GGMLType(10, "Q2_K", 256, 84), ggml_blocks.q2_k),
+    (GGMLType(11, "Q3_K", 256, 110), ggml_blocks.q3_k),
+    (GGMLType(12, "Q4_K", 256, 144), ggml_blocks.q4_k),
+    (GGMLType(13, "Q5_K", 256, 176), ggml_blocks.q5_k),
+    (GGMLType(14, "Q6_K", 256, 210), ggml_blocks.q6_k),
+    (GGMLType(16, "IQ2_XXS", 256, 66), ggml_grids.iq2_xxs),
+    (GGMLType(17, "IQ2_XS", 256, 74), ggml_grids.iq2_xs),
+    (GGMLType(18, "IQ3_XXS", 256, 98), ggml_grids.iq3_xxs),
+    (GGMLType(19, "IQ1_S", 256, 50), ggml_grids.iq1_s),
+    (GGMLType(20, "IQ4_NL", 32, 18), ggml_grids.iq4_nl),
+    (GGMLType(21, "IQ3_S", 256, 110), ggml_grids.iq3_s),
+    (GGMLType(22, "IQ2_S", 256, 82), ggml_grids.iq2_s),
+    (GGMLType(23, "IQ4_XS", 256, 136), ggml_grids.iq4_xs),
+    (GGMLType(29, "IQ1_M", 256, 56), ggml_grids.iq1_m),
+    (GGMLType(30, "BF16", 1, 2), ggml_blocks.bf16),
+    (GGMLType(34, "TQ1_0", 256, 54), ggml_blocks.tq1_0),
+    (GGMLType(35, "TQ2_0", 256, 66), ggml_blocks.tq2_0),
+    (GGMLType(39, "MXFP4", 32, 17), ggml_grids.mxfp4),
+    (GGMLType(40, "NVFP4", 64, 36), ggml_grids.nvfp4),
 )
-_UNPACK = {kind.name: unpack for kind, unpack in _FORMATS}
-TYPES: Mapping[int, BlockType] = MappingProxyType({kind.id: kind for kind, _ in _FORMATS})
+_UNPACK = {type.name: unpack for type, unpack in _FORMATS}
+TYPES: Mapping[int, GGMLType] = MappingProxyType({type.id: type for type, _ in _FORMATS})
 # At which byte of a block the scale of its scales is, and that of its minima, where that is another number.
 _UNITS: Mapping[str, tuple[int, int | None]] = {
     "Q4_1": (0, None),

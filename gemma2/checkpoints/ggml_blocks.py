@@ -14,7 +14,7 @@ from torch import Tensor
 class Parts(NamedTuple):
     """What n blocks hold. A scale or minimum belongs to `values // groups` neighbours."""
 
-    q: Tensor  # integers or floats, [n, ...] with kind.values numbers a block, in their order
+    q: Tensor  # integers or floats, [n, ...] with type.values numbers a block, in their order
     scale: Tensor | None = None  # float32 [n, groups]
     minimum: Tensor | None = None  # float32 [n, groups]
 

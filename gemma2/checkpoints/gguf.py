@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
-from gemma2.checkpoints.ggml import TYPES, BlockType
+from gemma2.checkpoints.ggml import TYPES, GGMLType
 from gemma2.checkpoints.weights import refuse_foreign
 from gemma2.errors import BadModelFile
 
@@ -89,14 +89,14 @@ class TensorInfo:
     """Where one tensor lies. `shape` is row-major, as in PyTorch (the file states it the other way round)."""
 
     shape: tuple[int, ...]
-    kind: BlockType
+    type: GGMLType
     path: Path
     offset: int  # bytes from the start of the file
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row, the last axis: always whole blocks."""
-        return self.shape[-1] // self.kind.values * self.kind.bytes
+        return self.shape[-1] // self.type.values * self.type.bytes
 
     @property
     def bytes(self) -> int:
@@ -210,14 +210,14 @@ class _Header:
         start = self._padding(alignment)
         tensors: dict[str, TensorInfo] = {}
         end = 0  # of the tensor before, from `start`
-        for name, shape, kind, offset, self.field in described:
+        for name, shape, type, offset, self.field in described:
             if name in tensors:
                 self._refuse(f"tensor {name!r} stands twice")
             # The one place where the data may be: no overlap, no hole, no misalignment, no shuffled rows.
             expected = -(-end // alignment) * alignment
             if offset != expected:
                 self._refuse(f"tensor {name!r} has offset {offset:,}, and only {expected:,} can be right")
-            tensors[name] = TensorInfo(shape, kind, self.path, start + offset)
+            tensors[name] = TensorInfo(shape, type, self.path, start + offset)
             end = offset + tensors[name].bytes
             if start + end > self.size:
                 self._refuse(
@@ -246,11 +246,11 @@ class _Header:
         return version
 
     def _value(self, what: str) -> Value:
-        kind = self._u32(f"type of {what}")
-        if kind == STRING:
+        number = self._u32(f"type of {what}")
+        if number == STRING:
             return Value("str", self._text(what, 0, MOST_TEXT))
-        if kind != ARRAY:
-            name, values = self._numbers(kind, 1, what)
+        if number != ARRAY:
+            name, values = self._numbers(number, 1, what)
             return Value(name, values[0].item() if name != "bool" else bool(values[0]))
         element = self._u32(f"element type of {what}")
         if element == ARRAY:
@@ -261,14 +261,14 @@ class _Header:
         name, array = self._numbers(element, count, what)
         return Value(f"{name}[]", array.astype(bool) if name == "bool" else array)
 
-    def _numbers(self, kind: int, count: int, what: str) -> tuple[str, Any]:
-        if kind not in NUMBERS:
-            self._refuse(f"{what} has value type {kind}, and there are only types 0 to 12")
-        name, dtype = NUMBERS[kind]
+    def _numbers(self, number: int, count: int, what: str) -> tuple[str, Any]:
+        if number not in NUMBERS:
+            self._refuse(f"{what} has value type {number}, and there are only types 0 to 12")
+        name, dtype = NUMBERS[number]
         if count > MOST_ELEMENTS:
             self._refuse(f"{what} has {count:,} elements, more than {MOST_ELEMENTS:,}")
         found = np.frombuffer(self._take(count * np.dtype(dtype).itemsize, what), dtype)
-        if kind == BOOL and count and found.max() > 1:
+        if number == BOOL and count and found.max() > 1:
             self._refuse(f"{what} is a bool of value {found.max()}, neither 0 nor 1")
         return name, found
 
@@ -280,7 +280,7 @@ class _Header:
             self._refuse(f"{ALIGNMENT} is {stated}; it must be a u32 power of two up to {MOST_ALIGNMENT:,}")
         return int(stated.value)
 
-    def _tensor(self) -> tuple[str, tuple[int, ...], BlockType, int, int]:
+    def _tensor(self) -> tuple[str, tuple[int, ...], GGMLType, int, int]:
         """Name, shape, type, offset and where the offset stands."""
         name = self._text("tensor name", 1, MOST_NAME)
         if "\0" in name:
@@ -299,12 +299,12 @@ class _Header:
                 f"tensor {name!r} is of ggml type {number}"
                 + (f" ({known}), which is no type for weights" if known else ", which is unknown here")
             )
-        kind = TYPES[number]
-        if sizes[0] % kind.values:
+        type = TYPES[number]
+        if sizes[0] % type.values:
             self._refuse(
-                f"tensor {name!r} has rows of {sizes[0]}, no whole number of {kind.name} blocks of {kind.values}"
+                f"tensor {name!r} has rows of {sizes[0]}, no whole number of {type.name} blocks of {type.values}"
             )
-        return name, tuple(reversed(sizes)), kind, offset, self.at - 8
+        return name, tuple(reversed(sizes)), type, offset, self.at - 8
 
     def _padding(self, alignment: int) -> int:
         """Where tensor data begins. The bytes up to there are zero, unless the header counts too few tensors."""

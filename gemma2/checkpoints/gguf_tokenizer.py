@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from gemma2.checkpoints.sentencepiece_proto import (
     BYTE,
     CONTROL,
     NORMAL,
-    SPACE,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
@@ -30,7 +28,7 @@ from gemma2.checkpoints.sentencepiece_proto import (
 )
 from gemma2.errors import BadModelFile
 from gemma2.tokenizer import CONTROL as STEERING
-from gemma2.tokenizer import Tokenizer, check_text
+from gemma2.tokenizer import SPACE, Tokenizer
 
 PREFIX = "tokenizer.ggml."
 ARRAYS = {"tokens": "str[]", "scores": "f32[]", "token_type": "i32[]"}  # types are numbered as in SentencePiece
@@ -52,10 +50,9 @@ def build_tokenizer(header: GGUF) -> Tokenizer:
         BadModelFile: no vocabulary, arrays of unequal length or another type, special tokens that are not Gemma's, or
             what `Tokenizer` refuses.
     """
-    found = _vocabulary(header)
-    without_prefix = write_proto(replace(found, space_prefix=False))
+    proto = tokenizer_model(header)
     try:
-        return (SpaceFirst if found.space_prefix else Tokenizer)(without_prefix, str(header.path))
+        return Tokenizer(proto, str(header.path))
     except BadModelFile as error:
         raise BadModelFile(f"{error}; {ELSEWHERE}") from None
 
@@ -143,17 +140,6 @@ def tokenizer_metadata(proto: bytes, where: str = "tokenizer.model") -> dict[str
         PREFIX + "add_eos_token": Value("bool", False),
         PREFIX + "add_space_prefix": Value("bool", found.space_prefix),
     }
-
-
-class SpaceFirst(Tokenizer):
-    """A tokenizer that puts a space before every text, and takes none away again: a reply is decoded in pieces."""
-
-    def encode(self, text: str, *, bos: bool = True, special: bool = False) -> list[int]:
-        check_text(text)
-        return super().encode(f" {text}" if text else text, bos=bos, special=special)
-
-    def to_proto(self) -> bytes:
-        return write_proto(replace(read_proto(super().to_proto(), self.where), space_prefix=True))
 
 
 def _vocabulary(header: GGUF) -> Vocabulary:

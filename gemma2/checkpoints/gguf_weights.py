@@ -7,6 +7,7 @@ and said in the notes of `config_of`; anything else that is missing is refused.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -189,12 +190,17 @@ class GGUFWeights:
     @property
     def dtype(self) -> torch.dtype:
         """float32 for a file whose matrices are all F32; for any other bfloat16, in which Gemma 2 was published."""
-        return torch.float32 if self.kinds == {"F32"} else torch.bfloat16
+        return torch.float32 if self.types == {"F32"} else torch.bfloat16
 
     @property
-    def kinds(self) -> set[str]:
+    def types(self) -> set[str]:
         """The ggml types of its matrices."""
-        return {info.kind.name for info in self._info.values() if len(info.shape) > 1}
+        return {info.type.name for info in self._info.values() if len(info.shape) > 1}
+
+    @property
+    def files(self) -> set[Path]:
+        """The files that hold tensors: one, or the parts of a split one."""
+        return {info.path for info in self._info.values()}
 
     def dtype_for(self, name: str, wanted: torch.dtype) -> torch.dtype:
         """For a norm the narrowest dtype, from `wanted` up, in which 1 + w is exactly the file's g; else `wanted`.
@@ -204,7 +210,7 @@ class GGUFWeights:
         """
         if not name.endswith(NORM):
             return wanted
-        g = self._stored(name)
+        g = self._whole(name)
         if not g.isfinite().all():
             return wanted  # refused, or let through on purpose
         w = self._zero_centred(name, g)
@@ -218,38 +224,46 @@ class GGUFWeights:
     def in_file(self, name: str) -> str:
         return llama_cpp_name(name)
 
-    def read(self, name: str, start: int, place: Tensor) -> None:
+    def read(self, name: str, start: int, out: Tensor) -> None:
         if name.endswith(NORM):
-            w = self._zero_centred(name, self._stored(name))
-            place.copy_(w[start : start + len(place)])
+            w = self._zero_centred(name, self._whole(name))
+            out.copy_(w[start : start + len(out)])
             return
+        self._dequantize(name, start, out)
+
+    def stored(self, name: str) -> str:
+        return self._info[name].type.name
+
+    def raw(self, name: str, start: int, stop: int) -> Tensor:
         info = self._info[name]
-        self._dequantize(info, start, place)
+        start, rows = (0, 1) if len(info.shape) == 1 else (start, stop - start)
+        raw = torch.empty(rows, info.row_bytes, dtype=torch.uint8)
+        # Read rather than mapped: a file that another program cuts short is an error then, not the end of the process.
+        with info.path.open("rb", buffering=0) as file:
+            file.seek(info.offset + start * info.row_bytes)
+            if file.readinto(raw.numpy().data) != raw.nbytes:
+                raise BadModelFile(f"{info.path}: ended while it was read: it has become shorter")
+        return raw
 
     def release(self) -> None:
         """Nothing is mapped."""
-
-    def stored(self, name: str) -> TensorInfo:
-        """Where and as what a tensor lies in the file."""
-        return self._info[name]
 
     def scales(self, name: str) -> Scales | None:
         """What the integers of a whole tensor are multiplied with; None where `ggml.scales` has none."""
         info = self._info[name]
         pieces = []
         for start in range(0, info.shape[0], ROWS):
-            found = scales(self._raw(info, start, min(ROWS, info.shape[0] - start)), info.kind)
+            found = scales(self.raw(name, start, min(start + ROWS, info.shape[0])), info.type)
             if found is None:
                 return None
             pieces.append(found)
         joined = (None if part[0] is None else torch.cat(part) for part in zip(*pieces, strict=True))
         return Scales(*joined)  # type: ignore[arg-type]
 
-    def _stored(self, name: str) -> Tensor:
-        """A whole small tensor as the file has it, in float32."""
-        info = self._info[name]
-        g = torch.empty(info.shape)
-        self._dequantize(info, 0, g)
+    def _whole(self, name: str) -> Tensor:
+        """A whole small tensor with the values that the file has, in float32."""
+        g = torch.empty(self._info[name].shape)
+        self._dequantize(name, 0, g)
         return g
 
     def _zero_centred(self, name: str, g: Tensor) -> Tensor:
@@ -266,20 +280,9 @@ class GGUFWeights:
             )
         return w.double()
 
-    def _dequantize(self, info: TensorInfo, start: int, place: Tensor) -> None:
-        rows = len(place) if place.ndim > 1 else 1
-        raw = self._raw(info, start if place.ndim > 1 else 0, rows)
-        dequantize_into(raw.to(place.device), info.kind, place.view(rows, -1))
-
-    def _raw(self, info: TensorInfo, start: int, rows: int) -> Tensor:
-        """Rows of a tensor as they lie in the file, uint8 [rows, bytes of a row]; a vector is one row."""
-        raw = torch.empty(rows, info.row_bytes, dtype=torch.uint8)
-        # Read rather than mapped: a file that another program cuts short is an error then, not the end of the process.
-        with info.path.open("rb", buffering=0) as file:
-            file.seek(info.offset + start * info.row_bytes)
-            if file.readinto(raw.numpy().data) != raw.nbytes:
-                raise BadModelFile(f"{info.path}: ended while it was read: it has become shorter")
-        return raw
+    def _dequantize(self, name: str, start: int, out: Tensor) -> None:
+        raw = self.raw(name, start, start + len(out))
+        dequantize_into(raw.to(out.device), self._info[name].type, out.view(len(raw), -1))
 
 
 class _Keys:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemma2.checkpoints.ggml import TYPES, BlockType
+from gemma2.checkpoints.dtypes import FLOATS
+from gemma2.checkpoints.ggml import TYPES, GGMLType
 from gemma2.checkpoints.gguf import ARRAY, NUMBERS, STRING, Value
 from gemma2.checkpoints.gguf_weights import (
     ARCHITECTURE,
@@ -24,7 +25,7 @@ from gemma2.checkpoints.gguf_weights import (
 from gemma2.config import GLOBAL, LOCAL, Gemma2Config
 from gemma2.errors import BadModelFile
 
-BLOCKS = {kind.name: kind for kind in TYPES.values()}
+BLOCKS = {type.name: type for type in TYPES.values()}
 # What gguf-py quantizes to (it reads more), and llama.cpp's number for a file of mostly that (llama_ftype).
 FILE_TYPES = {
     "F32": 0,
@@ -87,9 +88,7 @@ def _period(config: Gemma2Config, where: str) -> int:
     )
 
 
-def header_bytes(
-    metadata: Mapping[str, Value], tensors: Sequence[tuple[str, tuple[int, ...], BlockType, int]]
-) -> bytes:
+def header_bytes(metadata: Mapping[str, Value], tensors: Sequence[tuple[str, tuple[int, ...], GGMLType, int]]) -> bytes:
     """A whole header, version 3, padded to where the data begins.
 
     Args:
@@ -99,8 +98,8 @@ def header_bytes(
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
     parts += [_string(key) + _value(value) for key, value in metadata.items()]
     offset = 0
-    for name, shape, kind, size in tensors:
-        described = struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind.id, offset)
+    for name, shape, type, size in tensors:
+        described = struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), type.id, offset)
         parts.append(_string(name) + described)
         offset += size + padding(size)
     header = b"".join(parts)
@@ -112,15 +111,15 @@ def padding(size: int) -> int:
     return -size % PAD
 
 
-def quantize(values: Tensor, kind: BlockType) -> bytes:
-    """float32 rows as blocks of `kind`, with gguf-py's arithmetic for what is not a plain float."""
-    plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(kind.name)
+def quantize(values: Tensor, type: GGMLType) -> bytes:
+    """float32 rows as blocks of `type`, with gguf-py's arithmetic for what is not a plain float."""
+    plain = FLOATS.get(type.name)
     if plain is not None:
         return values.to(plain).contiguous().view(torch.uint8).numpy().tobytes()
     quants = importlib.import_module("gguf.quants")  # 40 ms: only where blocks are made
     # A block of zeros is divided by its own zero scale there, and the result is not used.
     with np.errstate(divide="ignore", invalid="ignore"):
-        blocks: np.ndarray[Any, Any] = getattr(quants, kind.name).quantize(values.numpy())
+        blocks: np.ndarray[Any, Any] = getattr(quants, type.name).quantize(values.numpy())
     return blocks.tobytes()
 
 

@@ -37,7 +37,7 @@ class GoogleWeights(PlainWeights):
         c = self.config.head_dim
         q, kv = self.config.num_attention_heads * c, self.config.num_key_value_heads * c
         self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        self._place: dict[str, tuple[str, int]] = {}  # Hugging Face's name -> Google's name and first row
+        self._source: dict[str, tuple[str, int]] = {}  # Hugging Face's name -> Google's name and first row
         for name, tensor in state.items():
             if name.endswith(SCALER) or name.split(".")[-1] == REDUNDANT:
                 continue
@@ -58,21 +58,21 @@ class GoogleWeights(PlainWeights):
             raise BadModelFile(f"{path}: scales without weights: {', '.join(stray[:5])}")
         self.release()
 
-    def read(self, name: str, start: int, place: Tensor) -> None:
-        google, first = self._place[name]
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        google, first = self._source[name]
         state = self._tensors()
-        rows = slice(first + start, first + start + len(place))
+        rows = slice(first + start, first + start + len(out))
         scale = self._scale(state, google, state[google])
         part = state[google][rows]
-        place.copy_(part if scale is None else part.to(scale.dtype) * scale[rows, None])
+        out.copy_(part if scale is None else part.to(scale.dtype) * scale[rows, None])
 
     def release(self) -> None:
         self._state = None  # the mapping goes with its last tensor
 
     def _add(self, own: str, google: str, first: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        if own in self._place:
-            raise BadModelFile(f"{self.where}: {self._place[own][0]} and {google} are the same tensor")
-        self._place[own], self.tensors[own] = (google, first), (shape, dtype)
+        if own in self._source:
+            raise BadModelFile(f"{self.where}: {self._source[own][0]} and {google} are the same tensor")
+        self._source[own], self.tensors[own] = (google, first), (shape, dtype)
 
     def _scale(self, state: Mapping[str, Tensor], name: str, tensor: Tensor) -> Tensor | None:
         scale = state.get(name + SCALER)

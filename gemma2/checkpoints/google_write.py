@@ -54,7 +54,7 @@ def _record(name: str) -> zipfile.ZipInfo:
 @dataclass(frozen=True)
 class _Tensor:
     key: str
-    kind: str
+    type: str
     shape: tuple[int, ...]
 
 
@@ -75,4 +75,4 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, thing: Any) -> Any:
         if not isinstance(thing, _Storage):
             return None
-        return "storage", STORAGES[thing.of.kind], thing.of.key, "cpu", torch.Size(thing.of.shape).numel()
+        return "storage", STORAGES[thing.of.type], thing.of.key, "cpu", torch.Size(thing.of.shape).numel()

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gemma2.checkpoints.dtypes import SAFETENSORS
 from gemma2.checkpoints.hf_config import read_json
 from gemma2.checkpoints.weights import PlainWeights, refuse_foreign
 from gemma2.errors import BadModelFile
@@ -16,21 +17,6 @@ from gemma2.errors import BadModelFile
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 REDUNDANT = ".rotary_emb.inv_freq"  # computed from the config; some exporters store it
-DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    # Known only to be named in a refusal; any other is called uint8.
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "BOOL": torch.bool,
-}
 
 
 class SafetensorsWeights(PlainWeights):
@@ -50,11 +36,11 @@ class SafetensorsWeights(PlainWeights):
                 if name.endswith(REDUNDANT):
                     continue
                 part = handle.get_slice(name)
-                self.tensors[name] = (tuple(part.get_shape()), DTYPES.get(part.get_dtype(), torch.uint8))
+                self.tensors[name] = (tuple(part.get_shape()), SAFETENSORS.get(part.get_dtype(), torch.uint8))
         self.release()
 
-    def read(self, name: str, start: int, place: Tensor) -> None:
-        place.copy_(self._handle(self._file[name]).get_slice(name)[start : start + len(place)])
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        out.copy_(self._handle(self._file[name]).get_slice(name)[start : start + len(out)])
 
     def release(self) -> None:
         # Closing unmaps the file; pages that stay mapped would count as memory beside the weights.

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from gemma2.errors import BadModelFile
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
-SPACE = "▁"  # U+2581, how SentencePiece writes a space
 PIECES, TRAINER, NORMALIZER = 1, 2, 3
 PIECE, SCORE, KIND = 1, 2, 3
 BPE = 2

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier, Lock
 from typing import Protocol
 
 import torch
@@ -14,18 +15,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
+from gemma2.checkpoints.dtypes import FLOATS, dtype_name, stored_name
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
 from gemma2.model import Gemma2
+from gemma2.twins import Make, replaced
 
 # Together they bound what is in memory beside the final weights. Mapping a file anew takes milliseconds: not too often.
 CHUNK_BYTES = 4 * 2**20  # of the final weights, copied at once
 RELEASE_BYTES = 32 * 2**20  # of the file, read before it is unmapped
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what a Gemma 2 checkpoint may store
-# float64 also holds what any of them stores, and is the dtype of truth; float16 must be forced, see `load`.
-TARGETS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FIRST_LAYER = "model.layers.0."
+_STARTING = Lock()  # one pool at a time may have PyTorch's number of threads changed, see `one_thread_per_core`
 
 
 class _Uninitialised(TorchFunctionMode):
@@ -56,17 +57,29 @@ class Weights(Protocol):
     def in_file(self, name: str) -> str:
         """What the file calls a tensor, for error messages."""
 
-    def read(self, name: str, start: int, place: Tensor) -> None:
-        """Fill `place` with as many rows of a tensor's first axis, from row `start` on."""
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        """Fill `out` with as many rows of a tensor's first axis as it has, from row `start` on."""
+
+    def stored(self, name: str) -> str:
+        """The type in which the file holds a tensor, by ggml's name: "Q4_K", "BF16", "F32"."""
+
+    def raw(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor as the file holds them, uint8 [rows, bytes of a row]; a vector is one row."""
 
     def release(self) -> None:
         """Let go of the mapped pages read so far."""
 
 
 class PlainWeights:
-    """The part of `Weights` that formats of plain floats have in common."""
+    """The part of `Weights` that formats of plain floats have in common.
+
+    A `.ckpt` may hold int8 rows with a scale each: those count as the floats that they are multiplied out to.
+    """
 
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        raise NotImplementedError  # each format's own
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,6 +92,16 @@ class PlainWeights:
     def in_file(self, name: str) -> str:
         return name
 
+    def stored(self, name: str) -> str:
+        return stored_name(self.tensors[name][1])
+
+    def raw(self, name: str, start: int, stop: int) -> Tensor:
+        shape, dtype = self.tensors[name]
+        whole = len(shape) == 1  # a vector
+        out = torch.empty(shape if whole else (stop - start, *shape[1:]), dtype=dtype)
+        self.read(name, 0 if whole else start, out)
+        return out.reshape(1 if whole else stop - start, -1).view(torch.uint8)
+
 
 def build(
     weights: Weights,
@@ -86,6 +109,7 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     *,
+    make: Make | None = None,
     allow_nonfinite: bool = False,
     progress: bool | None = None,
 ) -> Gemma2:
@@ -94,34 +118,47 @@ def build(
     The model is built on the meta device; each tensor then goes once, in chunks and on all cores, from the file to
     memory of its final dtype on its final device, and is checked to be finite on the way.
 
+    Args:
+        make: puts twins in before anything is read, see `gemma2.twins.replaced`. A twin that has a method
+            `fill(weights, path, device)` fills itself, say with the stored blocks of `weights.raw`. Any other twin
+            keeps the parameters of the module it stands for, and gets them as that does.
     Raises:
         BadModelFile: missing, extra, misshapen or non-finite tensors, by name (the first five).
+        ValueError: `make` gives no twin, or one with other parameters and no `fill`.
     """
     shapes = shapes_of(config)
     check_names(weights, shapes)
     model = _empty(config)
+    twins = replaced(model, make).twins if make else {}
+    own = {path: twin for path, twin in twins.items() if hasattr(twin, "fill")}
+    inside = tuple(f"{path}." for path in own)
+    _check_parameters(model, {name for name in shapes if not name.startswith(inside)}, inside)
     filled: dict[str, Tensor] = {}
     for name, shape in shapes.items():
-        kind = weights.dtype_for(name, dtype)
-        if kind == torch.float64 and device.type == "mps":
-            raise BadModelFile(f"{weights.where}: {weights.in_file(name)} needs float64, which mps has not: use cpu")
-        filled[name] = torch.empty(shape, dtype=kind, device=device)
+        if name.startswith(inside):
+            continue
+        kept = weights.dtype_for(name, dtype)
+        if kept == torch.float64 and device.type == "mps":
+            raise BadModelFile(
+                f"{weights.where}: {weights.in_file(name)} needs float64, which mps does not have; use cpu"
+            )
+        filled[name] = torch.empty(shape, dtype=kept, device=device)
 
     def fill(name: str, start: int, stop: int) -> tuple[str, int, int]:
-        place = filled[name][start:stop]
-        weights.read(name, start, place)
-        return name, place.nbytes, _nonfinite(place)
+        out = filled[name][start:stop]
+        weights.read(name, start, out)
+        return name, out.nbytes, _nonfinite(out)
 
     total = sum(tensor.nbytes for tensor in filled.values())
     bad: dict[str, int] = {}
     mapped = 0
     with (
         tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=hidden(progress), leave=False) as bar,
-        a_thread_a_core() as pool,
+        one_thread_per_core() as pool,
     ):
-        places = [(name, *part) for name, tensor in filled.items() for part in chunks(tensor.shape, tensor.dtype)]
-        for name, done, sick in pool.map(fill, *zip(*places, strict=True)):
-            bad[name] = bad.get(name, 0) + sick
+        jobs = [(name, *rows) for name, tensor in filled.items() for rows in chunks(tensor.shape, tensor.dtype)]
+        for name, done, nonfinite in pool.map(fill, *zip(*jobs, strict=True)):
+            bad[name] = bad.get(name, 0) + nonfinite
             bar.update(done)
             mapped += done * weights.tensors[name][1].itemsize // filled[name].itemsize
             if mapped >= RELEASE_BYTES:
@@ -131,12 +168,23 @@ def build(
     bad = {name: count for name, count in bad.items() if count}
     if bad and not allow_nonfinite:
         named = ", ".join(f"{weights.in_file(name)} ({count:,})" for name, count in list(bad.items())[:5])
-        raise BadModelFile(
-            f"{weights.where}: {len(bad)} tensors hold NaN or infinity in {str(dtype).removeprefix('torch.')}: {named}"
-        )
+        raise BadModelFile(f"{weights.where}: {len(bad)} tensors hold NaN or infinity in {dtype_name(dtype)}: {named}")
     check_head(weights, shapes[EMBEDDING])
-    model.load_state_dict(filled, strict=True, assign=True)
+    for path, twin in own.items():
+        twin.fill(weights, path, device)  # type: ignore[operator]  # some module's method
+        weights.release()
+    state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(inside)}
+    model.load_state_dict(state | filled, strict=True, assign=True)
+    model.model.rotary_emb.to(device)
     return model.requires_grad_(True).eval()
+
+
+def _check_parameters(model: Gemma2, wanted: set[str], inside: tuple[str, ...]) -> None:
+    """Raises ValueError unless the model's parameters are those `wanted`, twins that fill themselves left aside."""
+    there = {name for name in model.state_dict() if not name.startswith(inside)}
+    other = sorted(there ^ wanted)
+    if other:
+        raise ValueError(f"a twin has other parameters than the module it stands for and no fill(): {other[0]}")
 
 
 def count_nonfinite(weights: Weights, *, progress: bool | None = None) -> dict[str, int]:
@@ -151,36 +199,59 @@ def count_nonfinite(weights: Weights, *, progress: bool | None = None) -> dict[s
     total = sum(torch.Size(shape).numel() for shape, _ in weights.tensors.values())
     with (
         tqdm(total=total, desc="checking", unit_scale=True, disable=hidden(progress), leave=False) as bar,
-        a_thread_a_core() as pool,
+        one_thread_per_core() as pool,
     ):
         shapes = {name: shape for name, (shape, _) in weights.tensors.items()}
-        places = [(name, *part) for name, shape in shapes.items() for part in chunks(shape, torch.float32)]
-        for name, done, sick in pool.map(count, *zip(*places, strict=True)):
-            bad[name] = bad.get(name, 0) + sick
+        jobs = [(name, *rows) for name, shape in shapes.items() for rows in chunks(shape, torch.float32)]
+        for name, done, nonfinite in pool.map(count, *zip(*jobs, strict=True)):
+            bad[name] = bad.get(name, 0) + nonfinite
             bar.update(done)
             weights.release()
     return {name: count for name, count in bad.items() if count}
 
 
 def _nonfinite(values: Tensor) -> int:
-    """One pass; a sum of huge finite numbers is looked at again."""
+    """How many values are NaN or infinite. A sum that is finite shows that none is; otherwise they are counted."""
     return 0 if values.sum().isfinite() else int((~values.isfinite()).sum())
 
 
 @contextlib.contextmanager
-def a_thread_a_core() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as PyTorch would use, each of which computes alone: chunks are independent, operations small.
+def one_thread_per_core() -> Iterator[ThreadPoolExecutor]:
+    """A pool of as many threads as PyTorch would use here. Each computes alone: chunks are independent and small.
 
-    PyTorch's setting is the process's, so other threads that begin to compute meanwhile also get one core. An error or
-    Ctrl-C ends the work at once rather than after all that was asked for.
+    An error or Ctrl-C ends the work at once, and what has not begun is dropped.
     """
     count = torch.get_num_threads()
-    pool = ThreadPoolExecutor(count, "gemma2-load", initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(count, "gemma2-load", initializer=_compute_alone)
     try:
+        _start(pool, count)
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(count)
+
+
+def _compute_alone() -> None:
+    torch.get_num_threads()  # PyTorch sets a thread up at its first use, which would undo an earlier setting
+    torch.set_num_threads(1)
+
+
+def _start(pool: ThreadPoolExecutor, count: int) -> None:
+    """Start all threads of a pool, and put back what that changes for others.
+
+    PyTorch has a number of threads for each thread that has computed before, and one for all those that begin later.
+    `torch.set_num_threads` sets both. A pool's threads keep their own number, so the other one is put back as soon as
+    they have started, by a thread that has no number of its own yet and so can read it.
+    """
+    started = Barrier(count + 1)
+    with _STARTING, ThreadPoolExecutor(1) as fresh:
+        for_new_threads = fresh.submit(torch.get_num_threads).result()
+        try:
+            for _ in range(count):
+                pool.submit(started.wait)
+            started.wait()
+        finally:
+            started.abort()  # where a thread could not be started, the others wait for it no longer
+            fresh.submit(torch.set_num_threads, for_new_threads).result()
 
 
 def shapes_of(config: Gemma2Config) -> dict[str, tuple[int, ...]]:
@@ -219,14 +290,12 @@ def check_names(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None
             if name in found and found[name][0] != shape
         ],
         "not float32, bfloat16 or float16": [
-            f"{said(name)} ({str(dtype).removeprefix('torch.')})"
-            for name, (_, dtype) in found.items()
-            if dtype not in FLOATS
+            f"{said(name)} ({dtype_name(dtype)})" for name, (_, dtype) in found.items() if dtype not in FLOATS.values()
         ],
     }
     lines = [
-        f"{len(names)} {kind}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
-        for kind, names in problems.items()
+        f"{len(names)} {problem}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+        for problem, names in problems.items()
         if names
     ]
     if lines:
@@ -266,10 +335,12 @@ def check_head(weights: Weights, shape: tuple[int, ...]) -> None:
 
 
 def chunks(shape: tuple[int, ...], dtype: torch.dtype) -> list[tuple[int, int]]:
+    """The rows of a tensor in runs [start, stop) of `CHUNK_BYTES` in `dtype`, at least one row each."""
     row = max(1, torch.Size(shape[1:]).numel() * dtype.itemsize)
     step = max(1, CHUNK_BYTES // row)
     return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
 def hidden(progress: bool | None) -> bool | None:
-    return None if progress is None else not progress  # tqdm: None hides the bar unless on a terminal
+    """tqdm's `disable`, where None hides the bar unless on a terminal."""
+    return None if progress is None else not progress

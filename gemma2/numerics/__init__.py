@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from gemma2.checkpoints.dtypes import stored_name
 from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.weights import Weights
 from gemma2.model import Gemma2
@@ -30,7 +31,6 @@ PROFILES: dict[str, tuple[Change, ...]] = {
     "jax": jax.CHANGES,
     "litgpt": litgpt.CHANGES,
 }
-GGML = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def with_numerics(
@@ -66,7 +66,7 @@ def twins_of(profile: str, changes: Iterable[str] | None, dtype: torch.dtype, st
         raise ValueError(f"{profile} has no change {unknown[0]!r}; it has {', '.join(known) or 'none'}")
     if wanted and dtype == torch.float64:
         raise ValueError(f"numerics {profile!r}: no float64 is computed there; use float32 or bfloat16")
-    stored = defaultdict(lambda: Stored(GGML.get(dtype, "F32")), storage or {})
+    stored = defaultdict(lambda: Stored(stored_name(dtype)), storage or {})
 
     def make(path: str, module: nn.Module) -> nn.Module | None:
         twin = in_parts(path, module)
@@ -89,4 +89,4 @@ def storage_of(weights: Weights) -> Storage | None:
     """How each tensor of a GGUF is stored, on which llama.cpp's arithmetic depends; else None."""
     if not isinstance(weights, GGUFWeights):
         return None
-    return {name: Stored(weights.stored(name).kind.name, partial(weights.scales, name)) for name in weights.tensors}
+    return {name: Stored(weights.stored(name), partial(weights.scales, name)) for name in weights.tensors}

@@ -212,7 +212,7 @@ def check(header: GGUF, size: int) -> None:
     for info in header.tensors.values():
         start = info.offset if end is None else end + -end % header.alignment
         assert info.offset == start and info.offset % header.alignment == 0
-        assert info.bytes > 0 and info.bytes % info.kind.bytes == 0
+        assert info.bytes > 0 and info.bytes % info.type.bytes == 0
         end = info.offset + info.bytes
     assert end is None or end <= size < end + header.alignment
     assert header.bytes == size

@@ -59,7 +59,7 @@ def lie(header: GGUF) -> list[tuple[int, int, str]]:
     """Where the data of each tensor lies, padding included, and as what; F16 and BF16 cannot be told apart."""
     to = header.alignment
     return [
-        (info.offset, info.bytes + -info.bytes % to, info.kind.name.removeprefix("B"))
+        (info.offset, info.bytes + -info.bytes % to, info.type.name.removeprefix("B"))
         for info in header.tensors.values()
     ]
 
@@ -84,7 +84,7 @@ def changes(folder: str, every: bool) -> Iterator[dict[str, int]]:
         counts["accepted"] += 1
         counts["names"] += list(found.tensors) != list(good.tensors)
         counts["shapes"] += [t.shape for t in found.tensors.values()] != [t.shape for t in good.tensors.values()]
-        counts["types"] += [t.kind for t in found.tensors.values()] != [t.kind for t in good.tensors.values()]
+        counts["types"] += [t.type for t in found.tensors.values()] != [t.type for t in good.tensors.values()]
         counts["keys"] += list(found.metadata) != list(good.metadata)
         counts["values"] += repr(found.metadata.values()) != repr(good.metadata.values())
         counts["version"] += found.version != good.version

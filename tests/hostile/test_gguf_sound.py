@@ -39,7 +39,7 @@ def unlike_gguf_py(path: Path) -> list[str]:
     raw = path.read_bytes()
     for tensor in theirs.tensors:
         info = ours.tensors[tensor.name]
-        own = (info.kind.name, info.shape, info.offset, info.bytes, raw[info.offset : info.offset + info.bytes])
+        own = (info.type.name, info.shape, info.offset, info.bytes, raw[info.offset : info.offset + info.bytes])
         shape = tuple(reversed(tensor.shape.tolist()))
         data = np.ascontiguousarray(tensor.data).tobytes()
         if own != (tensor.tensor_type.name, shape, tensor.data_offset, tensor.n_bytes, data):

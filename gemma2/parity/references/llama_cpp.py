@@ -122,9 +122,9 @@ class LlamaCpp:
             opened = _as_gguf(opened, kind, Path(self._folder.name) / "model.gguf")
         assert isinstance(opened.weights, GGUFWeights)
         self.storage: Storage | None = storage_of(opened.weights)
-        kinds = sorted(opened.weights.kinds)
+        kinds = sorted(opened.weights.types)
         # Of a split one, the first part.
-        self._path = min(opened.weights.stored(name).path for name in opened.weights.tensors)
+        self._path = min(opened.weights.files)
         self.config = opened.config
         self._load(None)
         self.system = f"llama.cpp in llama-cpp-python {llama_cpp.__version__}, {'/'.join(kinds)} weights"

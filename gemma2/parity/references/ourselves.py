@@ -14,10 +14,11 @@ from torch import Tensor
 
 from gemma2.cache import HybridCache
 from gemma2.checkpoints.checkpoint import Checkpoint
-from gemma2.checkpoints.weights import TARGETS, build, shapes_of
+from gemma2.checkpoints.dtypes import RUNNABLE, stored_name
+from gemma2.checkpoints.weights import build, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.model import Gemma2
-from gemma2.numerics import GGML, storage_of, with_numerics
+from gemma2.numerics import storage_of, with_numerics
 from gemma2.numerics.changes import Storage, Stored
 from gemma2.parity.references import check_row, check_sites, open_local, spans
 from gemma2.research.capture import capture
@@ -45,9 +46,9 @@ def open_ourselves(spec: str, opened: Checkpoint, dtype: torch.dtype | None) -> 
     if "model" in asked:
         opened = open_local(Path(asked["model"]).expanduser())
     if "dtype" in asked:
-        if asked["dtype"] not in TARGETS:
-            raise ValueError(f"self:{spec}: dtype is not one of {', '.join(TARGETS)}")
-        dtype = TARGETS[asked["dtype"]]
+        if asked["dtype"] not in RUNNABLE:
+            raise ValueError(f"self:{spec}: dtype is not one of {', '.join(RUNNABLE)}")
+        dtype = RUNNABLE[asked["dtype"]]
     return Ourselves(opened, dtype, asked.get("device", "cpu"), asked.get("numerics"))
 
 
@@ -82,7 +83,7 @@ class Ourselves:
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ValueError(f"device {device!r} is not available here ({str(error).splitlines()[0][:100]})") from None
         if numerics == WIDE and self.storage is None:
-            self.storage = {name: Stored(GGML.get(dtype, "F32")) for name in shapes_of(opened.config)}
+            self.storage = {name: Stored(stored_name(dtype)) for name in shapes_of(opened.config)}
         self._numerics = numerics
         plain = build(opened.weights, opened.config, self._device, dtype, progress=False)
         self._arrange(plain, opened.config)

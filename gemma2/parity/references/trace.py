@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gemma2.checkpoints.weights import TARGETS
+from gemma2.checkpoints.dtypes import RUNNABLE
 from gemma2.numerics.changes import Storage
 from gemma2.parity.references import CannotDo, Reference, check_sites
 from gemma2.parity.trace import Trace
@@ -26,7 +26,7 @@ class Recorded:
         self._trace = Trace(path)
         about = self._trace.about
         self.system, self.config, self.versions = about.system, about.config, about.versions
-        self.dtype = TARGETS[about.dtype]
+        self.dtype = RUNNABLE[about.dtype]
         self.ids = self._trace.ids
         self.sites = frozenset(self._trace.names)
         self.longest: int | None = len(self.ids)

@@ -161,7 +161,7 @@ def _loaded(opened: Checkpoint, dtype: torch.dtype) -> Any:
 def _is_one_gguf(opened: Checkpoint) -> bool:
     """Of a split one transformers would read the first part."""
     weights = opened.weights
-    return isinstance(weights, GGUFWeights) and {weights.stored(name).path for name in weights.tensors} == {opened.path}
+    return isinstance(weights, GGUFWeights) and weights.files == {opened.path}
 
 
 @contextmanager
