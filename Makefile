@@ -1,16 +1,23 @@
 # `make demo` and `make test` do everything on a fresh machine: environment, installation, run.
+# TORCH is the build of PyTorch. auto: without CUDA on Linux x86_64 machines that have no NVIDIA GPU, where it would be
+# gigabytes for nothing; everywhere else what pip's index gives. Or choose: make TORCH=cpu, cuda or default.
 PYTHON ?= python3
+TORCH ?= auto
 VENV ?= .venv
 BIN := $(VENV)/bin
 PROMPT ?= In the beginning
 
-.PHONY: demo test lint format types clean
+.PHONY: demo test test-ecosystem lint format types clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gemma2 generate "$(PROMPT)" --echo -n 120 --temperature 0.9 --top-p 0.95 --repetition-penalty 1.15 --seed 3 --verbose
 
 test: lint types
 	$(BIN)/pytest
+
+# Tools that attach to the model from outside: PEFT, nnsight, torchao and others, in the extra `ecosystem`.
+test-ecosystem: $(VENV)/.installed-ecosystem
+	$(BIN)/pytest tests/ecosystem -rs
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
@@ -26,12 +33,24 @@ format: $(VENV)/.installed-dev
 clean:
 	rm -rf $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.made:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "gemma2 needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.torch-$(TORCH): constraints.txt $(VENV)/.made
+	$(BIN)/python scripts/install_torch.py $(TORCH)
+	rm -f $(VENV)/.torch-*
+	touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch-$(TORCH)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.installed-ecosystem: $(VENV)/.installed-dev
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[ecosystem]'
 	touch $@

@@ -1,5 +1,13 @@
 """Gemma 2 in plain PyTorch: exact, readable, open at every place. Start with `gemma2.load()`."""
 
+import sys
+
+# `python -m gemma2` reads this file, and PyTorch with it, before __main__.py; argv[0] is "-m" until then.
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m") == "gemma2":
+    from gemma2_command import end_quietly
+
+    end_quietly()
+
 from gemma2.cache import HybridCache
 from gemma2.checkpoints.hf_config import config_dict, published_config, read_config
 from gemma2.config import Gemma2Config

@@ -2,6 +2,6 @@
 
 import sys
 
-from gemma2.cli import main
+from gemma2_command import main
 
 sys.exit(main())

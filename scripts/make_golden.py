@@ -11,7 +11,7 @@ the final norm, all logits) and, when the source folder of google/gemma_pytorch 
 Of the pocket model it writes traces as in docs/traces.md, by transformers, in float32 and bfloat16: `pocket_short_*`,
 the stream at every block and all logits, and `pocket_long_*`, the final norm of a prompt longer than the window.
 
-With the Python of an environment that has google-deepmind/gemma (`scripts/who_computes_what.py` makes one), only
+With the Python of an environment that has google-deepmind/gemma (`studies/who_computes_what` makes one), only
 `deepmind_*`: traces of the small model as it is stored, by Google's own compiled JAX module. XLA is told to leave
 products to Eigen, which sums them in a fixed order, that of k.
 """
@@ -38,7 +38,8 @@ from gemma2.parity.references import open_reference
 from gemma2.parity.trace import About, Trace, TraceWriter
 from gemma2.tokenizer import Tokenizer
 
-GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
 RAW: dict[str, Any] = {
     "architectures": ["Gemma2ForCausalLM"],
     "model_type": "gemma2",
@@ -186,9 +187,9 @@ def write_deepmind_traces(python: Path) -> None:
             for name in ("config.json", "model.safetensors"):
                 (folder / name).write_bytes((GOLDEN / name).read_bytes())
             (folder / "ids.json").write_text(json.dumps({"all": {"ids": ids, "chunks": []}}))
-            peers = Path(__file__).with_name("peers.py")
-            command: list[str | Path] = [python, peers, "deepmind", folder, folder, dtype]
-            subprocess.run(command, env={**os.environ, **EIGEN}, check=True)
+            module = "studies.who_computes_what.run_one"
+            command: list[str | Path] = [python.absolute(), "-m", module, "deepmind", folder, folder, dtype]
+            subprocess.run(command, cwd=ROOT, env={**os.environ, **EIGEN}, check=True)
             seen, path = Trace(folder / "all.safetensors"), GOLDEN / f"deepmind_{dtype}.safetensors"
             with TraceWriter(path, seen.about, ids, sites, getattr(torch, dtype), force=True) as trace:
                 for site in trace.sites:

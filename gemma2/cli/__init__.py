@@ -9,13 +9,13 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import NoReturn
 
 from gemma2.cli import chat, convert, generate, inspect, parity, trace, verify
 from gemma2.errors import BadModelFile, ContextOverflow, NonFiniteError
+from gemma2_command import INTERRUPTED, interruptible, top_parser
 
-ARGUMENTS, FAILED, INTERRUPTED = 2, 1, 130
+ARGUMENTS, FAILED = 2, 1
 LONGEST = 2000  # characters of an error; a file's name for a tensor may be any length
 
 
@@ -35,15 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
-    parser = Parser(prog="gemma2", description="Gemma 2 in plain PyTorch.")
-    parser.add_argument("--version", action="version", version=f"gemma2 {version('gemma2')}")
-    parser.set_defaults(trouble=FAILED)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generate, chat, convert, inspect, parity, trace, verify):
-        command.add(commands)
-    args = parser.parse_args(argv)
     try:
-        return _run(args)
+        interruptible()
+        return _run(_parsed(argv))
     except KeyboardInterrupt:
         with contextlib.suppress(OSError):  # in a pipeline, Ctrl-C ends the reader too
             print(flush=True)  # what was written so far stays, on a line of its own
@@ -53,6 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _drop_stdout()
         return 128 + signal.SIGPIPE
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = top_parser(Parser)
+    parser.set_defaults(trouble=FAILED)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in (generate, chat, convert, inspect, parity, trace, verify):
+        command.add(commands)
+    return parser.parse_args(argv)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -120,6 +120,8 @@ def _serve(module: str, name: str, seconds: str) -> None:
     if STATUS.exists():
         most = memory("VmSize") + MOST_MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the caller of the tests may ignore or block it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     signal.setitimer(signal.ITIMER_REAL, float(seconds))  # its signal ends the process
     for result in work(*json.load(sys.stdin)):
         print(json.dumps(result), file=results, flush=True)

@@ -22,6 +22,7 @@ import gemma2
 from gemma2.checkpoints.hf_config import read_config
 from gemma2.checkpoints.safetensors import SINGLE
 from gemma2.convert import convert
+from tests.children import signals_restored
 from tests.conftest import tiny
 from tests.hostile.child import ROOT, STATUS
 from tests.hostile.conftest import shell
@@ -75,7 +76,9 @@ class Driver:
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     command = [sys.executable, "-c", DRIVER]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+    with signals_restored():
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with child:
         yield Driver(child, tmp_path_factory.mktemp("said") / "output")
         assert child.stdin
         child.stdin.close()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
 
 import gemma2
+import gemma2.cli
 from gemma2.checkpoints.safetensors import SINGLE
+from tests.children import signals_restored
 from tests.conftest import tensors_of, tiny
 from tests.hostile.conftest import SMALL, shell
 
@@ -89,9 +94,24 @@ def endless(tmp_path: Path) -> Path:
     return place
 
 
-def writing(model: Path) -> subprocess.Popen[bytes]:
-    argv = [*COMMAND, "generate", "x", "-n", "500000", "--model", str(model), "--device", "cpu"]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), bufsize=0)
+@contextlib.contextmanager
+def started(command: list[str | bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """A child that is gone at the end, also where a test fails because it does not end."""
+    with signals_restored():
+        pipe = subprocess.PIPE
+        child = subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment(), bufsize=0)
+    with child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+@contextlib.contextmanager
+def writing(model: Path) -> Iterator[subprocess.Popen[bytes]]:
+    argv = ["generate", "x", "-n", "500000", "--model", str(model), "--device", "cpu"]
+    with started([*COMMAND, *argv]) as process:
+        yield process
 
 
 def test_a_reader_that_leaves_ends_the_run_quietly(endless: Path) -> None:
@@ -121,3 +141,62 @@ def test_an_interrupt_keeps_what_was_written_and_exits_with_130(endless: Path, a
         if len(whole) >= len(said):
             break
     assert whole.startswith(said[:-1])
+
+
+# Whatever the moment, also while PyTorch is imported, which takes the first seconds.
+MOMENTS = [0.0, 0.02, 0.1, 0.4, 0.9, 2.0]
+SCRIPT = "import sys; from gemma2_command import *; end_quietly(); print(end='.', flush=True); sys.exit(main())"
+
+
+@pytest.mark.parametrize("seconds", MOMENTS)
+def test_an_interrupt_in_the_first_two_seconds_ends_quietly_with_130(endless: Path, seconds: float) -> None:
+    command = [sys.executable, "-c", SCRIPT, "generate", "x", "-n", "500000", "--model", str(endless)]
+    with started([*command]) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1) == b"."  # before that, it is Python that starts
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, b"")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads from Linux's /proc what a process has imported")
+@pytest.mark.parametrize("seconds", MOMENTS[::2])
+def test_so_does_python_m_gemma2_which_reads_the_package_first(endless: Path, seconds: float) -> None:
+    with writing(endless) as process:
+        while b"libtorch" not in Path(f"/proc/{process.pid}/maps").read_bytes():
+            assert process.poll() is None
+            time.sleep(0.001)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, b"")
+
+
+def test_a_child_meets_signals_that_these_tests_were_started_to_ignore() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with started([sys.executable, "-c", "import time; print(end='.', flush=True); time.sleep(600)"]) as process:
+            assert process.stdout is not None and process.stdout.read(1) == b"."
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=60) == -signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_the_command_ignores_an_interrupt_if_its_caller_does() -> None:
+    script = 'trap "" INT; exec "$0" -c "$1"'
+    code = "import gemma2_command, os, signal; gemma2_command.end_quietly(); os.kill(os.getpid(), signal.SIGINT)"
+    assert subprocess.run(["sh", "-c", script, sys.executable, code], env=environment()).returncode == 0
+
+
+@pytest.mark.parametrize("option", ["--version", "--help", "-h"])
+def test_version_and_help_come_without_importing_pytorch(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = "import sys; from gemma2_command import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code, option], capture_output=True, env=environment(COLUMNS="80"))
+    assert (done.returncode, done.stderr) == (0, b"")
+    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        gemma2.cli.main([option])
+    assert done.stdout.decode() == capsys.readouterr().out  # COMMANDS says what the commands say

@@ -1,4 +1,4 @@
-"""What recipes of peers are given and give back. Run by a peer's own Python, with torch and safetensors alone."""
+"""What recipes are given and give back. Run by an implementation's own Python, with torch and safetensors alone."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ HUGGING_FACE = {
 
 
 @dataclass(frozen=True)
-class Peer:
-    """A peer with its weights.
+class Built:
+    """Another implementation, built by its own code, with its weights.
 
     Attributes:
         system: who it is, with its version.
         run: tokens [1 t] in one pass -> site -> value, with the batch axis.
-        cached: tokens [1 t] in chunks of these lengths, with the peer's own cache -> logits [1 t v].
+        cached: tokens [1 t] in chunks of these lengths, with the implementation's own cache -> logits [1 t v].
     """
 
     system: str

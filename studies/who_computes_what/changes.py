@@ -1,8 +1,9 @@
-"""What peers compute instead, planted in our model: each change gives a twin and leaves the model alone.
+"""What other implementations compute instead, injected into our model: each change gives a changed copy that shares
+the parameters, and leaves the model alone.
 
-A change is given the chunks in which a run feeds its ids to a peer's cache. Our twin takes all ids in one pass
-nevertheless: what a cache holds and which of its slots are seen is a sum on the scores, by the positions of queries and
-keys and by where chunks begin and end.
+A change is given the chunks in which a run feeds its ids to the other implementation's cache. Our copy takes all ids
+in one pass nevertheless: what a cache holds and which of its slots are seen is a sum on the scores, by the positions of
+queries and keys and by where chunks begin and end.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from peer_models import CAPACITY
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gemma2 import Gemma2, ops
 from gemma2.config import GLOBAL, LOCAL
 from gemma2.model import Attention, ScaledEmbedding, SoftCap, SoftcapAttention, TiedHead
+from studies.who_computes_what.models import CAPACITY
 
 Chunks = Sequence[int]  # none: one pass without a cache
 HIDDEN = float("-inf")
@@ -26,7 +27,7 @@ EMPTY = CAPACITY  # slots of a cache that hold zeros, after the keys of a run
 
 
 class Change(Protocol):
-    """Our model with a change planted, as it is for a run that is fed in these chunks."""
+    """Our model with a change injected, as it is for a run that is fed in these chunks."""
 
     def __call__(self, model: Gemma2, chunks: Chunks = (), /) -> Gemma2: ...
 

@@ -10,11 +10,12 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from peer_given import Given, Peer, Values, spans
 from torch import Tensor
 
+from studies.who_computes_what.given import Built, Given, Values, spans
 
-def deepmind(given: Given, compiled: str = "yes") -> Peer:
+
+def deepmind(given: Given, compiled: str = "yes") -> Built:
     """Its `Transformer`, which compiles itself; with `compiled=no` JAX runs operation by operation. As by its sampler,
     positions and mask are handed in: left to itself, it takes id 0 for padding."""
     said, jax, linen = given.config, import_module("jax"), import_module("flax.linen")
@@ -143,4 +144,4 @@ def deepmind(given: Given, compiled: str = "yes") -> Peer:
 
     how = "compiled" if compiled == "yes" else "not compiled"
     flags = os.environ.get("XLA_FLAGS", "")
-    return Peer(f"gemma {version('gemma')}, jax {version('jax')}, {how}{flags and f', {flags}'}", run, cached)
+    return Built(f"gemma {version('gemma')}, jax {version('jax')}, {how}{flags and f', {flags}'}", run, cached)

@@ -1,4 +1,5 @@
-"""Peers in PyTorch, and llama.cpp: a recipe each builds one by its own code. Run by the peer's own Python."""
+"""Implementations in PyTorch, and llama.cpp: each recipe builds one by its own code. Run by that implementation's own
+Python."""
 
 from __future__ import annotations
 
@@ -7,11 +8,12 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from peer_given import HUGGING_FACE, Given, Peer, Values, spans, watched
 from torch import Tensor
 
+from studies.who_computes_what.given import HUGGING_FACE, Built, Given, Values, spans, watched
 
-def transformers_(given: Given, attention: str = "eager", gguf: str = "", chosen: str = "") -> Peer:
+
+def transformers_(given: Given, attention: str = "eager", gguf: str = "", chosen: str = "") -> Built:
     """With attention=default it chooses for itself, and must choose what is `chosen`."""
     transformers = import_module("transformers")
     number = tuple(map(int, transformers.__version__.split(".")[:2]))
@@ -44,10 +46,10 @@ def transformers_(given: Given, attention: str = "eager", gguf: str = "", chosen
         if model.config._attn_implementation != chosen:
             raise ValueError(f"chose {model.config._attn_implementation}, where {chosen} was expected")
     how = f"GGUF, {attention}" if gguf else attention
-    return Peer(f"transformers {transformers.__version__} {how}", run, cached)
+    return Built(f"transformers {transformers.__version__} {how}", run, cached)
 
 
-def nnsight(given: Given) -> Peer:
+def nnsight(given: Given) -> Built:
     model = import_module("nnsight").LanguageModel(
         str(given.folder), dispatch=True, dtype=given.dtype, attn_implementation="eager"
     )
@@ -67,10 +69,10 @@ def nnsight(given: Given) -> Peer:
             "logits": logits,
         }
 
-    return Peer(f"nnsight {version('nnsight')} with transformers {version('transformers')}", run, None)
+    return Built(f"nnsight {version('nnsight')} with transformers {version('transformers')}", run, None)
 
 
-def litgpt(given: Given, ends: str = "no") -> Peer:
+def litgpt(given: Given, ends: str = "no") -> Built:
     """With `ends=yes` it is told where the cache ends, as its generate() tells it."""
     said = given.config
     own = import_module("litgpt.config").Config.from_name("Gemma-2-27b")
@@ -133,14 +135,14 @@ def litgpt(given: Given, ends: str = "no") -> Peer:
             model.clear_kv_cache()
         return torch.cat(parts, dim=1)
 
-    return Peer(
+    return Built(
         f"litgpt {version('litgpt')}",
         lambda tokens: watched(model, places, given.layers(), lambda: model(tokens)),
         cached,
     )
 
 
-def torchtune(given: Given) -> Peer:
+def torchtune(given: Given) -> Built:
     said = given.config
     gemma2 = import_module("torchtune.models.gemma2")
     heads = {"num_heads": said["num_attention_heads"], "num_kv_heads": said["num_key_value_heads"]}
@@ -182,14 +184,14 @@ def torchtune(given: Given) -> Peer:
         ]
         return torch.cat(parts, dim=1)
 
-    return Peer(
+    return Built(
         f"torchtune {version('torchtune')}",
         lambda tokens: watched(model, places, given.layers(), lambda: model(tokens)),
         cached,
     )
 
 
-def transformer_lens(given: Given) -> Peer:
+def transformer_lens(given: Given) -> Built:
     """Its HookedTransformer, with the numbers it has for Gemma 2 itself but for sizes."""
     said, lens = given.config, import_module("transformer_lens")
     numbers = import_module("transformer_lens.loading_from_pretrained").convert_hf_model_config("google/gemma-2-27b")
@@ -230,10 +232,10 @@ def transformer_lens(given: Given) -> Peer:
         parts = [model(tokens[:, a:b], past_kv_cache=cache, attention_mask=ones[:, a:b]) for a, b in spans(chunks)]
         return torch.cat(parts, dim=1)
 
-    return Peer(f"TransformerLens {version('transformer-lens')} HookedTransformer", run, cached)
+    return Built(f"TransformerLens {version('transformer-lens')} HookedTransformer", run, cached)
 
 
-def transformer_bridge(given: Given) -> Peer:
+def transformer_bridge(given: Given) -> Built:
     """Its TransformerBridge, over the folder; with a cache, the one that it gives back is handed in again."""
     boot = import_module("transformer_lens.model_bridge").TransformerBridge.boot_transformers
     model = boot(str(given.folder), dtype=given.dtype, device="cpu").eval()
@@ -251,18 +253,18 @@ def transformer_bridge(given: Given) -> Peer:
         return torch.cat(parts, dim=1)
 
     versions = f"{version('transformer-lens')} TransformerBridge on transformers {version('transformers')}"
-    return Peer(f"TransformerLens {versions}", run, cached)
+    return Built(f"TransformerLens {versions}", run, cached)
 
 
-def llama_cpp(given: Given) -> Peer:
+def llama_cpp(given: Given) -> Built:
     """Through this project's own reference, which knows llama.cpp's nodes."""
     opened = import_module("gemma2.checkpoints.checkpoint").open_checkpoint(given.folder)
-    peer = import_module("gemma2.parity.references.llama_cpp").LlamaCpp(opened, given.dtype)
+    built = import_module("gemma2.parity.references.llama_cpp").LlamaCpp(opened, given.dtype)
     wanted = [
-        name for name in peer.sites if name.endswith(("hook_attn_out", "hook_mlp_out", "hook_resid_post", "ln_final"))
+        name for name in built.sites if name.endswith(("hook_attn_out", "hook_mlp_out", "hook_resid_post", "ln_final"))
     ]
 
     def run(tokens: Tensor) -> Values:
-        return {name: value[None] for name, value in peer.run(tokens[0].tolist(), [*wanted, "logits"]).items()}
+        return {name: value[None] for name, value in built.run(tokens[0].tolist(), [*wanted, "logits"]).items()}
 
-    return Peer(peer.system, run, lambda tokens, chunks: peer.cached(tokens[0].tolist(), chunks)[None])
+    return Built(built.system, run, lambda tokens, chunks: built.cached(tokens[0].tolist(), chunks)[None])

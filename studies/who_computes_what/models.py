@@ -1,4 +1,4 @@
-"""The small random models that peers are built with, and the runs that they are asked for."""
+"""The small random models that every implementation is built with, and the runs that it is asked for."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from gemma2.load import POCKET
 RUNS: dict[str, tuple[int, tuple[int, ...]]] = {
     "12": (12, ()),
     "64": (64, ()),
-    "12 cached": (12, (6, *[1] * 6)),
-    "64 cached": (64, (32, *[1] * 32)),
-    "64 from 8": (64, (8, *[1] * 56)),
+    "12, prefill 6": (12, (6, *[1] * 6)),
+    "64, prefill 32": (64, (32, *[1] * 32)),
+    "64, prefill 8": (64, (8, *[1] * 56)),
 }
-CAPACITY = max(length for length, _ in RUNS.values())  # of the cache of a peer that asks for one
+CAPACITY = max(length for length, _ in RUNS.values())  # of a cache whose size must be given
 TINY: dict[str, Any] = {
     "model_type": "gemma2",
     "architectures": ["Gemma2ForCausalLM"],
@@ -65,7 +65,7 @@ def random_model(raw: Mapping[str, Any], seed: int = 0) -> Gemma2:
 
 
 def write_model(folder: Path, raw: Mapping[str, Any], gguf: bool) -> Gemma2:
-    """What `peers.py` reads."""
+    """What `run_one.py` reads."""
     folder.mkdir()
     model = random_model(raw)
     (folder / "config.json").write_text(json.dumps(dict(raw)))

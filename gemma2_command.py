@@ -1,0 +1,64 @@
+"""Where the `gemma2` command starts. It answers --version and --help at once, and Ctrl-C while PyTorch is imported.
+
+PyTorch takes seconds to import, and every module in the package imports it, so this module stands beside the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from importlib.metadata import version
+from typing import NoReturn
+
+INTERRUPTED = 130
+# Each command with its line in --help, in the order of that page.
+COMMANDS = {
+    "generate": "continue a text",
+    "chat": "talk to a model",
+    "convert": "write a model in another format or type",
+    "inspect": "say what a checkpoint is, and if it is whole",
+    "parity": "hold a model against another system",
+    "trace": "write what a model computes at named places",
+    "verify": "certify that a model agrees with itself here",
+}
+
+
+def main() -> int:
+    """Run the command line of this process and return its exit code."""
+    end_quietly()
+    if len(sys.argv) == 2 and sys.argv[1] in ("--version", "--help", "-h"):
+        parser = top_parser()
+        commands = parser.add_subparsers(metavar="COMMAND")
+        for name, line in COMMANDS.items():
+            commands.add_parser(name, help=line)
+        parser.parse_args()
+    from gemma2.cli import main as run
+
+    code = run()
+    end_quietly()  # the interpreter takes its time to end, too
+    return code
+
+
+def top_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser = kind(prog="gemma2", description="Gemma 2 in plain PyTorch.")
+    parser.add_argument("--version", action="version", version=f"gemma2 {version('gemma2')}")
+    return parser
+
+
+def end_quietly() -> None:
+    """From here on Ctrl-C ends the process at once, with exit code 130. A KeyboardInterrupt would not do: extension
+    modules swallow it while they are imported. A caller that ignores Ctrl-C, as `nohup` does with others, is obeyed."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def interruptible() -> None:
+    """From here on Ctrl-C raises KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    os._exit(INTERRUPTED)

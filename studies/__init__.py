@@ -1,0 +1,1 @@
+"""Evidence that is larger than a script: each folder is a study, with the commands that repeat it."""

@@ -1,0 +1,1 @@
+"""Tools of others that attach to the model from outside. Not in the default run: `make test-ecosystem`."""
