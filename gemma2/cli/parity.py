@@ -121,7 +121,7 @@ DEFAULT = (
 def show(found: Judgement, everything: bool) -> None:
     """The table, the cases and the verdict."""
     head = ("site", "max abs", "relative", "ours", "cosine", "here / rounding", "")
-    rows = [line(row) for row in found.rows if everything or row.parts or notable(row)]
+    rows = [line(row) for row in found.rows if everything or row.differs or notable(row)]
     profile = f", held against our arithmetic as {found.numerics}" if found.numerics else ""
     print(f"{found.system}, {found.dtype}, {found.ids} ids{profile}; {len(found.rows)} of {found.places} sites shown\n")
     print(*table([head, *rows], words=(0, 6)), sep="\n")
@@ -138,7 +138,7 @@ def show(found: Judgement, everything: bool) -> None:
 
 
 def explanation(found: Judgement) -> str:
-    parting = [row for row in found.rows if row.parts]
+    parting = [row for row in found.rows if row.differs]
     if found.first and parting and found.first == parting[0].site:
         why = f": {parting[0].why}" if parting[0].why else f", {parting[0].ratio:.3g} times what rounding explains"
         more = f"; and at {len(parting) - 1} more sites of their own" if len(parting) > 1 else ""
@@ -159,7 +159,7 @@ def notable(row: Row) -> bool:
 def line(row: Row) -> tuple[str, ...]:
     ratio = "equal bits" if row.bitwise else row.why or f"{row.ratio:.3g}"
     numbers = f"{row.largest:.3g}", f"{row.relative:.2e}", f"{row.own_relative:.2e}", f"{row.cosine:.8f}"
-    return (row.site, *numbers, ratio, "PARTS" if row.parts else "")
+    return (row.site, *numbers, ratio, "PARTS" if row.differs else "")
 
 
 def show_steps(steps: Sequence[Step], as_json: bool) -> None:

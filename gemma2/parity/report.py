@@ -97,7 +97,7 @@ def _chart(rows: Sequence[Row]) -> str:
     finite = [row.ratio for row in rows if math.isfinite(row.ratio)]
     most = 10 * max([*finite, 1.0])
     ratios = [min(max(row.ratio, 1e-2), most) for row in rows]
-    colours = ["#b00" if row.parts else "#888" for row in rows]
+    colours = ["#b00" if row.differs else "#888" for row in rows]
     below.axhline(1, color="#b00", lw=0.8, ls="--")
     below.scatter(depth, ratios, s=8, c=colours)
     below.set_yscale("log")
@@ -107,7 +107,7 @@ def _chart(rows: Sequence[Row]) -> str:
     below.set_xlabel("block")
     below.margins(y=0.2)
     for row, place, ratio in zip(rows, depth, ratios, strict=True):
-        if row.parts:
+        if row.differs:
             said = f"{row.site} {row.why}".strip()
             box = {"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1}  # other points may lie under it
             below.annotate(said, (place, ratio), fontsize=8, xytext=(4, 6), textcoords="offset points", bbox=box)
@@ -131,7 +131,7 @@ def _sites(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
-    return _table(head, cells, [row.parts for row in rows])
+    return _table(head, cells, [row.differs for row in rows])
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[bool], kind: str = "") -> str:

@@ -175,9 +175,9 @@ def test_another_vocabulary_is_refused_and_named(path: Path, trace: Path, compla
 def test_ids_beyond_a_context_are_refused(path: Path, trace: Path, complaint: Complaint) -> None:
     long = ",".join(["2"] * 257)
     line = complaint("parity", path, "--against", "self", "--ids", long, code=2)
-    assert "257 ids exceed the model's context of 256" in line
+    assert "257 token ids exceed the model's context of 256" in line
     line = complaint("parity", path, "--against", "self", "--ids", long, "--explain", "jax", code=2)
-    assert "257 ids exceed the model's context of 256" in line
+    assert "257 token ids exceed the model's context of 256" in line
 
 
 def test_the_references_context_counts_too_and_the_text_without_options_fits_in_both(
@@ -185,16 +185,17 @@ def test_the_references_context_counts_too_and_the_text_without_options_fits_in_
 ) -> None:
     short = filled(tmp_path / "short", max_position_embeddings=20)
     line = complaint("parity", path, "--against", f"self:model={short}", "--ids", ",".join(["2"] * 21), code=2)
-    assert "takes at most 20 ids, not 21" in line
+    assert "takes at most 20 token ids, not 21" in line
     for model, reference in ((path, f"self:model={short}"), (short, "self")):
         assert main(["parity", str(model), "--against", reference, "--no-cases", "--sites", "hook_embed"]) == 0
         assert ", 20 ids; " in capsys.readouterr().out
 
 
 def test_a_trace_answers_no_other_ids_and_says_so_in_one_line(path: Path, trace: Path, complaint: Complaint) -> None:
+    given = "it holds values for its own 6 token ids, not for these 2; leave out --prompt, --ids and --file"
     for more in ([], ["--explain", "jax"]):
         line = complaint("parity", path, "--against", trace, "--ids", "2,17", *more, code=2)
-        assert line == f"gemma2: error: {trace}: a trace is a record: it is of 6 ids, and these 2 are others\n"
+        assert line == f"gemma2: error: {trace}: a trace is a record: {given}\n"
 
 
 def test_a_trace_that_is_cut_or_none_is_refused(path: Path, trace: Path, complaint: Complaint) -> None:

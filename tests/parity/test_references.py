@@ -86,7 +86,7 @@ def check_reference(peer: Reference, config: gemma2.Gemma2Config, within: float 
         lambda row: peer.cached(row, [257]),
         lambda row: peer.batched([row]),
     ):
-        with pytest.raises(ContextOverflow, match="takes at most 256 ids, not 257"):
+        with pytest.raises(ContextOverflow, match="takes at most 256 token ids, not 257"):
             ask([5] * 257)
     with pytest.raises(CannotDo, match=r"does not show hook_everything"):
         peer.run(ROW, ["hook_everything"])

@@ -164,12 +164,12 @@ def test_every_prompt_and_window_can_be_certified(length: int, window: int) -> N
 def test_prompts_that_are_too_short_or_exceed_the_context_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 16"):
         list(verify(tiny(), length=15))
-    with pytest.raises(gemma2.ContextOverflow, match="257 ids exceed the context of 256"):
+    with pytest.raises(gemma2.ContextOverflow, match="257 token ids exceed the context of 256"):
         list(verify(tiny(), length=257))
 
 
 def test_the_command_refuses_a_length_before_it_prints_anything(capsys: pytest.CaptureFixture[str]) -> None:
-    for length, words in (("15", "give at least 16"), ("1025", "1,025 ids exceed the context of 1,024")):
+    for length, words in (("15", "give at least 16"), ("1025", "1,025 token ids exceed the context of 1,024")):
         assert main(["verify", "pocket", "--device", "cpu", "--length", length]) == 2
         out, err = capsys.readouterr()
         assert out == "" and words in err

@@ -55,8 +55,8 @@ class Ourselves:
     Args:
         dtype: default the checkpoint's, and float32 for a GGUF under llama.cpp's numerics, which dequantises to that.
         numerics: a profile of `gemma2/numerics/__init__.py`; default the model as it is.
-        kinds: how llama.cpp's numerics take each parameter to be stored; default as the checkpoint has it, or as its
-            dtype is called in ggml.
+        kinds: how each parameter is stored, for llama.cpp's numerics; default as in the checkpoint, or the ggml type of
+            its dtype.
     Raises:
         ValueError: a device that is not here, or an unknown profile.
     """
