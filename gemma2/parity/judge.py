@@ -26,22 +26,26 @@ OURS = "transformers"  # the profile without changes
 
 @dataclass(frozen=True)
 class Judgement:
-    """What came of holding this model against another.
+    """What came of comparing this model with another system.
 
     Attributes:
+        model: which one is ours.
         system, dtype: the other one.
         numerics: the profile that our side computed with, if any.
-        ids: how many.
-        places: how many sites there are, of which `rows` has those that were judged.
+        text: where the token ids are from, as "of Genesis 1".
+        tokens: how many token ids.
+        places: how many sites the model has; `rows` has those that were compared.
         rows: a site each, in the order of computation.
         logits: what the difference means for predictions; None where the other system shows none.
         cases: what else was tried.
     """
 
+    model: str
     system: str
     dtype: str
     numerics: str | None
-    ids: int
+    text: str
+    tokens: int
     places: int
     rows: list[Row]
     logits: LogitsRow | None
@@ -79,6 +83,8 @@ def judge(
     *,
     numerics: str | None = None,
     cases: bool = True,
+    model: str = "",
+    text: str = "",
     tell: Callable[[str], object] = lambda what: None,
 ) -> Judgement:
     """Compare the model of a checkpoint with a reference that has the same weights, on the same token ids.
@@ -88,6 +94,7 @@ def judge(
         numerics: compute our side with this profile's arithmetic, so that what is documented of the other system
             counts as rounding.
         cases: also run those of `cases.py`.
+        model, text: what to call the model and the text in the result; default the checkpoint's path, and nothing.
         tell: called with what is being done.
     Raises:
         BadModelFile: the reference shows none of the sites.
@@ -110,7 +117,9 @@ def judge(
             tell(f"{case.name}: {case.outcome}")
             done.append(case)
     dtype = str(reference.dtype).removeprefix("torch.")
-    return Judgement(reference.system, dtype, numerics, len(given), len(chosen(opened.config)), rows, logits, done)
+    places = len(chosen(opened.config))
+    named = model or str(opened.path)
+    return Judgement(named, reference.system, dtype, numerics, text, len(given), places, rows, logits, done)
 
 
 def _checked(ids: Sequence[int], opened: Checkpoint) -> list[int]:

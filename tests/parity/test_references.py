@@ -79,7 +79,7 @@ def check_reference(peer: Reference, config: gemma2.Gemma2Config, within: float 
         peer.cached(ROW, [30, 31])
     with pytest.raises(ValueError, match="outside the vocabulary"):
         peer.run([config.vocab_size], ["logits"])
-    with pytest.raises(ValueError, match="at least one id"):
+    with pytest.raises(ValueError, match="at least one token id"):
         peer.run([], ["logits"])
     for ask in (
         lambda row: peer.run(row, ["logits"]),

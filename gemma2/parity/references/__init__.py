@@ -14,7 +14,9 @@ from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile, ContextOverflow
 from gemma2.numerics.changes import Kinds
 
-SPECS = "transformers, llama.cpp, gemma_pytorch:FOLDER, trace:FILE, FILE.safetensors, self:KEY=VALUE,..."
+SPECS = (
+    "transformers, llama.cpp, gemma_pytorch:FOLDER, trace:FILE, FILE.safetensors, self:model=MODEL2, self:KEY=VALUE,..."
+)
 # Two models that differ in one of these have no site in common. Any other number may differ: that is what comparing is
 # for.
 SHAPE = (
@@ -72,8 +74,8 @@ def open_reference(spec: str, path: Path, dtype: torch.dtype | None = None) -> R
 
     Args:
         spec: `transformers`; `llama.cpp`; `gemma_pytorch:FOLDER` with the folder of its source, whose code is run;
-            `trace:FILE` or a name ending in .safetensors; `self`, or `self:` and any of dtype=, device=, numerics= and
-            model=, separated by commas.
+            `trace:FILE` or a name ending in .safetensors; `self`, or `self:` and any of model= (another checkpoint, say
+            a modified copy), dtype=, device= and numerics=, separated by commas.
         path: the checkpoint, a local folder or file.
         dtype: to compute in, where the system leaves a choice; default the checkpoint's own.
     Raises:
@@ -107,7 +109,8 @@ def open_reference(spec: str, path: Path, dtype: torch.dtype | None = None) -> R
 
         reference = GemmaPyTorch(Path(rest), opened, dtype or opened.weights.dtype)
     else:
-        raise ValueError(f"no reference {spec!r}; there are {SPECS}")
+        cure = f"; to compare with this checkpoint give self:model={spec}" if Path(spec).exists() else ""
+        raise ValueError(f"no reference {spec!r}; there are {SPECS}{cure}")
     for name in SHAPE:
         theirs, ours = getattr(reference.config, name), getattr(opened.config, name)
         if theirs != ours:

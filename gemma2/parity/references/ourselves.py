@@ -7,28 +7,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gemma2.cache import HybridCache
-from gemma2.checkpoints.checkpoint import Checkpoint
+from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gemma2.checkpoints.weights import TARGETS, build, shapes_of
 from gemma2.config import Gemma2Config
+from gemma2.load import check_device, locate
 from gemma2.model import Gemma2
 from gemma2.numerics import GGML, stored_kinds, with_numerics
 from gemma2.numerics.changes import Kinds, Stored
-from gemma2.parity.references import check_row, check_sites, left_padded, open_local, spans
+from gemma2.parity.references import check_row, check_sites, left_padded, spans
 from gemma2.research.capture import capture
 from gemma2.research.sites import sites as all_sites
 
-KEYS = ("dtype", "device", "numerics", "model")
+KEYS = ("model", "dtype", "device", "numerics")
 WIDE = "llama.cpp"  # the profile whose activations are float32 whatever the weights are
 
 
 def open_ourselves(spec: str, opened: Checkpoint, dtype: torch.dtype | None) -> Ourselves:
-    """From `dtype=float32,device=cpu,numerics=gemma_pytorch,model=PATH`, any of these; the rest is as in `opened`.
+    """From `model=PATH,dtype=float32,device=cpu,numerics=gemma_pytorch`, any of these; the rest is as in `opened`.
 
     Raises:
         ValueError: another key, or a value that there is not.
@@ -41,7 +41,7 @@ def open_ourselves(spec: str, opened: Checkpoint, dtype: torch.dtype | None) -> 
             raise ValueError(f"self:{spec}: give {', '.join(f'{known}=...' for known in KEYS)}, each once, or none")
         asked[key] = value
     if "model" in asked:
-        opened = open_local(Path(asked["model"]).expanduser())
+        opened = open_checkpoint(locate(asked["model"]))
     if "dtype" in asked:
         if asked["dtype"] not in TARGETS:
             raise ValueError(f"self:{spec}: dtype is not one of {', '.join(TARGETS)}")
@@ -74,11 +74,7 @@ class Ourselves:
         self.kinds = kinds or stored_kinds(opened.weights)
         if dtype is None:
             dtype = torch.float32 if self.kinds and numerics == WIDE else opened.weights.dtype
-        try:
-            self._device = torch.device(device)
-            torch.empty(0, device=self._device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise ValueError(f"device {device!r} is not available here ({str(error).splitlines()[0][:100]})") from None
+        self._device = check_device(device)
         if numerics == WIDE and self.kinds is None:
             self.kinds = {name: Stored(GGML.get(dtype, "F32")) for name in shapes_of(opened.config)}
         self._numerics = numerics
