@@ -104,8 +104,8 @@ def _form(target: Path) -> str:
         return target.suffix[1:]
     if target.suffix in (".safetensors", ".bin", ".pt", ".pth"):
         raise ValueError(
-            f"{target}: no {target.suffix} file is written; name a folder, which then holds safetensors, config.json and "
-            "tokenizer, or end the name in .gguf or .ckpt"
+            f"{target}: no {target.suffix} file is written; end the name in .gguf or .ckpt, or name a folder for "
+            "safetensors, config.json and tokenizer"
         )
     if target.suffix.lower() in FILES:
         raise ValueError(f"{target}: no such format is written; end the name in .gguf or .ckpt, or name a folder")

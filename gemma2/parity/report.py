@@ -82,7 +82,10 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def _where(found: Judgement) -> str:
-    return f", first at <code>{html.escape(found.first)}</code>" if found.first else ""
+    if found.first is None:
+        return ""
+    times = [f", {row.ratio:.3g} times what rounding explains" for row in found.rows if row.site == found.first]
+    return f", first at <code>{html.escape(found.first)}</code>{''.join(times)}"
 
 
 def _predictions(found: Judgement) -> str:
@@ -141,20 +144,24 @@ def _chart(rows: Sequence[Row]) -> str:
 
 def _mark_blocks(both: Sequence[Any], rows: Sequence[Row]) -> None:
     """Every other block has a grey band; a block's number stands under the middle of its sites, whichever those are."""
-    blocks: dict[str, list[int]] = {}
+    sites: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
-        block = row.site.split(".")[1] if row.site.startswith("blocks.") else ""
-        if block:
-            blocks.setdefault(block, []).append(i)
-    for number, places in enumerate(blocks.values()):
-        if number % 2 == 0:
-            for axes in both:
-                axes.axvspan(places[0] - 0.5, places[-1] + 0.5, color="#f2f2f2", zorder=-1, lw=0)
-    step = -(-len(blocks) // LABELS)
-    labelled = list(blocks.items())[:: step or 1]
-    both[-1].set_xticks([sum(places) / len(places) for _, places in labelled], [name for name, _ in labelled])
-    both[-1].tick_params(axis="x", length=0, labelsize=9)
-    both[-1].set_xlabel("block" if blocks else "no site of a block was compared")
+        inside = row.site.startswith("blocks.")
+        name = row.site.split(".")[1] if inside else "embed" if row.site == "hook_embed" else "head"
+        sites.setdefault(name, []).append(i)
+    middles = {name: sum(found) / len(found) for name, found in sites.items()}
+    blocks = [name for name in sites if name.isdigit()]
+    for name in blocks[::2]:
+        for axes in both:
+            axes.axvspan(sites[name][0] - 0.5, sites[name][-1] + 0.5, color="#f2f2f2", zorder=-1, lw=0)
+    shown = blocks[:: max(1, -(-len(blocks) // LABELS))]
+    for name in ("embed", "head"):  # where they do not meet another label
+        if name in sites and all(abs(middles[name] - middles[other]) > len(rows) / LABELS for other in shown):
+            shown.append(name)
+    both[-1].set_xticks([middles[name] for name in shown], shown)
+    for axes in both:
+        axes.tick_params(axis="x", length=0, labelsize=9)
+    both[-1].set_xlabel("block")
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[bool], kind: str = "") -> str:

@@ -55,8 +55,14 @@ ARGUMENTS = [
     (["x", "y.gguf", "--type", "float32"], "type 'float32': a .gguf can have f32, "),
     (["x", "y.ckpt", "--type", "q8_0"], "type 'q8_0': a .ckpt can have f32, bf16, f16"),
     (["x", "y", "--type", "q8_0"], "type 'q8_0': safetensors can have f32, bf16, f16"),
-    (["x", "y.safetensors"], "y.safetensors: name a folder, which then holds safetensors: a model is also its config.json and token"),
-    (["x", "y.bin"], "y.bin: name a folder, which then holds safetensors"),
+    (
+        ["x", "y.safetensors"],
+        "y.safetensors: no .safetensors file is written; end the name in .gguf or .ckpt, or name a folder",
+    ),
+    (
+        ["x", "y.bin"],
+        "y.bin: no .bin file is written; end the name in .gguf or .ckpt, or name a folder for safetensors",
+    ),
     (["x", "y.GGUF"], "y.GGUF: no such format is written; end the name in .gguf or .ckpt, or name a folder"),
     (["x", "y.onnx"], "y.onnx: no such format is written"),
     (["x", ""], ".: give the target a name of its own"),

@@ -46,7 +46,10 @@ def open_ourselves(spec: str, opened: Checkpoint, dtype: torch.dtype | None) -> 
         if asked["dtype"] not in TARGETS:
             raise ValueError(f"self:{spec}: dtype is not one of {', '.join(TARGETS)}")
         dtype = TARGETS[asked["dtype"]]
-    return Ourselves(opened, dtype, asked.get("device", "cpu"), asked.get("numerics"))
+    reference = Ourselves(opened, dtype, asked.get("device", "cpu"), asked.get("numerics"))
+    if "model" in asked:
+        reference.system += f", model {asked['model']}"
+    return reference
 
 
 class Ourselves:
@@ -80,10 +83,12 @@ class Ourselves:
         self._numerics = numerics
         plain = build(opened.weights, opened.config, self._device, dtype, progress=False)
         self._arrange(plain, opened.config)
-        name = str(dtype).removeprefix("torch.")
-        said = f"gemma2 {version('gemma2')} in {name} on {device}"
-        self.system = f"{said}, numerics {numerics}" if numerics else said
         self.dtype = torch.float32 if numerics == WIDE else dtype
+        self.system = f"gemma2 {version('gemma2')} on {device}"
+        if numerics:
+            self.system += f", numerics {numerics}"
+        if dtype != self.dtype:
+            self.system += f", weights in {str(dtype).removeprefix('torch.')}"
         self.versions: Mapping[str, str] = {"gemma2": version("gemma2"), "torch": torch.__version__}
         self.sites = frozenset(all_sites(opened.config))
         self.longest: int | None = opened.config.max_position_embeddings
