@@ -104,7 +104,10 @@ def _form(target: Path) -> str:
     if target.suffix in (".gguf", ".ckpt"):
         return target.suffix[1:]
     if target.suffix in (".safetensors", ".bin", ".pt", ".pth"):
-        raise ValueError(f"{target}: give a folder for safetensors: a model is also its config.json and tokenizer")
+        raise ValueError(
+            f"{target}: no {target.suffix} file is written; end the name in .gguf or .ckpt, or name a folder for "
+            "safetensors, config.json and tokenizer"
+        )
     if target.suffix.lower() in FILES:
         raise ValueError(f"{target}: no such format is written; end the name in .gguf or .ckpt, or name a folder")
     return FOLDER

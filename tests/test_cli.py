@@ -41,6 +41,44 @@ def test_echo_prints_the_prompt_first_and_options_reach_the_sampler(
     assert capsys.readouterr().out == f"And the{expected}\n"
 
 
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        (["--seed", "7", "--top-p", "0.9"], "--seed, --top-p"),
+        (["--top-k", "5", "--min-p", "0.1", "--temperature", "0"], "--top-k, --min-p"),
+        (["--seed", "7", "--top-p", "0.9", "--temperature", "0.5"], ""),
+        (["--repetition-penalty", "1.2"], ""),
+    ],
+)
+def test_options_that_do_nothing_in_greedy_decoding_are_said_to(
+    options: list[str], idle: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "In the beginning", "-n", "2", *options]) == 0
+    note = f"note: {idle}: no effect in greedy decoding; give --temperature to sample\n" if idle else ""
+    assert capsys.readouterr().err == note
+
+
+COMMANDS = ("generate", "chat", "convert", "inspect", "parity", "trace", "verify")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_of_a_command_says_what_it_does_and_the_command_has_an_example(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")  # no text is wrapped
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    printed = capsys.readouterr().out
+    entries = re.findall(r"^  ((?:-|[A-Z]+\b).*(?:\n {10,}\S.*)?)$", printed, re.MULTILINE)
+    assert len(entries) > 5
+    for entry in entries:
+        assert re.search(r"\S\s\s+\S", entry), f"{entry!r} has no text"
+    assert f"\n  gemma2 {command} " in printed.split("example")[1]
+    assert "pocket (the model in this package), a hub name" in printed
+    wide = [line for line in (printed.split("\n\n")[1]).splitlines() if len(line) > 82]
+    assert not wide, "a description is not wrapped for us"
+
+
 def test_a_dash_reads_the_prompt_from_standard_input(
     shipped: gemma2.Gemma, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

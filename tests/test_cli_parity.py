@@ -19,7 +19,7 @@ from tests.parity.test_judge import written
 
 IDS = "2,17,5,99,1024,7,300,12,45,2000,8"
 BFLOAT16 = "self:dtype=bfloat16,numerics=gemma_pytorch"
-SHOWN = "; 60 of 60 sites shown"
+SHOWN = "sites  60 of 60 compared"
 Capture = pytest.CaptureFixture[str]
 
 
@@ -58,41 +58,46 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_transformers_is_equal_to_the_bit_with_no_option_but_its_name(capsys: Capture) -> None:
     pytest.importorskip("transformers", reason="the live comparison needs the extra gemma2[transformers]")
     printed = lines(capsys, "pocket", "--against", "transformers")
-    assert re.fullmatch(r"transformers [\d.]+ eager, bfloat16, 62 ids; 106 of 168 sites shown", printed[0])
-    assert printed[-1] == "verdict: equal to the bit (106 of 106 sites have our bits)"
+    assert printed[0] == "MODEL  pocket"
+    assert re.fullmatch(r"REF    transformers [\d.]+ eager, computed in bfloat16", printed[1])
+    assert printed[2:4] == ["text   62 token ids of Genesis 1 (default text)", "sites  106 of 168 compared"]
+    assert printed[-1] == "verdict: equal to the bit (106 of 106 sites equal ours in every bit)"
     cases = {line[:29].strip(): line[31:37] for line in printed if re.search(r"  (agrees|differs|not run)  ", line)}
     assert len(cases) == 9 and set(cases.values()) == {"agrees"}, "transformers can do every case"
 
 
 def test_a_row_a_site_the_predictions_the_cases_and_the_verdict_are_printed(small: Path, capsys: Capture) -> None:
     printed = lines(capsys, small, "--against", BFLOAT16, "--ids", IDS, "--dtype", "bfloat16")
-    assert (
-        printed[0] == f"gemma2 {version('gemma2')} in bfloat16 on cpu, numerics gemma_pytorch, bfloat16, 11 ids" + SHOWN
-    )
-    assert printed[2].split() == ["site", "max", "abs", "relative", "ours", "cosine", "here", "/", "rounding"]
-    shown = [line.split()[0] for line in printed[3:8]]
+    system = f"gemma2 {version('gemma2')} on cpu, numerics gemma_pytorch"
+    assert printed[:2] == [f"MODEL  {small}", f"REF    {system}, computed in bfloat16"]
+    assert printed[2:5] == ["text   11 token ids given by --ids", SHOWN, ""]
+    assert printed[5].split() == ["site", "max", "abs", "relative", "ours", "cosine", "error", "/", "rounding"]
+    shown = [line.split()[0] for line in printed[6:11]]
     assert shown == ["hook_embed", "blocks.0.hook_resid_post", "blocks.1.hook_resid_post", "ln_final", "logits"]
-    assert printed[3].endswith("equal bits")
-    assert re.fullmatch(r"logits +\S+ +\d\.\d\de-\d\d +\d\.\d\de-\d\d +\d\.\d{8} +0?\.?\d+", printed[7])
-    assert printed[8] == "... 55 more sites, where the systems do not part (--all shows them)"
+    assert printed[6].endswith("equal bits")
+    assert re.fullmatch(r"logits +\S+ +\d\.\d\de-\d\d +\d\.\d\de-\d\d +\d\.\d{8} +0?\.?\d+", printed[10])
+    assert printed[11] == "... 55 more sites, none of which differs (--all shows them)"
+    legend = [re.split("  +", line)[0] for line in printed[13:17]]
+    assert legend == ["max abs, relative, cosine", "ours", "error / rounding", "equal bits"]
     assert re.fullmatch(
-        r"predictions: KL \S+ nats on average, \S+ at most; \d+ of 11 top tokens flip(, which led by \S+ at most)?",
-        printed[10],
+        r"predictions of REF against float64: KL \S+ nats on average, \S+ at most; "
+        r"\d+ of 11 top tokens differ(, which led by \S+ at most)?",
+        printed[18],
     )
-    assert printed[12].startswith("begins with <bos>              agrees  the first id is 2")
-    assert len(printed) == 23 and printed[-1].startswith("verdict: rounding (")
+    assert printed[20].startswith("begins with <bos>              agrees  the first token id is 2")
+    assert len(printed) == 31 and printed[-1].startswith("verdict: rounding (")
 
 
 def test_all_prints_every_site(small: Path, capsys: Capture) -> None:
     printed = lines(capsys, small, "--against", "self", "--ids", IDS, "--all", "--no-cases")
-    assert sum("equal bits" in line for line in printed) == 2 * 27 + 6
+    assert sum(line.endswith("equal bits") for line in printed) == 2 * 27 + 6
     assert not any(re.search("agrees|differs|not run", line) for line in printed)
-    assert printed[-1] == "verdict: equal to the bit (60 of 60 sites have our bits)"
+    assert printed[-1] == "verdict: equal to the bit (60 of 60 sites equal ours in every bit)"
 
 
 def test_a_difference_is_named_by_its_site_and_is_exit_code_one(small: Path, other: Path, capsys: Capture) -> None:
     printed = lines(capsys, small, "--against", f"self:model={other}", "--ids", IDS, code=1)
-    (row,) = [line for line in printed if line.endswith("PARTS")]
+    (row,) = [line for line in printed if line.endswith("  DIFFERS")]
     assert row.startswith("blocks.0.mlp.hook_pre_linear ")
     first = "verdict: difference, first at blocks.0.mlp.hook_pre_linear, "
     assert re.fullmatch(re.escape(first) + r"\S+ times what rounding explains", printed[-1])
@@ -100,13 +105,14 @@ def test_a_difference_is_named_by_its_site_and_is_exit_code_one(small: Path, oth
 
 def test_json_is_strict_and_has_what_is_printed(small: Path, other: Path, capsys: Capture) -> None:
     found = strict("\n".join(lines(capsys, small, "--against", BFLOAT16, "--ids", IDS, "--json")))
-    assert (found["verdict"], found["first"], found["ids"]) == ("rounding", None, 11)
+    assert (found["verdict"], found["first"], found["tokens"]) == ("rounding", None, 11)
+    assert (found["model"], found["text"]) == (str(small), "given by --ids")
     assert found["dtype"] == "bfloat16" and found["numerics"] is None
     assert len(found["rows"]) == 60 and found["rows"][0]["site"] == "hook_embed" and len(found["cases"]) == 9
     assert {"kl_mean", "flips", "margin"} <= found["logits"].keys()
     wrong = strict("\n".join(lines(capsys, small, "--against", f"self:model={other}", "--ids", IDS, "--json", code=1)))
     assert (wrong["verdict"], wrong["first"]) == ("difference", "blocks.0.mlp.hook_pre_linear")
-    assert [row["site"] for row in wrong["rows"] if row["parts"]] == [wrong["first"]]
+    assert [row["site"] for row in wrong["rows"] if row["differs"]] == [wrong["first"]]
 
 
 def test_json_stays_strict_where_values_are_not_finite(tmp_path: Path, capsys: Capture) -> None:
@@ -120,28 +126,31 @@ def test_json_stays_strict_where_values_are_not_finite(tmp_path: Path, capsys: C
 
 def test_a_profile_makes_what_is_documented_equal_and_says_so(small: Path, capsys: Capture) -> None:
     printed = lines(capsys, small, "--against", BFLOAT16, "--ids", IDS, "--numerics", "gemma_pytorch")
-    assert printed[0].endswith("11 ids, held against our arithmetic as gemma_pytorch" + SHOWN)
-    assert printed[-1] == "verdict: equal to the bit (60 of 60 sites have our bits)"
+    assert printed[2] == "text      11 token ids given by --ids"
+    assert printed[3] == "numerics  MODEL is rounded as gemma_pytorch"
+    assert printed[-1] == "verdict: equal to the bit (60 of 60 sites equal ours in every bit)"
 
 
 def test_a_difference_that_a_profile_documents_is_said_to_be_one(capsys: Capture) -> None:
     pytest.importorskip("llama_cpp", reason="the live comparison needs the extra gemma2[llama-cpp]")
     asked = ("pocket:pocket-q8_0.gguf", "--against", "llama.cpp", "--ids", IDS, "--no-cases")
     printed = lines(capsys, *asked, code=1)
-    hint = "what is documented of llama.cpp's rounding counts as agreement with --numerics llama.cpp"
+    hint = "--numerics llama.cpp counts the documented rounding of llama.cpp as agreement"
     assert printed[-2].startswith("verdict: difference") and printed[-1] == hint
     assert hint not in lines(capsys, *asked, "--numerics", "llama.cpp")
 
 
-def test_explain_prints_what_each_bit_closes_and_what_remains(small: Path, capsys: Capture) -> None:
+def test_explain_prints_what_each_change_closes_and_what_remains(small: Path, capsys: Capture) -> None:
     argv = [small, "--against", BFLOAT16, "--ids", IDS, "--explain"]
     printed = lines(capsys, *argv, "gemma_pytorch")
     assert printed[0].split() == ["change", "distance", "closes", "equal", "sites"]
     assert printed[1].startswith("(start)") and len(printed) == 1 + 5 + 2
     (turned,) = [line for line in printed if line.startswith("gemma_pytorch rope_mul=float32 ")]
     assert re.search(r" \d\.\d{3}e[+-]\d\d +-?[\d.]+% +\d+ of 60  rotation is computed in float32", turned)
-    assert printed[-1] == "remains: 0.00% of the first distance"
-    assert lines(capsys, *argv, "transformers")[-1] == "remains: 100.00% of the first distance", "it has no bits"
+    assert printed[-1] == "remains: 0.00% of the distance at the start"
+    assert lines(capsys, *argv, "transformers")[-1] == "remains: 100.00% of the distance at the start", (
+        "it has no changes"
+    )
     back = lines(capsys, *argv, "transformers", "--from", "gemma_pytorch")
     assert [line.split()[0] for line in back[1:6]] == ["(start)", "-", "-", "-", "-"]
     steps = strict("\n".join(lines(capsys, *argv, "gemma_pytorch", "--json")))
@@ -153,7 +162,8 @@ def test_a_trace_is_held_against_its_own_ids(small: Path, tmp_path: Path, capsys
     trace = tmp_path / "t.safetensors"
     assert main(["trace", str(small), "--ids", IDS, "-o", str(trace), "--device", "cpu"]) == 0
     printed = lines(capsys, small, "--against", trace)
-    assert printed[0] == f"gemma2 {version('gemma2')}, float32, 11 ids" + SHOWN
+    system = f"gemma2 {version('gemma2')}"
+    assert printed[1:4] == [f"REF    {system}, computed in float32", "text   11 token ids from the trace", SHOWN]
     reasons = [line for line in printed if "  not run  " in line]
     assert [line.split("  ")[0] for line in reasons] == [
         "prompt longer than the window",
@@ -163,7 +173,7 @@ def test_a_trace_is_held_against_its_own_ids(small: Path, tmp_path: Path, capsys
         "ragged against solo",
     ]
     assert all(f"{trace}: a trace is a record: " in line for line in reasons)
-    assert printed[-1] == "verdict: equal to the bit (60 of 60 sites have our bits)"
+    assert printed[-1] == "verdict: equal to the bit (60 of 60 sites equal ours in every bit)"
 
 
 def test_the_page_is_whole_stands_alone_and_replaces_an_older_one(
@@ -175,9 +185,10 @@ def test_the_page_is_whole_stands_alone_and_replaces_an_older_one(
     lines(capsys, small, "--against", f"self:model={other}", "--ids", IDS, "--html", page, code=1)
     text = page.read_text()
     assert text.startswith("<!doctype html>") and text.rstrip().endswith("</html>")
+    assert f"MODEL is {small}. REF is gemma2 " in text and "Text: 11 token ids given by --ids." in text
     assert text.count("<svg") == text.count("</svg>") == 1, "one chart"
     assert 'class="difference">difference</strong>, first at <code>blocks.0.mlp.hook_pre_linear</code>' in text
-    assert text.count("<tr class=parts>") >= 1 and text.count("<tr") == 1 + 9 + 1 + 60
+    assert text.count("<tr class=differs>") >= 1 and text.count("<tr") == 1 + 9 + 1 + 60
     assert "begins with &lt;bos&gt;" in text, "escaped"
     assert not re.search(r'(src|href)="?https?:', text), "nothing is fetched"
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
@@ -196,7 +207,7 @@ def test_a_page_is_drawn_of_a_single_site_and_of_values_that_are_not_finite(tmp_
 def test_nothing_but_the_result_is_written_to_a_pipe(small: Path) -> None:
     command = [sys.executable, "-m", "gemma2", "parity", str(small), "--against", "self", "--ids", IDS]
     done = subprocess.run(command, capture_output=True, env={**os.environ, "COLUMNS": "80"}, check=True)
-    assert done.stderr == b"" and done.stdout.endswith(b"sites have our bits)\n")
+    assert done.stderr == b"" and done.stdout.endswith(b"sites equal ours in every bit)\n")
 
 
 def test_a_text_a_file_and_a_window_of_sites_are_taken_as_given(small: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -204,10 +215,35 @@ def test_a_text_a_file_and_a_window_of_sites_are_taken_as_given(small: Path, tmp
     text.write_text("In the beginning")
     shown = ["--sites", "hook_embed", "--sites", "blocks.1.hook_resid_*", "--no-cases", "--all"]
     by_prompt = lines(capsys, small, "--against", "self", "--prompt", "In the beginning", *shown)
-    assert lines(capsys, small, "--against", "self", "--file", text, *shown) == by_prompt
-    assert [line.split()[0] for line in by_prompt[3:7]] == [
+    by_file = lines(capsys, small, "--against", "self", "--file", text, *shown)
+    assert by_prompt[2] == "text   4 token ids of 'In the beginning'" and by_file[2] == f"text   4 token ids of {text}"
+    assert by_file[3:] == by_prompt[3:]
+    assert [line.split()[0] for line in by_prompt[6:10]] == [
         "hook_embed",
         "blocks.1.hook_resid_pre",
         "blocks.1.hook_resid_mid",
         "blocks.1.hook_resid_post",
     ]
+
+
+def test_a_modified_copy_is_compared_by_its_place_and_its_first_changed_site_is_named(
+    other: Path, small: Path, capsys: Capture
+) -> None:
+    argv = [small, "--against", f"self:model={other}", "--ids", IDS, "--no-cases", "--dtype", "float32"]
+    printed = lines(capsys, *argv, code=1)
+    assert printed[1] == f"REF    gemma2 {version('gemma2')} on cpu, model {other}, computed in float32"
+    assert "first at blocks.0.mlp.hook_pre_linear" in printed[-1]
+    assert lines(capsys, "pocket", "--against", "self:model=pocket", "--ids", IDS, "--no-cases")[-1].startswith(
+        "verdict: equal to the bit"
+    ), "any name that MODEL may have"
+
+
+@pytest.mark.parametrize("shown", ["*", "blocks.*.mlp.hook_pre_linear", "hook_embed"])
+def test_the_chart_numbers_the_blocks_whichever_sites_are_shown(shown: str, small: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the chart needs the extra gemma2[plots]")
+    page = tmp_path / "page.html"
+    argv = ["--ids", IDS, "--no-cases", "--sites", shown, "--html", str(page)]
+    assert main(["parity", str(small), "--against", "self", *argv]) == 0
+    written_as = re.findall(r"<!-- (.*?) -->", page.read_text())  # matplotlib draws letters as paths, after a comment
+    numbers = [label for label in written_as if label in ("0", "1")]
+    assert numbers == (["0", "1"] if shown != "hook_embed" else [])

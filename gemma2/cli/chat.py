@@ -1,4 +1,5 @@
-"""gemma2 chat: talk to a model; it keeps the history. /reset forgets it, /quit (or Ctrl-D) ends."""
+"""Talk to a model. It remembers the conversation; /reset forgets it, /quit (or
+Ctrl-D) ends."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from gemma2.chat import chat_ids
-from gemma2.cli.options import add_options, load_model, report, sampling_options
+from gemma2.cli.options import add_command, add_options, load_model, report, sampling_options
 from gemma2.errors import ContextOverflow
 from gemma2.stats import Stats
 from gemma2.tokenizer import check_text
@@ -16,11 +17,12 @@ from gemma2.tokenizer import check_text
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
+EXAMPLE = "example:\n  gemma2 chat --model google/gemma-2-2b-it --temperature 0.7"
 NOT_TUNED = "note: this checkpoint does not say that it was tuned for chat: it continues text rather than answers"
 
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser("chat", help="talk to a model", description=__doc__)
+    parser = add_command(commands, "chat", "talk to a model", __doc__, EXAMPLE)
     add_options(parser)
     parser.set_defaults(run=run)
 

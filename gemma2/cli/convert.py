@@ -1,5 +1,6 @@
-"""gemma2 convert SRC DST: write a model in another format or type. The name of DST decides the format: a .gguf, a .ckpt
-as Google's, or a folder with safetensors."""
+"""Write a model in another format or type. The name of TARGET decides the format:
+NAME.gguf, NAME.ckpt (Google's), or a folder (config.json, tokenizer.model and
+safetensors, as transformers reads it)."""
 
 from __future__ import annotations
 
@@ -7,31 +8,30 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from gemma2.cli.options import REVISION, TOKENIZER, add_command, add_debug, add_model
 from gemma2.convert import TYPES, convert
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
+EXAMPLE = "example:\n  gemma2 convert pocket pocket-q8.gguf --type q8_0"
+
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser("convert", help="write a model in another format or type", description=__doc__)
-    parser.add_argument(
-        "source",
-        metavar="SRC",
-        help="hub name (owner/repo, or owner/repo:FILE.gguf), folder or file; pocket: the one inside",
-    )
-    parser.add_argument("target", metavar="DST", help="NAME.gguf, NAME.ckpt, or a folder")
-    parser.add_argument("--type", metavar="T", help=f"{', '.join(TYPES)}; default: the source's own, bf16 if quantized")
-    parser.add_argument("--force", action="store_true", help="replace DST if it is there")
-    parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.model elsewhere than beside the weights")
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub name")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser = add_command(commands, "convert", "write a model in another format or type", __doc__, EXAMPLE)
+    add_model(parser)
+    parser.add_argument("target", metavar="TARGET", help="NAME.gguf, NAME.ckpt, or a folder")
+    parser.add_argument("--type", metavar="T", help=f"{', '.join(TYPES)}; default: that of MODEL, bf16 if quantized")
+    parser.add_argument("--force", action="store_true", help="replace TARGET if it is there")
+    parser.add_argument("--tokenizer", metavar="FILE", help=TOKENIZER)
+    parser.add_argument("--revision", metavar="R", help=REVISION)
+    add_debug(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     done = convert(
-        args.source,
+        args.model,
         args.target,
         type=args.type,
         force=args.force,

@@ -1,26 +1,29 @@
-"""gemma2 generate PROMPT: continue a text, streaming it as it is made."""
+"""Continue a text, and print the continuation as it is generated."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
-from gemma2.cli.options import add_options, load_model, report, sampling_options
+from gemma2.cli.options import add_command, add_options, load_model, report, sampling_options
+from gemma2.cli.prompts import read_prompt
 from gemma2.errors import NonFiniteError
 from gemma2.stats import Stats
-from gemma2.tokenizer import check_text
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
+EXAMPLE = 'example:\n  gemma2 generate "In the beginning" -n 20 --temperature 0.7 --seed 7'
+
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser("generate", help="continue a text", description=__doc__)
-    parser.add_argument("prompt", help="the text to continue; - reads it from standard input")
+    parser = add_command(commands, "generate", "continue a text", __doc__, EXAMPLE)
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
     parser.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
     parser.add_argument(
-        "--special", action="store_true", help="let <start_of_turn> and the like in it be control tokens"
+        "--special",
+        action="store_true",
+        help="read <start_of_turn> and other control tokens in PROMPT as tokens; default: they are plain text",
     )
     add_options(parser, new_tokens=64)
     parser.set_defaults(run=run)
@@ -47,14 +50,3 @@ def run(args: argparse.Namespace) -> int:
     if args.verbose:
         report(stats)
     return 0
-
-
-def read_prompt(given: str) -> str:
-    """The prompt itself, or standard input for `-`. Raises ValueError where it is not UTF-8, naming the byte."""
-    if given != "-":
-        check_text(given)
-        return given
-    try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"standard input is not valid UTF-8 at byte {error.start}") from None

@@ -1,34 +1,39 @@
-"""gemma2 inspect FILE|FOLDER: what a checkpoint is, states and leaves out, and everything that is wrong with it."""
+"""Show the config, tensors, tokenizer and memory of a checkpoint, what its file
+does not state, and every error in it. Weights are read only with --values.
+Exit 0 if nothing is wrong, 1 if something is."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gemma2.cli.options import REVISION, TOKENIZER, add_command, add_debug, add_model
+from gemma2.cli.show import escaped, size, table
 from gemma2.inspect import Inspection, inspect
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
+EXAMPLE = "example:\n  gemma2 inspect pocket:pocket-q8_0.gguf --values"
 WIDEST = 76  # characters of a stated value
 
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser("inspect", help="say what a checkpoint is, and if it is whole", description=__doc__)
-    parser.add_argument("source", help="a .gguf, .safetensors or .ckpt file, a folder, or a hub name")
+    parser = add_command(commands, "inspect", "show a checkpoint's config, tensors and errors", __doc__, EXAMPLE)
+    add_model(parser)
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--values", action="store_true", help="read every weight and count those that are not finite")
-    parser.add_argument("--json", action="store_true", help="for machines")
-    parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.model elsewhere than in or beside the weights")
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub name")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--tokenizer", metavar="FILE", help=TOKENIZER)
+    parser.add_argument("--revision", metavar="R", help=REVISION)
+    add_debug(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    found = inspect(args.source, values=args.values, tokenizer=args.tokenizer, revision=args.revision)
+    found = inspect(args.model, values=args.values, tokenizer=args.tokenizer, revision=args.revision)
     if args.json:
         print(json.dumps(found.to_dict(args.tensors), indent=2))
     else:
@@ -59,10 +64,10 @@ def sections(found: Inspection, tensors: bool) -> Iterable[tuple[str, Sequence[s
         skipped = ("architectures", "model_type", "layer_types")
         pairs = [(name, str(value)) for name, value in found.config.items() if name not in skipped]
         pairs.append(("layer_types", layer_pattern(found.config["layer_types"])))
-        yield "runs as", table(pairs, words=(0, 1))
+        yield "runs as", table(pairs, left=(0, 1))
     if found.metadata:
         stated = found.metadata.items()
-        yield "states", table([(escaped(key), f"{kind} {shown(value)}") for key, (kind, value) in stated], words=(0, 1))
+        yield "states", table([(escaped(key), f"{kind} {shown(value)}") for key, (kind, value) in stated], left=(0, 1))
     if found.types:
         by_type = [("type", "tensors", "parameters", "bytes", "bits a weight")]
         for name, line in found.types.items():
@@ -88,14 +93,6 @@ def fine(found: Inspection) -> str:
     return f"none: header, names, shapes and tokenizer are those of a Gemma 2 ({looked})"
 
 
-def table(rows: Sequence[Sequence[str]], words: Collection[int] = (0,)) -> list[str]:
-    """Columns under each other: those that hold words from the left, numbers from the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    sides = ["<" if i in words else ">" for i in range(len(widths))]
-    lines = (zip(row, sides, widths, strict=True) for row in rows)
-    return ["  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip() for cells in lines]
-
-
 def layer_pattern(kinds: Sequence[str]) -> str:
     letters = "".join("L" if kind == "sliding_attention" else "G" for kind in kinds)
     alternating = letters == ("LG" * len(letters))[: len(letters)]
@@ -108,14 +105,3 @@ def shown(value: Any) -> str:
         return f"[{value['length']:,}] {first}{', ...' if value['length'] > len(value['first']) else ''}"
     text = escaped(repr(value) if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value))
     return text if len(text) <= WIDEST else f"{text[:WIDEST]}... ({len(text):,} characters)"
-
-
-def escaped(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def size(count: float) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count:.0f} B"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from typing import Any
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,44 +17,108 @@ from gemma2.load import check_device, check_dtype, load
 from gemma2.sampling import Sampling
 from gemma2.stats import Stats
 
-SOURCE = "hub name (owner/repo, or owner/repo:FILE.gguf), folder or file"
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+MODEL = (
+    "pocket (the model in this package), a hub name (owner/repo, owner/repo:FILE.gguf), a folder, or a .gguf, "
+    ".safetensors or .ckpt file"
+)
+TOKENIZER = "a tokenizer.model to use; default: the one in or beside the weights"
+REVISION = "branch, tag or commit of a hub name; default: main"
+NOT_IN_GREEDY = {"seed": None, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # options without effect there -> their defaults
+
+
+def add_command(commands: Commands, name: str, short: str, about: str | None, more: str) -> argparse.ArgumentParser:
+    """A command's parser: `short` stands in `gemma2 --help`, `about` and `more` (an example, at least) in its own."""
+    kind = argparse.RawDescriptionHelpFormatter
+    return commands.add_parser(name, help=short, description=about, epilog=more, formatter_class=kind)
 
 
 def add_options(parser: argparse.ArgumentParser, new_tokens: int = MAX_NEW_TOKENS) -> None:
     """Model, sampling and what every command has."""
-    model = add_model_options(parser)
-    model.add_argument("--model", metavar="M", help=f"{SOURCE}; default: the pocket model inside")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="MODEL", help=f"{MODEL}; default: pocket")
+    add_loading_options(model)
     add_sampling_options(parser, new_tokens)
     add_common_options(parser)
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """How a model is loaded. Which one is the caller's to ask for, as `--model` or as an argument called `model`."""
-    model = parser.add_argument_group("model")
-    model.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.model elsewhere than beside the weights")
-    model.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub name")
-    model.add_argument("--device", metavar="D", help="cuda, mps or cpu; default: the best present")
-    model.add_argument("--dtype", metavar="T", help="bfloat16, float32 or float64; default: the checkpoint's own")
-    model.add_argument("--force-float16", action="store_true", help="allow --dtype float16, which overflows")
-    model.add_argument("--allow-nonfinite", action="store_true", help="take weights with NaN or infinity in them")
-    return model
+def add_model(parser: argparse.ArgumentParser, **options: Any) -> None:
+    """The model as an argument, for commands that have no default for it."""
+    parser.add_argument("model", metavar="MODEL", help=MODEL, **options)
+
+
+def add_loading_options(group: argparse._ArgumentGroup) -> None:
+    """How a model is loaded, whichever it is."""
+    group.add_argument("--tokenizer", metavar="FILE", help=TOKENIZER)
+    group.add_argument("--revision", metavar="R", help=REVISION)
+    group.add_argument("--device", metavar="D", help="cuda, mps or cpu; default: the best present, in this order")
+    group.add_argument(
+        "--dtype",
+        metavar="T",
+        help="bfloat16, float32 or float64; default: the checkpoint's, bfloat16 for a GGUF not in F32",
+    )
+    group.add_argument("--force-float16", action="store_true", help="allow --dtype float16, in which values overflow")
+    group.add_argument("--allow-nonfinite", action="store_true", help="take weights with NaN or infinity in them")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, new_tokens: int) -> None:
-    sampling = parser.add_argument_group("sampling (greedy without --temperature)")
-    sampling.add_argument("-n", "--max-new-tokens", type=int, default=new_tokens, metavar="N", help=f"[{new_tokens}]")
-    sampling.add_argument("--temperature", type=float, default=0.0, metavar="T")
-    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all")
-    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    sampling.add_argument("--min-p", type=float, default=0.0, metavar="P")
-    sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
-    sampling.add_argument("--seed", type=int, metavar="S")
-    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable")
+    sampling = parser.add_argument_group("generation (greedy without --temperature)")
+    sampling.add_argument(
+        "-n",
+        "--max-new-tokens",
+        type=int,
+        default=new_tokens,
+        metavar="N",
+        help=f"generate at most N tokens; default: {new_tokens}",
+    )
+    sampling.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="divide the logits by T and sample; 0 takes the likeliest token; 0 to 1e30, default: 0",
+    )
+    sampling.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens; 0 keeps all; default: 0"
+    )
+    sampling.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample from the likeliest tokens that together have probability P; above 0, at most 1, default: 1",
+    )
+    sampling.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="drop tokens less than P times as likely as the likeliest; 0 to 1, default: 0",
+    )
+    sampling.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="divide positive logits of tokens seen so far by R, multiply negative ones; 1e-30 to 1e30, default: 1",
+    )
+    sampling.add_argument(
+        "--seed", type=int, metavar="S", help="the same S samples the same text again; 0 or more, default: random"
+    )
+    sampling.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable; default: none"
+    )
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--verbose", action="store_true", help="timings and memory on standard error")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--verbose", action="store_true", help="print timings and memory on standard error")
+    add_debug(parser)
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -82,14 +147,38 @@ def load_model(args: argparse.Namespace) -> Gemma:
         force_float16=args.force_float16,
     )
     if args.verbose:
-        weight = gemma.model.model.embed_tokens.weight
-        count = gemma.config.parameter_count
-        kind = str(weight.dtype).removeprefix("torch.")
+        device, count = gemma.model.model.embed_tokens.weight.device, gemma.config.parameter_count
         seconds = time.perf_counter() - started
-        print(f"load     {seconds:.2f} s, {count:,} parameters, {kind} on {weight.device}", file=sys.stderr)
+        print(f"load     {seconds:.2f} s, {count:,} parameters, {dtype_name(gemma)} on {device}", file=sys.stderr)
         for note in gemma.notes:
             print(f"note     {note}", file=sys.stderr)
+    if "temperature" in args:
+        note_idle(args)
     return gemma
+
+
+def note_idle(args: argparse.Namespace) -> None:
+    """Say which sampling options have no effect, on standard error."""
+    idle = [f"--{name.replace('_', '-')}" for name, default in NOT_IN_GREEDY.items() if getattr(args, name) != default]
+    if idle and Sampling(args.temperature).greedy:
+        print(f"note: {', '.join(idle)}: no effect in greedy decoding; give --temperature to sample", file=sys.stderr)
+
+
+def dtype_name(gemma: Gemma) -> str:
+    """As `--dtype` takes it."""
+    return str(gemma.model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+
+
+def versions(gemma: Gemma) -> dict[str, str]:
+    """What results depend on beside the model: they may differ by rounding with any of it."""
+    device = gemma.model.model.embed_tokens.weight.device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return {
+        "gemma2": version("gemma2"),
+        "torch": str(torch.__version__),
+        "device": f"{device.type} ({kind})",
+        "threads": str(torch.get_num_threads()),
+    }
 
 
 def report(stats: Stats) -> None:

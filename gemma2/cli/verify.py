@@ -1,6 +1,8 @@
-"""gemma2 verify MODEL: a certificate for this machine and dtype. What must agree is computed and measured: in a batch
-and alone, with the cache and without, in chunks and whole, compiled and not, here and on the CPU, saved and loaded.
-Exit 0 if all of it does, 1 if it does not, 2 if that could not be told."""
+"""Compare MODEL with itself on this machine: in a batch, with a cache, in chunks,
+compiled, on another device, saved and loaded again, each against one plain
+pass. It does not compare with another implementation; `gemma2 parity` does.
+Exit 0 if everything agrees, 1 if something does not, 2 if the check could not
+run."""
 
 from __future__ import annotations
 
@@ -14,31 +16,46 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma2.checks import check_count
-from gemma2.cli.options import SOURCE, add_common_options, add_model_options, load_model
-from gemma2.cli.trace import name_of, versions
+from gemma2.cli.options import (
+    add_command,
+    add_common_options,
+    add_loading_options,
+    add_model,
+    dtype_name,
+    load_model,
+    versions,
+)
 from gemma2.convert import convert
 from gemma2.gemma import Gemma
 from gemma2.load import load
 from gemma2.model import Gemma2
 from gemma2.parity.tolerances import TOLERANCES
-from gemma2.parity.verify import LENGTH, Check, check_length, narrowed, verify
+from gemma2.parity.verify import LENGTH, SHORTEST, Check, check_length, narrowed, verify
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 TYPES = {"bfloat16": "bf16", "float16": "f16"}  # dtype -> what is saved so that it loads again to the bit; else f32
-WORDS = {True: "passed", False: "FAILED", None: "not run"}
+VERDICT = {True: "passed", False: "FAILED", None: "not run"}
+SHORT = "check batch, cache, compile, device and save against one plain pass"
+EXAMPLE = "example:\n  gemma2 verify pocket --dtype float32 --no-compile"
 
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser("verify", help="certify that a model agrees with itself here", description=__doc__)
-    parser.add_argument("model", metavar="MODEL", help=f"{SOURCE}; pocket: the one inside")
+    parser = add_command(commands, "verify", SHORT, __doc__, EXAMPLE)
+    add_model(parser)
     parser.add_argument(
-        "--no-compile", action="store_true", help="leave torch.compile out, which takes a minute or more"
+        "--no-compile", action="store_true", help="leave out torch.compile, which takes a minute or more"
     )
-    parser.add_argument("--length", type=int, default=LENGTH, metavar="N", help=f"ids of the prompt [{LENGTH}]")
-    parser.add_argument("--json", action="store_true", help="for machines")
-    add_model_options(parser)
+    parser.add_argument(
+        "--length",
+        type=int,
+        default=LENGTH,
+        metavar="N",
+        help=f"token ids in the random prompt; {SHORTEST} up to the context, default: {LENGTH}",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_loading_options(parser.add_argument_group("model"))
     add_common_options(parser)
     parser.set_defaults(run=run, trouble=2)
 
@@ -65,12 +82,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def saver(args: argparse.Namespace, gemma: Gemma, name: str) -> Callable[[], Gemma2]:
-    """Converts the model's source into a temporary place, and loads it from there."""
+    """Convert MODEL into a temporary folder, and load it from there."""
     weight = gemma.model.model.embed_tokens.weight
 
     def save_and_load() -> Gemma2:
-        with tempfile.TemporaryDirectory() as place:
-            target, type_ = Path(place) / name, TYPES.get(name_of(gemma), "f32")
+        with tempfile.TemporaryDirectory() as folder:
+            target, type_ = Path(folder) / name, TYPES.get(dtype_name(gemma), "f32")
             options: dict[str, Any] = {"tokenizer": args.tokenizer, "progress": False}
             convert(args.model, target, type=type_, revision=args.revision, **options)
             same: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype, "progress": False}
@@ -80,25 +97,25 @@ def saver(args: argparse.Namespace, gemma: Gemma, name: str) -> Callable[[], Gem
 
 
 def describe(args: argparse.Namespace, gemma: Gemma) -> dict[str, str]:
-    """What the certificate is of."""
+    """What was checked: model, dtype, machine, prompt and tolerance."""
     window = narrowed(gemma.model, args.length).config.sliding_window
     own = "" if window == gemma.config.sliding_window else f", narrowed from {gemma.config.sliding_window:,}"
     machine = versions(gemma)
     return {
         "model": f"{args.model} ({gemma.config.parameter_count:,} parameters)",
-        "dtype": name_of(gemma),
+        "dtype": dtype_name(gemma),
         "device": machine["device"],
         "versions": f"gemma2 {machine['gemma2']}, torch {machine['torch']}, Python {platform.python_version()}, "
         f"{sys.platform}, {machine['threads']} threads",
-        "prompt": f"{args.length} random ids, window {window}{own}",
+        "prompt": f"{args.length} random token ids, window {window}{own}",
         "tolerance": str(TOLERANCES[gemma.model.dtype]),
     }
 
 
 def row(check: Check) -> str:
     """name, how, distance and tolerance, verdict."""
-    start = f"{check.name:17}  {WORDS[check.passed]:7}  "
+    start = f"{check.name:17}  {VERDICT[check.passed]:7}  "
     if check.distance is None:
         return f"{start}{check.why_not} ({check.what})"
-    bits = "every bit equal" if check.bitwise else f"apart by {check.distance:.2g}, allowed {check.allowed:.2g}"
+    bits = "every bit equal" if check.bitwise else f"off by {check.distance:.2g}, allowed {check.allowed:.2g}"
     return f"{start}{bits} ({check.what}; {check.seconds:.1f} s)"

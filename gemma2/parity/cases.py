@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from gemma2.config import LOCAL
 from gemma2.ops import softcap
-from gemma2.parity.compare import MASKED, Values, compare, compare_end, first_to_part, predicted
+from gemma2.parity.compare import MASKED, Values, compare, compare_end, first_difference, predicted
 from gemma2.parity.references import CannotDo, Reference
 from gemma2.parity.references.ourselves import Ourselves
 from gemma2.parity.references.trace import Recorded
@@ -22,8 +23,8 @@ from gemma2.parity.references.trace import Recorded
 AGREES, DIFFERS, NOT_RUN = "agrees", "differs", "not run"
 BEGINS, CONFIG = "begins with <bos>", "config"
 ASIDE = ("max_position_embeddings",)  # it changes no value of a pass over so few positions
-CHUNK = 7  # ids of a chunk: no divisor of usual windows
-# The scale is measured to this: bfloat16 over few ids is off by 0.4 %, and the mistakes that were made are 6 % and more
+CHUNK = 7  # token ids of a chunk: no divisor of usual windows
+# The scale is measured to this: bfloat16 over a short prompt is off by 0.4 %, and the mistakes seen are 6 % and more
 # (27B scales by 144 ** -0.5 and not by 128 ** -0.5; 9B by 256 ** -0.5 and not by 224 ** -0.5).
 SCALE_WITHIN = 0.02
 CAP_WITHIN = 1.001  # times the cap: bfloat16's nearest number may lie above it
@@ -47,9 +48,9 @@ class Case:
 
 
 def run_cases(reference: Reference, ours: Ourselves, ids: Sequence[int], bos: int) -> Iterator[Case]:
-    """Each case in turn, as it is done. `ours` is this model in the reference's dtype, `bos` the id that texts begin
-    with."""
-    both = _Both(reference, ours, list(ids))
+    """Each case in turn, as it is done. `ours` is this model in the reference's dtype, `bos` the token id that texts
+    begin with."""
+    both = _Both(_Theirs(reference), ours, list(ids))
     cases: dict[str, Callable[[], tuple[bool, str]]] = {
         BEGINS: lambda: _begins(reference, ids, bos),
         CONFIG: lambda: _same_config(reference, ours),
@@ -64,54 +65,89 @@ def run_cases(reference: Reference, ours: Ourselves, ids: Sequence[int], bos: in
     for name, case in cases.items():
         try:
             agrees, detail = case()
-        except CannotDo as reason:
+        except (CannotDo, _TheyFailed) as reason:  # what was compared so far is not lost; an error of ours is raised
             yield Case(name, NOT_RUN, str(reason))
-        except RuntimeError as error:  # of a peer, say about shapes; what was compared so far is not lost to it
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            yield Case(name, NOT_RUN, f"{reference.system} failed: {said}")
         else:
             yield Case(name, AGREES if agrees else DIFFERS, detail)
 
 
 def _begins(reference: Reference, ids: Sequence[int], bos: int) -> tuple[bool, str]:
     if ids[0] == bos:
-        return True, f"the first id is {bos}"
+        return True, f"the first token id is {bos}"
     if not isinstance(reference, Recorded):
-        raise CannotDo(f"both systems were given these ids, which begin with {ids[0]} and not with {bos}")
-    return False, f"the first id is {ids[0]} and not {bos}, without which Gemma 2's predictions are worthless"
+        raise CannotDo(f"both systems were given these token ids, which begin with {ids[0]} and not with {bos}")
+    return False, f"the first token id is {ids[0]} and not {bos}, without which Gemma 2's predictions are worthless"
 
 
 def _same_config(reference: Reference, ours: Ourselves) -> tuple[bool, str]:
-    """As each system states them: numbers may differ where no value shows it yet, as a window before it is left."""
+    """As each system states them: a number may differ before any value shows it, as a window in a short prompt."""
     stated, own = dataclasses.asdict(reference.config), dataclasses.asdict(ours.config)
     differ = [name for name in stated if stated[name] != own[name] and name not in ASIDE]
-    said = [f"{name} {_short(stated[name])}, {_short(own[name])} here" for name in differ[:3]]
-    return not differ, "; ".join(said) or "every number is as ours"
+    said = [f"{name}: theirs {_short(stated[name])}, ours {_short(own[name])}" for name in differ[:3]]
+    return not differ, "; ".join(said) or "every number equals ours"
 
 
 def _short(value: object) -> str:
     return str(value) if len(str(value)) < 40 else f"{str(value)[:40]}..."
 
 
-class _Both:
-    """The two systems on the same ids. What a cache, a chunk or a batch gets wrong often shows only past the window, so
-    those run with a window that the ids leave several times over, where the reference can have another."""
+class _TheyFailed(Exception):
+    """The other system failed at what it was asked for; the message says with what."""
 
-    def __init__(self, reference: Reference, ours: Ourselves, ids: list[int]) -> None:
+
+class _Theirs:
+    """The other system, so that a RuntimeError of its own code is told from one of ours."""
+
+    def __init__(self, reference: Reference) -> None:
+        self._reference = reference
+        self.system, self.sites = reference.system, reference.sites
+
+    def run(self, ids: Sequence[int], sites: Iterable[str]) -> dict[str, Tensor]:
+        with self._asked():
+            return self._reference.run(ids, sites)
+
+    def with_window(self, window: int) -> _Theirs:
+        with self._asked():
+            return _Theirs(self._reference.with_window(window))
+
+    def cached(self, ids: Sequence[int], chunks: Sequence[int]) -> Tensor:
+        with self._asked():
+            return self._reference.cached(ids, chunks)
+
+    def batched(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        with self._asked():
+            return self._reference.batched(rows)
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        try:
+            yield
+        except CannotDo:
+            raise
+        except RuntimeError as error:  # say about shapes
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise _TheyFailed(f"{self.system} failed: {said}") from error
+
+
+class _Both:
+    """The two systems on the same token ids. What a cache, a chunk or a batch gets wrong often shows only past the
+    window, so they run with a window that the prompt exceeds several times, where the reference can change its own."""
+
+    def __init__(self, reference: _Theirs, ours: Ourselves, ids: list[int]) -> None:
         self.reference, self.ours, self.ids, self.config = reference, ours, ids, ours.config
 
     def window(self) -> tuple[bool, str]:
         reference, ours = self._past_the_window()
         other = reference.run(self.ids, reference.sites)
-        parting = first_to_part(compare(ours.model, self.ids, other, ours.computing, self._truth))
-        said = f"window {ours.config.sliding_window}, {len(self.ids)} ids"
-        if parting is None:
+        first = first_difference(compare(ours.model, self.ids, other, ours.computing, self._truth))
+        said = f"window {ours.config.sliding_window}, {len(self.ids)} token ids"
+        if first is None:
             return True, said
-        why = parting.why or f"{parting.ratio:.3g} times what rounding explains"
-        return False, f"{said}: parts at {parting.site}, {why}"
+        why = first.why or f"{first.ratio:.3g} times what rounding explains"
+        return False, f"{said}: differs at {first.site}, {why}"
 
     def layers(self) -> tuple[bool, str]:
-        """Which layers see only a window, by the keys that are seen, whatever any config says."""
+        """Which layers see only a window, by the keys that each one weighs, whatever a config says."""
         reference, ours = self._past_the_window()
         window, t, wanted = ours.config.sliding_window, len(self.ids), ours.config.layer_types
         scores, patterns = (
@@ -122,7 +158,7 @@ class _Both:
             for i, (name, kind) in enumerate(zip(scores, wanted, strict=True)):
                 count = int((seen[name][:, -1] > MASKED).any(0).sum())
                 if count != (window if kind == LOCAL else t):
-                    return False, f"layer {i} sees {count} of {t} keys with window {window}, and is {kind} here"
+                    return False, f"layer {i} sees {count} of {t} keys with window {window}, and ours is {kind}"
             return True, f"of {t} keys the last query sees {window} in local layers and all in the others"
         if not reference.sites.issuperset(patterns):
             raise CannotDo(f"{reference.system} shows neither scores nor patterns")
@@ -132,7 +168,7 @@ class _Both:
             beyond, ours_beyond = (_farthest(x[name]) >= window for x in (seen, own))
             if beyond != ours_beyond:
                 sees = "beyond" if beyond else "nothing beyond"
-                return False, f"layer {i} sees {sees} the window of {window}, and is {kind} here"
+                return False, f"layer {i} sees {sees} the window of {window}, and ours is {kind}"
         return True, f"of {t} keys, those more than {window} back are seen in the layers where ours are"
 
     def scale(self) -> tuple[bool, str]:
@@ -179,7 +215,7 @@ class _Both:
             except CannotDo:
                 uncapped = None
             if uncapped is not None:
-                said.append(f"scores are {'not ' if uncapped else ''}capped, by what they weigh")
+                said.append(f"scores are {'not ' if uncapped else ''}capped, as the pattern shows")
                 agrees = agrees and not uncapped
         if not said:
             raise CannotDo(f"{self.reference.system} shows neither logits nor scores")
@@ -198,41 +234,41 @@ class _Both:
 
     def cached(self) -> tuple[bool, str]:
         half = len(self.ids) // 2
-        return self._fed([half, *[1] * (len(self.ids) - half)], "half of the ids, then one at a time")
+        return self._fed([half, *[1] * (len(self.ids) - half)], "half of the token ids, then one at a time")
 
     def chunked(self) -> tuple[bool, str]:
         whole, rest = divmod(len(self.ids), CHUNK)
-        return self._fed([CHUNK] * whole + [rest] * bool(rest), f"{CHUNK} ids at a time")
+        return self._fed([CHUNK] * whole + [rest] * bool(rest), f"{CHUNK} token ids at a time")
 
     def ragged(self) -> tuple[bool, str]:
         t = len(self.ids)
         rows = [self.ids, self.ids[: max(1, t // 3)], self.ids[: max(1, 2 * t // 3)]]
-        said = f"rows of {', '.join(str(len(row)) for row in rows)} ids"
+        said = f"rows of {', '.join(str(len(row)) for row in rows)} token ids"
         found = self._narrow[0].batched(rows)
         outcomes = [self._judged(logits, f"{said}; the row of {len(logits)}") for logits in found]
         return min(outcomes, key=lambda outcome: outcome[0])  # one that differs, if any does
 
     def _fed(self, chunks: list[int], said: str) -> tuple[bool, str]:
         if len(chunks) < 2 or chunks[0] < 1:
-            raise CannotDo(f"{len(self.ids)} ids are one pass")
+            raise CannotDo(f"{len(self.ids)} token ids are one pass")
         return self._judged(self._narrow[0].cached(self.ids, chunks), said)
 
     def _judged(self, logits: Tensor, said: str) -> tuple[bool, str]:
-        """Of the first ids: what follows them changes none of theirs, so one pass serves rows of every length."""
+        """Logits of the first token ids. Later ones do not change them, so one pass serves rows of every length."""
         row = compare_end(self._truth["logits"][: len(logits)], self._own[: len(logits)], logits)
         window = f"window {self._narrow[1].config.sliding_window}"
-        detail = row.why or f"logits {row.relative:.2e} from the truth, ours {row.own_relative:.2e}"
-        return not row.parts, f"{said}, {window}: {detail}"
+        detail = row.why or f"logits {row.relative:.2e} from float64, ours {row.own_relative:.2e}"
+        return not row.differs, f"{said}, {window}: {detail}"
 
-    def _past_the_window(self) -> tuple[Reference, Ourselves]:
-        """Raises CannotDo where the ids do not leave the window, nor can it be made narrower."""
+    def _past_the_window(self) -> tuple[_Theirs, Ourselves]:
+        """Raises CannotDo where the prompt fits in the window and the window cannot be made narrower."""
         reference, ours = self._narrow
         if len(self.ids) <= ours.config.sliding_window:
-            raise CannotDo(self._fixed or f"{len(self.ids)} ids leave no window")
+            raise CannotDo(self._fixed or f"{len(self.ids)} token ids do not exceed any window")
         return reference, ours
 
     @cached_property
-    def _narrow(self) -> tuple[Reference, Ourselves]:
+    def _narrow(self) -> tuple[_Theirs, Ourselves]:
         """Both with the narrow window, or as they are where the reference cannot have another."""
         window = min(max(2, len(self.ids) // 4), self.config.sliding_window)
         self._fixed = ""

@@ -1,15 +1,16 @@
 """Site by site, how far another system is from the truth, and whether rounding can take it there.
 
-The truth is this model in float64. The yardstick is the same model in the other system's dtype: whoever computes
-Gemma 2 in that dtype, in whatever order, errs about as much. What errs more computes something else.
+The truth is this model in float64. The baseline is this model in the other system's dtype: its distance to the truth
+is what rounding costs. A correct implementation in that dtype has about the same error, whatever the order of its sums.
+An implementation with a larger error computes something else.
 
-The error is judged place by place, not as it piles up: the truth is computed once more with every value that the other
-system shows put in the place of ours, so that each site is predicted from the other system's own values just before it.
-A mistake then shows at its own place and at no other, however deep, and however chaotic what follows from it. Sites
-that a system does not show are judged together with the next one that it does; of logits alone, the whole model is one.
+Errors are judged site by site and do not add up. The float64 model runs once more; at each site that the other system
+recorded, our value is replaced by theirs before the pass goes on. A site's error is then only what the other system did
+since the site before it, so a mistake shows where it is made and nowhere downstream. A site that a system does not
+record is judged together with the next one that it does; of logits alone, the whole model is one site.
 
-Two sizes are judged, since a mistake can hide in either: that of the error, and that of the part which all tokens have
-in common (a gain for each channel). Rounding has none: over t tokens its average shrinks by sqrt(t).
+Two sizes are judged, since a mistake can hide in either: the size of the error, and the size of what all tokens have in
+common (a gain for each channel). Rounding has no such gain: over t tokens its average shrinks by sqrt(t).
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from gemma2.model import Gemma2
 from gemma2.research.capture import capture
 from gemma2.research.sites import sites
 
-# Times the yardstick's error; docs/parity.md has the table of what these let through and what they find.
+# Times the baseline's error; docs/parity.md has the table of what these let through and what they find.
 SIZE_FACTOR, GAIN_FACTOR = 2.0, 3.5
 MASKED = -1e3  # a score below it is one that the softmax never sees; the caps keep real ones within +-50
-# Where the yardstick leaves less, half of what one rounding can leave at most (rms, relative: u / sqrt(3)). In float64
-# the yardstick is the truth itself and leaves nothing: there it is what long sums in another order leave.
+# The least error that rounding is taken to leave: half the most that one rounding leaves (rms, relative: u / sqrt(3)).
+# In float64 the baseline is the truth itself and its error is 0: there it is what long sums in another order leave.
 FLOOR = {
     dtype: unit / math.sqrt(12)
     for dtype, unit in ((torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11))
 } | {torch.float64: 2.0**-49}
-CHANCE = 4.0  # by chance the yardstick's error over n values is small: it counts for 1 + CHANCE / sqrt(n) times as much
+CHANCE = 4.0  # the baseline's error over n values may be small by chance: it counts 1 + CHANCE / sqrt(n) times
 SCORES = "hook_attn_scores"
 FEWEST = 8  # channels
 
@@ -51,11 +52,11 @@ class Row:
     Attributes:
         largest, relative, cosine: the whole distance to the truth, all that came before included: of |other - truth|;
             rms of other - truth by the rms of the truth; between the two.
-        own_relative: the same of the yardstick.
-        size, gain: the error made at this place: rms by the truth's rms, and the part that all tokens share.
-        own_size, own_gain: the same of the yardstick.
-        bitwise: whether the other system has the yardstick's bits.
-        why: what is wrong beyond size: other keys are masked, or values that are not finite, and whose; else empty.
+        own_relative: the same of the baseline.
+        size, gain: the error made at this site: its rms by the truth's rms, and the gain that all tokens share.
+        own_size, own_gain: the same of the baseline.
+        bitwise: whether every bit equals the baseline's.
+        why: what is wrong beyond size: other keys are masked, or values are not finite, and whose; else empty.
     """
 
     site: str
@@ -77,8 +78,8 @@ class Row:
         return math.inf if self.why else max(by_size, self.gain / self.own_gain / GAIN_FACTOR)
 
     @property
-    def parts(self) -> bool:
-        """Whether the two systems part here."""
+    def differs(self) -> bool:
+        """Whether the error made here is larger than rounding."""
         return not self.ratio <= 1
 
 
@@ -107,10 +108,10 @@ def compare(
     """A row for every site of `other`, in the order of computation.
 
     Args:
-        model: ours, in the dtype that the other system computes in; it is the yardstick, and in float64 the truth.
+        model: ours, in the dtype that the other system computes in; it is the baseline, and in float64 the truth.
         ids: of one row.
         other: what the other system computed.
-        theirs: the yardstick where it is not `model`: its twin with a numerics profile.
+        theirs: the baseline where it is not `model`: the same with a numerics profile.
         truth: `predicted(model, ids)`, where the caller has it already.
     Raises:
         ValueError: a value of another shape than the site's. Fewer positions than ids are taken as the last ones.
@@ -126,10 +127,10 @@ def compare(
 
 
 def compare_end(truth: Tensor, own: Tensor, other: Tensor) -> Row:
-    """A row for logits [t v] alone, with no site before them: the whole model is judged as one place.
+    """A row for logits [t v] alone, with no site before them: the whole model is judged as one site.
 
     Args:
-        truth: in float64; `own`: the yardstick, in the dtype of the model.
+        truth: in float64; `own`: the baseline, in the dtype of the model.
     """
     return _row("logits", truth, own, other, truth, truth, FLOOR[own.dtype])
 
@@ -221,7 +222,7 @@ def _row(
     truth, own, other, from_own, from_other = (x.cpu().double() for x in (truth, own, other, from_own, from_other))
     why = "; ".join(filter(None, (_not_finite("ours", own, name), _not_finite("theirs", other, name))))
     if name.endswith(SCORES) and not why:
-        # Whatever number stands in a masked place, it is masked in both, or the two look at different keys.
+        # Masked scores may be any number, but both systems must mask the same keys.
         masked = truth < MASKED
         if not torch.equal(masked, other < MASKED):
             why = f"{int((masked ^ (other < MASKED)).sum())} keys seen by one system alone"
@@ -229,7 +230,7 @@ def _row(
             x.masked_fill(masked | (x < MASKED), 0.0) for x in (truth, own, other, from_own, from_other)
         )
     error, own_error = other - from_other, own - from_own
-    # A yardstick that happens to be exact is taken as what rounding usually leaves.
+    # Where the baseline happens to be exact, the floor stands for what rounding usually leaves.
     own_size = max(_relative(own_error, from_own), floor) * (1 + CHANCE / math.sqrt(truth.numel()))
     by_chance = own_size / math.sqrt(truth.numel() // truth.shape[-1])
     return Row(
@@ -283,6 +284,6 @@ def compare_logits(truth: Tensor, other: Tensor) -> LogitsRow:
     return LogitsRow(kl.mean().item(), kl.max().item(), int(flipped.sum()), len(truth), margin, largest)
 
 
-def first_to_part(rows: Iterable[Row]) -> Row | None:
-    """The first site, in the order of computation, at which the systems part."""
-    return next((row for row in rows if row.parts), None)
+def first_difference(rows: Iterable[Row]) -> Row | None:
+    """The first site, in the order of computation, at which the systems differ."""
+    return next((row for row in rows if row.differs), None)

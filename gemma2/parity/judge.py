@@ -1,4 +1,4 @@
-"""The verdict: whether another system computes this Gemma 2, where it parts from it, and by how much."""
+"""The verdict: whether another system computes this Gemma 2, and if not, where it first differs and by how much."""
 
 from __future__ import annotations
 
@@ -14,34 +14,38 @@ from gemma2.checkpoints.checkpoint import Checkpoint
 from gemma2.errors import BadModelFile, ContextOverflow, NonFiniteError
 from gemma2.numerics import PROFILES, with_numerics
 from gemma2.parity.cases import BEGINS, DIFFERS, Case, run_cases
-from gemma2.parity.compare import LogitsRow, Row, compare, compare_logits, first_to_part, observed, predicted
+from gemma2.parity.compare import LogitsRow, Row, compare, compare_logits, first_difference, observed, predicted
 from gemma2.parity.references import Reference
 from gemma2.parity.references.ourselves import Ourselves
 from gemma2.research.sites import chosen
 
 EQUAL, ROUNDING, DIFFERENCE = "equal to the bit", "rounding", "difference"
-IDS = "ids"
+IDS = "token ids"
 OURS = "transformers"  # the profile without changes
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What came of holding this model against another.
+    """What came of comparing this model with another system.
 
     Attributes:
+        model: which one is ours.
         system, dtype: the other one.
-        numerics: the profile that the yardstick computed with, if any.
-        ids: how many.
-        places: how many sites there are, of which `rows` has those that were judged.
+        numerics: the profile that our side computed with, if any.
+        text: where the token ids are from, as "of Genesis 1".
+        tokens: how many token ids.
+        places: how many sites the model has; `rows` has those that were compared.
         rows: a site each, in the order of computation.
         logits: what the difference means for predictions; None where the other system shows none.
         cases: what else was tried.
     """
 
+    model: str
     system: str
     dtype: str
     numerics: str | None
-    ids: int
+    text: str
+    tokens: int
     places: int
     rows: list[Row]
     logits: LogitsRow | None
@@ -49,11 +53,11 @@ class Judgement:
 
     @property
     def first(self) -> str | None:
-        """Where the systems part first: a site, or the ids themselves."""
+        """Where the systems first differ: a site, or the token ids themselves."""
         if any(case.name == BEGINS and case.outcome == DIFFERS for case in self.cases):
             return IDS
-        parting = first_to_part(self.rows)
-        return None if parting is None else parting.site
+        first = first_difference(self.rows)
+        return None if first is None else first.site
 
     @property
     def verdict(self) -> str:
@@ -64,7 +68,7 @@ class Judgement:
 
     def to_dict(self) -> dict[str, Any]:
         """For machines; what is not finite is None."""
-        rows = [dataclasses.asdict(row) | {"ratio": row.ratio, "parts": row.parts} for row in self.rows]
+        rows = [dataclasses.asdict(row) | {"ratio": row.ratio, "differs": row.differs} for row in self.rows]
         plain: dict[str, Any] = finite(
             dataclasses.asdict(self) | {"rows": rows, "first": self.first, "verdict": self.verdict}
         )
@@ -79,19 +83,22 @@ def judge(
     *,
     numerics: str | None = None,
     cases: bool = True,
+    model: str = "",
+    text: str = "",
     tell: Callable[[str], object] = lambda what: None,
 ) -> Judgement:
-    """Hold the model of a checkpoint against a reference with the same weights, on the same ids.
+    """Compare the model of a checkpoint with a reference that has the same weights, on the same token ids.
 
     Args:
         sites: patterns; of those that the reference shows, all are judged.
-        numerics: take this profile's arithmetic as the yardstick, so that what is documented of the other system
+        numerics: compute our side with this profile's arithmetic, so that what is documented of the other system
             counts as rounding.
         cases: also run those of `cases.py`.
+        model, text: what to call the model and the text in the result; default the checkpoint's path, and nothing.
         tell: called with what is being done.
     Raises:
         BadModelFile: the reference shows none of the sites.
-        ContextOverflow, ValueError: ids that the reference does not take.
+        ContextOverflow, ValueError: token ids that the reference does not take.
     """
     wanted = [name for name in chosen(opened.config, sites) if name in reference.sites]
     if not wanted:
@@ -110,14 +117,16 @@ def judge(
             tell(f"{case.name}: {case.outcome}")
             done.append(case)
     dtype = str(reference.dtype).removeprefix("torch.")
-    return Judgement(reference.system, dtype, numerics, len(given), len(chosen(opened.config)), rows, logits, done)
+    places = len(chosen(opened.config))
+    named = model or str(opened.path)
+    return Judgement(named, reference.system, dtype, numerics, text, len(given), places, rows, logits, done)
 
 
 def _checked(ids: Sequence[int], opened: Checkpoint) -> list[int]:
-    """Raises ContextOverflow for more ids than the model's context; whether they are ids, every system checks."""
+    """Raises ContextOverflow for more token ids than the model's context. Each system checks the ids themselves."""
     context = opened.config.max_position_embeddings
     if len(ids) > context:
-        raise ContextOverflow(f"{len(ids):,} ids exceed the model's context of {context:,}")
+        raise ContextOverflow(f"{len(ids):,} token ids exceed the model's context of {context:,}")
     return list(ids)
 
 
@@ -151,7 +160,7 @@ def explain(
     Raises:
         ValueError: an unknown profile, or one that does not compute in the reference's dtype.
         BadModelFile: the reference shows no logits.
-        ContextOverflow: more ids than a context.
+        ContextOverflow: more token ids than a context.
         NonFiniteError: logits that are not finite, from which nothing has a distance.
     """
     for name in (profile, start):

@@ -1,4 +1,4 @@
-"""Traces: what one system computed at named sites for given ids, in a file that any system can write.
+"""Traces: what one system computed at named sites for given token ids, in a file that any system can write.
 
 A trace is a safetensors file. Its tensors are `ids`, int64 [t], and the sites under the names of `research/sites.py`,
 each without the batch axis, in whatever float type it was computed. Its metadata, all strings, say what it is of
@@ -61,12 +61,12 @@ class TraceWriter:
                 model(tokens)
 
     Args:
-        ids: of one row.
+        ids: token ids of one row.
         patterns: the sites it will hold, each of which must be added.
         dtype: of all sites, or by site (see `dtypes`).
         force: replace a file that is there.
     Raises:
-        ValueError: a pattern that names no site, or ids that are none.
+        ValueError: a pattern that names no site, or token ids outside the vocabulary.
         FileExistsError: the file is there, on entering.
         OSError: the file cannot be written, or there is no space for it, on entering.
         RuntimeError: a site was not added, on leaving.
@@ -83,7 +83,9 @@ class TraceWriter:
     ) -> None:
         wrong = [i for i in ids if not 0 <= i < about.config.vocab_size]
         if wrong or not len(ids):
-            raise ValueError(f"id {wrong[0]} is outside the vocabulary" if wrong else "a trace needs at least one id")
+            raise ValueError(
+                f"token id {wrong[0]} is outside the vocabulary" if wrong else "a trace needs at least one token id"
+            )
         self.about, self.force = about, force
         self._ids = torch.tensor(list(ids), dtype=torch.int64)
         wanted = chosen(about.config, patterns)
@@ -176,7 +178,7 @@ class TraceWriter:
 
 
 class Trace:
-    """An opened trace: `trace["blocks.0.hook_resid_post"]` reads one site, `trace.ids` are its ids.
+    """An opened trace: `trace["blocks.0.hook_resid_post"]` reads one site, `trace.ids` are its token ids.
 
     Raises:
         BadModelFile: not a trace, damaged, or with sites that its config does not have; says what and where.
@@ -197,7 +199,7 @@ class Trace:
             raise BadModelFile(f"{path}: no trace: its metadata do not say format {FORMAT!r}")
         self.about = self._read_about(stated)
         if IDS not in kept:
-            raise BadModelFile(f"{path}: no tensor {IDS!r}: what it was computed from is unknown")
+            raise BadModelFile(f"{path}: no tensor {IDS!r}: the token ids that it was computed from are unknown")
         self.ids = self._read_ids()
         known = sites(self.about.config)
         unknown = sorted(kept - known.keys() - {IDS})
@@ -258,7 +260,7 @@ class Trace:
         ids: list[int] = self._file.get_tensor(IDS).tolist()
         wrong = [i for i in ids if not 0 <= i < vocab]
         if wrong:
-            raise BadModelFile(f"{self.path}: id {wrong[0]} is outside the vocabulary [0, {vocab})")
+            raise BadModelFile(f"{self.path}: token id {wrong[0]} is outside the vocabulary [0, {vocab})")
         return ids
 
 

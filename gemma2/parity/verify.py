@@ -1,4 +1,4 @@
-"""What must agree on any machine, measured on this one: a model with itself, computed in six pairs of ways."""
+"""One model computed in six pairs of ways that must agree, measured on this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gemma2.parity.tolerances import TOLERANCES
 from gemma2.tokens import left_padded
 from gemma2.twins import sharing
 
-LENGTH, SHORTEST = 192, 16  # ids of the prompt
+LENGTH, SHORTEST = 192, 16  # token ids of the prompt
 Saved = Mapping[str, Callable[[], Gemma2]]  # how it was saved -> saves the model there, and loads it
 
 
@@ -67,9 +67,9 @@ def narrowed(model: Gemma2, length: int) -> Gemma2:
 def check_length(config: Gemma2Config, length: int) -> None:
     """Raises ContextOverflow or ValueError for a prompt that `verify` does not take."""
     if length > config.max_position_embeddings:
-        raise ContextOverflow(f"{length:,} ids exceed the context of {config.max_position_embeddings:,}")
+        raise ContextOverflow(f"{length:,} token ids exceed the context of {config.max_position_embeddings:,}")
     if length < SHORTEST:
-        raise ValueError(f"a prompt of {length} ids is too short to leave a window: give at least {SHORTEST}")
+        raise ValueError(f"a prompt of {length} token ids is too short to leave a window: give at least {SHORTEST}")
 
 
 def verify(
@@ -89,7 +89,7 @@ def verify(
     subject = _Subject(narrowed(model, length), length)
     yield subject.check("batch = solo", "three rows of unequal length, padded on the left", subject.batched)
     yield subject.check("cached = uncached", "token by token as the ring of the local layers fills", subject.cached)
-    yield subject.check("chunked = whole", "a cache fed in parts of a quarter", subject.chunked)
+    yield subject.check("chunked = whole", "a cache fed a quarter of the prompt at a time", subject.chunked)
     run = subject.compiled if compiled else _refusing("left out, as asked")
     yield subject.check("compiled = eager", "torch.compile", run)
     yield subject.check("device = CPU", "an accelerator and the CPU", subject.elsewhere)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gemma2 import Gemma2
 from gemma2.numerics import with_numerics
-from gemma2.parity.compare import compare, first_to_part, predicted
+from gemma2.parity.compare import compare, first_difference, predicted
 from gemma2.parity.trace import Trace
 from studies.who_computes_what.changes import Change, changed
 from studies.who_computes_what.findings import ONE_PASS
@@ -78,7 +78,7 @@ def judged(
     truth = predicted(model, ids)
     rows, logits = compare(model, ids, values, theirs, truth), truth["logits"]
     apart = (values["logits"].double() - logits).abs().amax(-1)
-    first = first_to_part(rows)
+    first = first_difference(rows)
     if first is None:
         verdict = "equal bits" if all(row.bitwise for row in rows) else "rounding"
         return Outcome(run, verdict, apart=apart.max().item())

@@ -40,7 +40,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 ARGUMENTS: list[tuple[list[str], str]] = [
     ([], "the following arguments are required: COMMAND"),
     (["frobnicate"], "invalid choice: 'frobnicate'"),
-    (["generate"], "the following arguments are required: prompt"),
+    (["generate"], "the following arguments are required: PROMPT"),
     (["generate", "x", "y"], "unrecognized arguments: y"),
     (["generate", "x", "--nonsense"], "unrecognized arguments: --nonsense"),
     (["generate", "x", "-n"], "-n/--max-new-tokens: expected one argument"),

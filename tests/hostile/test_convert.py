@@ -46,8 +46,8 @@ def tree(folder: Path) -> dict[str, bytes]:
 # Arguments.
 
 ARGUMENTS = [
-    ([], "the following arguments are required: SRC, DST"),
-    (["x"], "the following arguments are required: DST"),
+    ([], "the following arguments are required: MODEL, TARGET"),
+    (["x"], "the following arguments are required: TARGET"),
     (["x", "y", "z"], "unrecognized arguments: z"),
     (["x", "y", "--type"], "--type: expected one argument"),
     (["x", "y.gguf", "--type", ""], "type '': a .gguf can have f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, mxfp4, "),
@@ -55,8 +55,14 @@ ARGUMENTS = [
     (["x", "y.gguf", "--type", "float32"], "type 'float32': a .gguf can have f32, "),
     (["x", "y.ckpt", "--type", "q8_0"], "type 'q8_0': a .ckpt can have f32, bf16, f16"),
     (["x", "y", "--type", "q8_0"], "type 'q8_0': safetensors can have f32, bf16, f16"),
-    (["x", "y.safetensors"], "y.safetensors: give a folder for safetensors: a model is also its config.json and token"),
-    (["x", "y.bin"], "y.bin: give a folder for safetensors"),
+    (
+        ["x", "y.safetensors"],
+        "y.safetensors: no .safetensors file is written; end the name in .gguf or .ckpt, or name a folder",
+    ),
+    (
+        ["x", "y.bin"],
+        "y.bin: no .bin file is written; end the name in .gguf or .ckpt, or name a folder for safetensors",
+    ),
     (["x", "y.GGUF"], "y.GGUF: no such format is written; end the name in .gguf or .ckpt, or name a folder"),
     (["x", "y.onnx"], "y.onnx: no such format is written"),
     (["x", ""], ".: give the target a name of its own"),

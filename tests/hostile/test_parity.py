@@ -52,7 +52,7 @@ ARGUMENTS: list[tuple[list[str], str]] = [
     (["--against", "vllm"], "no reference 'vllm'; there are transformers, llama.cpp, gemma_pytorch:FOLDER, trace:FILE"),
     (["--against", "gemma_pytorch"], "no reference 'gemma_pytorch'; there are"),
     (["--against", "trace:"], "no reference 'trace:'; there are"),
-    (["--against", "self:colour=red"], "self:colour=red: give dtype=..., device=..., numerics=..., model=..."),
+    (["--against", "self:colour=red"], "self:colour=red: give model=..., dtype=..., device=..., numerics=..."),
     (["--against", "self:dtype=int4"], "self:dtype=int4: dtype is not one of"),
     (["--against", "self:device=tpu"], "device 'tpu' is not available here"),
     (["--against", "self:numerics=abacus"], "numerics 'abacus' is not one of transformers, gemma_pytorch"),
@@ -65,7 +65,10 @@ ARGUMENTS: list[tuple[list[str], str]] = [
     (["--against", "self", "--ids", "2,4096"], "token id 4096 at 1 is outside the vocabulary [0, 4096)"),
     (["--against", "self", "--ids", "2,-1"], "token id -1 at 1 is outside the vocabulary [0, 4096)"),
     (["--against", "self", "--ids", "9" * 20], f"token id {'9' * 20} at 0 is outside the vocabulary [0, 4096)"),
-    (["--against", "self", "--ids", "two"], "--ids 'two': neither ids as 2,17,5 nor a file with a JSON list of them"),
+    (
+        ["--against", "self", "--ids", "two"],
+        "--ids 'two': neither token ids as 2,17,5 nor a file with a JSON list of them",
+    ),
     (["--against", "self", "--ids", "2", "--prompt", "x"], "not allowed with argument"),
 ]
 
@@ -79,7 +82,7 @@ def test_ids_that_are_none_are_refused(path: Path, tmp_path: Path, complaint: Co
     file = tmp_path / "ids.json"
     file.write_text("[]")
     line = complaint("parity", path, "--against", "self", "--ids", file, code=2)
-    assert f"{file}: an empty list; give at least one id" in line
+    assert f"{file}: an empty list; give at least one token id" in line
 
 
 def test_a_text_that_is_not_there_is_said_to_be_the_text(path: Path, tmp_path: Path, complaint: Complaint) -> None:
@@ -138,6 +141,12 @@ def test_a_page_that_cannot_be_written_in_the_end_does_not_take_the_verdict_alon
     assert json.loads(capsys.readouterr().out)["verdict"] == "equal to the bit"
 
 
+def test_a_checkpoint_given_as_a_reference_is_told_how_to_be_one(path: Path, complaint: Complaint) -> None:
+    line = complaint("parity", path, "--against", path, code=2)
+    assert f"no reference '{path}'; there are " in line
+    assert line.endswith(f"; to compare with this checkpoint give self:model={path}\n")
+
+
 def test_what_is_no_model_is_refused_on_both_sides(path: Path, tmp_path: Path, complaint: Complaint) -> None:
     assert str(tmp_path / "none") in complaint("parity", tmp_path / "none", "--against", "self", code=2)
     line = complaint("parity", path, "--against", f"self:model={tmp_path / 'none'}", code=2)
@@ -175,9 +184,9 @@ def test_another_vocabulary_is_refused_and_named(path: Path, trace: Path, compla
 def test_ids_beyond_a_context_are_refused(path: Path, trace: Path, complaint: Complaint) -> None:
     long = ",".join(["2"] * 257)
     line = complaint("parity", path, "--against", "self", "--ids", long, code=2)
-    assert "257 ids exceed the model's context of 256" in line
+    assert "257 token ids exceed the model's context of 256" in line
     line = complaint("parity", path, "--against", "self", "--ids", long, "--explain", "jax", code=2)
-    assert "257 ids exceed the model's context of 256" in line
+    assert "257 token ids exceed the model's context of 256" in line
 
 
 def test_the_references_context_counts_too_and_the_text_without_options_fits_in_both(
@@ -185,16 +194,17 @@ def test_the_references_context_counts_too_and_the_text_without_options_fits_in_
 ) -> None:
     short = filled(tmp_path / "short", max_position_embeddings=20)
     line = complaint("parity", path, "--against", f"self:model={short}", "--ids", ",".join(["2"] * 21), code=2)
-    assert "takes at most 20 ids, not 21" in line
+    assert "takes at most 20 token ids, not 21" in line
     for model, reference in ((path, f"self:model={short}"), (short, "self")):
         assert main(["parity", str(model), "--against", reference, "--no-cases", "--sites", "hook_embed"]) == 0
-        assert ", 20 ids; " in capsys.readouterr().out
+        assert "\ntext   20 token ids of Genesis 1 (default text)\n" in capsys.readouterr().out
 
 
 def test_a_trace_answers_no_other_ids_and_says_so_in_one_line(path: Path, trace: Path, complaint: Complaint) -> None:
+    given = "it holds values for its own 6 token ids, not for these 2; leave out --prompt, --ids and --file"
     for more in ([], ["--explain", "jax"]):
         line = complaint("parity", path, "--against", trace, "--ids", "2,17", *more, code=2)
-        assert line == f"gemma2: error: {trace}: a trace is a record: it is of 6 ids, and these 2 are others\n"
+        assert line == f"gemma2: error: {trace}: a trace is a record: {given}\n"
 
 
 def test_a_trace_that_is_cut_or_none_is_refused(path: Path, trace: Path, complaint: Complaint) -> None:

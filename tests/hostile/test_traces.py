@@ -164,9 +164,9 @@ def test_what_is_no_file_at_all_is_named(tmp_path: Path) -> None:
 
 TO = ["-o", "{}/t", "--device", "cpu"]
 ASKED: dict[str, tuple[list[str], int, str]] = {
-    "no model": (["--prompt", "x", "-o", "{}/t"], 2, "say which model and where to"),
-    "no output": (["pocket", "--prompt", "x"], 2, "say which model and where to"),
-    "no text": (["pocket", *TO], 2, "say for what: --prompt TEXT, --ids IDS or --file FILE"),
+    "no model": (["--prompt", "x", "-o", "{}/t"], 2, "MODEL and -o FILE are required"),
+    "no output": (["pocket", "--prompt", "x"], 2, "MODEL and -o FILE are required"),
+    "no text": (["pocket", *TO], 2, "say for which text: --prompt TEXT, --file FILE or --ids IDS"),
     "two texts": (["pocket", "--prompt", "x", "--ids", "2", *TO], 2, "not allowed with argument --prompt"),
     "no such model": (["{}/none", "--prompt", "x", *TO], 1, "no such file or folder"),
     "no such site": (["pocket", "--prompt", "x", "--sites", "hook_resid", *TO], 2, "no site is called 'hook_resid'"),
@@ -178,9 +178,9 @@ ASKED: dict[str, tuple[list[str], int, str]] = {
     "a negative id": (["pocket", "--ids=-1", *TO], 2, "id -1 is outside the vocabulary"),
     "an id beyond int64": (["pocket", "--ids", f"2,{10**30}", *TO], 2, "is outside the vocabulary"),
     "an id of many digits": (["pocket", "--ids", "9" * 5000, *TO], 2, "digits"),
-    "ids that are words": (["pocket", "--ids", "two", *TO], 2, "--ids 'two': neither ids as 2,17,5 nor a file"),
-    "ids with a hole": (["pocket", "--ids", "2,,5", *TO], 2, "neither ids as 2,17,5 nor a file"),
-    "no ids": (["pocket", "--ids", "{}/none.json", *TO], 2, "none.json: an empty list; give at least one id"),
+    "ids that are words": (["pocket", "--ids", "two", *TO], 2, "--ids 'two': neither token ids as 2,17,5 nor a file"),
+    "ids with a hole": (["pocket", "--ids", "2,,5", *TO], 2, "neither token ids as 2,17,5 nor a file"),
+    "no ids": (["pocket", "--ids", "{}/none.json", *TO], 2, "none.json: an empty list; give at least one token id"),
     "ids of text": (["pocket", "--ids", "{}/text.json", *TO], 1, "must be a JSON list of token ids"),
     "ids that are true": (["pocket", "--ids", "{}/true.json", *TO], 1, "must be a JSON list of token ids"),
     "ids that are no JSON": (["pocket", "--ids", "{}/there", *TO], 1, "not valid JSON"),

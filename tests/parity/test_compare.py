@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import gemma2
 from gemma2.numerics import with_numerics
-from gemma2.parity.compare import Row, compare, compare_end, compare_logits, first_to_part, observed, predicted
+from gemma2.parity.compare import Row, compare, compare_end, compare_logits, first_difference, observed, predicted
 from gemma2.research.capture import watching
 from gemma2.research.sites import sites
 from tests.conftest import SHAPES, ids, tiny
@@ -38,7 +38,7 @@ def test_a_system_with_our_bits_has_our_errors_at_every_site_in_the_order_of_com
     rows = compare(model, ROW, dict(reversed(values.items())))
     assert [row.site for row in rows] == list(sites(model.config))
     assert all(row.bitwise and not row.why and row.relative == row.own_relative for row in rows)
-    assert first_to_part(rows) is None and max(row.ratio for row in rows) <= 0.5
+    assert first_difference(rows) is None and max(row.ratio for row in rows) <= 0.5
 
 
 def test_the_numbers_of_a_row_are_those_of_their_definitions(sound: Models) -> None:
@@ -51,7 +51,7 @@ def test_the_numbers_of_a_row_are_those_of_their_definitions(sound: Models) -> N
     assert row.relative == pytest.approx((found - truth).norm().item() / truth.norm().item())
     assert row.own_relative == pytest.approx((own - truth).norm().item() / truth.norm().item())
     assert row.cosine == pytest.approx((found * truth).sum().item() / (found.norm() * truth.norm()).item())
-    assert row.size == pytest.approx(row.relative) and row.parts and not row.bitwise
+    assert row.size == pytest.approx(row.relative) and row.differs and not row.bitwise
 
 
 def test_an_error_counts_at_its_own_place_alone(sound: Models) -> None:
@@ -61,7 +61,7 @@ def test_an_error_counts_at_its_own_place_alone(sound: Models) -> None:
     with torch.no_grad():
         wrong.get_parameter("model.layers.0.mlp.up_proj.weight")[:99].mul_(1.01)  # all of them, a norm would undo
     rows = compare(model, ROW, observed(wrong, ROW, sites(model.config)))
-    assert [row.site for row in rows if row.parts] == ["blocks.0.mlp.hook_pre_linear"]
+    assert [row.site for row in rows if row.differs] == ["blocks.0.mlp.hook_pre_linear"]
     after = by_site(rows)["blocks.1.hook_resid_post"]
     assert after.relative > 100 * after.own_relative and after.size < 2 * after.own_size
 
@@ -73,7 +73,7 @@ def test_sites_that_are_not_shown_are_judged_together_with_the_next_that_is(soun
         wrong.get_parameter("model.layers.0.mlp.up_proj.weight")[:99].mul_(1.01)  # all of them, a norm would undo
     shown = ["hook_embed", "blocks.0.hook_resid_post", "blocks.1.hook_resid_post", "logits"]
     rows = compare(model, ROW, observed(wrong, ROW, shown))
-    assert [row.site for row in rows if row.parts] == ["blocks.0.hook_resid_post"]
+    assert [row.site for row in rows if row.differs] == ["blocks.0.hook_resid_post"]
 
 
 def test_a_small_gain_that_all_tokens_share_is_found_where_its_size_is_rounding(sound: Models) -> None:
@@ -82,8 +82,8 @@ def test_a_small_gain_that_all_tokens_share_is_found_where_its_size_is_rounding(
     site = "blocks.0.ln1"
     values = observed(narrow, ROW, [site])[site]
     (row,) = compare(narrow, ROW, {site: (predicted(narrow, ROW)[site] * 1.0035).float()})
-    assert row.size < 2 * row.own_size and row.gain > 3.5 * row.own_gain and row.parts
-    assert not compare(narrow, ROW, {site: values})[0].parts
+    assert row.size < 2 * row.own_size and row.gain > 3.5 * row.own_gain and row.differs
+    assert not compare(narrow, ROW, {site: values})[0].differs
 
 
 @pytest.mark.parametrize("fill", [-math.inf, torch.finfo(torch.float32).min, -2.3819763e38])
@@ -92,17 +92,17 @@ def test_a_masked_score_is_masked_whatever_number_stands_there(fill: float, soun
     site = "blocks.1.attn.hook_attn_scores"
     scores = values[site].masked_fill(values[site] < -1e4, fill)
     rows = by_site(compare(model, ROW, {**values, site: scores}))
-    assert not any(row.parts for row in rows.values()) and rows[site].largest < 1e-3
+    assert not any(row.differs for row in rows.values()) and rows[site].largest < 1e-3
 
 
-def test_a_key_that_one_system_alone_sees_parts_and_is_counted(sound: Models) -> None:
+def test_a_key_that_one_system_alone_sees_differs_and_is_counted(sound: Models) -> None:
     model, values = sound
     site = "blocks.0.attn.hook_attn_scores"
     for seen in (0.0, -math.inf):  # a key too many, a key too few
         scores = values[site].clone()
         scores[0, 20, 2 if seen == 0.0 else 20] = seen
         (row,) = compare(model, ROW, {site: scores})
-        assert row.parts and row.why == "1 keys seen by one system alone" and row.ratio == math.inf
+        assert row.differs and row.why == "1 keys seen by one system alone" and row.ratio == math.inf
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -113,7 +113,7 @@ def test_what_is_not_finite_is_named_first_and_whose_it_is(bad: float, sound: Mo
             continue  # a masked key
         other = {name: value.clone() for name, value in values.items()}
         other[site][3, 5] = bad
-        first = first_to_part(compare(model, ROW, other))
+        first = first_difference(compare(model, ROW, other))
         assert first is not None and first.site == site
         assert first.why.startswith(f"theirs not finite: {bad} at [3, 5")
 
@@ -126,7 +126,7 @@ def test_our_own_value_that_is_not_finite_is_named_where_it_arises(sound: Models
         large.get_parameter("model.layers.1.mlp.gate_proj.weight").mul_(1e4)
     other = observed(large, ROW, sites(model.config))
     assert all(value.isfinite().all() for value in other.values())
-    first = first_to_part(compare(large.to(torch.float16), ROW, other))
+    first = first_difference(compare(large.to(torch.float16), ROW, other))
     assert first is not None and first.site == "blocks.1.mlp.hook_pre"
     assert first.why.startswith("ours not finite: ") and "theirs" not in first.why
 
@@ -136,9 +136,9 @@ def test_the_last_positions_may_stand_for_a_site(sound: Models) -> None:
     rows = by_site(
         compare(model, ROW, {**values, "logits": values["logits"][-3:], "ln_final": values["ln_final"][-1:]})
     )
-    assert rows["logits"].bitwise and rows["ln_final"].bitwise and not any(row.parts for row in rows.values())
+    assert rows["logits"].bitwise and rows["ln_final"].bitwise and not any(row.differs for row in rows.values())
     (first,) = compare(model, ROW, {"logits": values["logits"][:3]})
-    assert first.parts
+    assert first.differs
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_logits_alone_are_judged_with_the_truth_that_is_at_hand(sound: Models) -
     truth, own = predicted(model, ROW)["logits"], values["logits"]
     (expected,) = compare(model, ROW, {"logits": own})
     assert compare_end(truth, own, own) == expected
-    assert compare_end(truth, own, own + 1e-3).parts
+    assert compare_end(truth, own, own + 1e-3).differs
 
 
 def test_predictions_are_measured_as_by_hand() -> None:
@@ -260,21 +260,21 @@ def test_predictions_of_the_last_positions_and_of_equal_logits() -> None:
 
 @pytest.mark.parametrize("length", [2, 3, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_few_ids_computed_otherwise_are_rounding(length: int, dtype: torch.dtype) -> None:
-    """Of a norm's scale there is a value an id: the yardstick's error in so few is small by chance."""
+def test_few_token_ids_computed_otherwise_are_rounding(length: int, dtype: torch.dtype) -> None:
+    """A norm's scale has one value for each token: the baseline's error in so few is small by chance."""
     for size in SHAPES:
         for seed in range(3):
             model = tiny(size, seed=seed).to(dtype)
             other = with_numerics(model, "gemma_pytorch")
             values = observed(other, ROW[:length], sites(model.config))
-            assert not first_to_part(compare(model, ROW[:length], values)), (size, seed)
+            assert not first_difference(compare(model, ROW[:length], values)), (size, seed)
 
 
 def test_what_is_shown_for_the_last_positions_alone_is_held_against_as_much_of_ours() -> None:
     model = tiny("2b").to(torch.bfloat16)
     values = observed(with_numerics(model, "gemma_pytorch"), ROW, sites(model.config))
     ends = [name for name in values if name.endswith(("resid_post", "ln_final", "logits"))]
-    assert not first_to_part(compare(model, ROW, {name: values[name][-3:] for name in ends}))
+    assert not first_difference(compare(model, ROW, {name: values[name][-3:] for name in ends}))
 
 
 def test_one_rounding_of_a_value_that_is_wide_here_is_rounding() -> None:
@@ -293,4 +293,4 @@ def test_scores_masked_with_minus_ten_thousand_are_masked(sound: Models) -> None
     filled = values[scores].masked_fill(values[scores] < -1e3, -1e4)
     assert not torch.equal(filled, values[scores])
     (row,) = (row for row in compare(model, ROW, values | {scores: filled}) if row.site == scores)
-    assert not row.parts
+    assert not row.differs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ from gemma2.parity.references import CannotDo, Reference, open_reference, spans
 from gemma2.parity.references.ourselves import Ourselves
 from gemma2.tokens import left_padded
 from tests.conftest import COMMON, SHAPES, ids, tensors_of, tiny
-from tests.parity.planted import BUGS, layers_swapped, no_final_cap, no_score_cap, scaled_by_width, window_one_wider
+from tests.parity.injected import BUGS, layers_swapped, no_final_cap, no_score_cap, scaled_by_width, window_one_wider
 
 SMALL = {**SHAPES["2b"], "num_hidden_layers": 2}
 BOS = 2
@@ -69,17 +69,17 @@ def written(place: Path, change: Callable[[Gemma2], object] = lambda model: None
     return place
 
 
-class Planted(Ourselves):
+class Injected(Ourselves):
     """Ourselves with a mistake, which another window leaves in."""
 
-    def __init__(self, opened: Checkpoint, plant: Callable[[Gemma2], None], dtype: torch.dtype = torch.float32) -> None:
-        self.plant = plant
+    def __init__(self, opened: Checkpoint, bug: Callable[[Gemma2], None], dtype: torch.dtype = torch.float32) -> None:
+        self.inject = bug
         super().__init__(opened, dtype)
 
     def _arrange(self, plain: Gemma2, config: Gemma2Config) -> None:
         super()._arrange(plain, config)
         with torch.no_grad():
-            self.plant(self._model)
+            self.inject(self._model)
 
 
 def nothing(model: Gemma2) -> None:
@@ -137,7 +137,7 @@ class OneWay(Ourselves):
 
 
 class Failing(Ourselves):
-    """Its cache and its batches break, as a peer's own code may."""
+    """Its cache and its batches break, as another implementation's code may."""
 
     def cached(self, ids: Sequence[int], chunks: Sequence[int]) -> Tensor:
         raise RuntimeError("shapes [4, 1] and [4, 2] do not fit\nraised at attention.cpp:17")
@@ -159,10 +159,22 @@ def test_a_sound_system_agrees_in_every_case(ours: Ourselves, opened: Checkpoint
         found = outcomes(open_reference(spec, opened.path), ours)
         assert list(found) == [BEGINS, CONFIG, PROMPT, LAYERS, SCALE, CAPS, CACHED, CHUNKED, RAGGED]
         assert {case.outcome for case in found.values()} == {AGREES}, found
-    assert found[PROMPT].detail == f"window {WINDOW}, 48 ids"
+    assert found[PROMPT].detail == f"window {WINDOW}, 48 token ids"
     assert found[LAYERS].detail.startswith("of 48 keys the last query sees 12 in local layers and all")
     assert found[SCALE].detail == "scores are q·k times 0.25; 16 ** -0.5 is 0.25"
     assert "|logits| up to 30 of 30, |blocks.0.attn.hook_attn_scores| up to " in found[CAPS].detail
+
+
+class Breaking(Ourselves):
+    """Ours, with a fault of its own in every pass."""
+
+    def run(self, ids: Sequence[int], sites: Iterable[str]) -> dict[str, Tensor]:
+        raise RuntimeError("a fault of ours")
+
+
+def test_an_error_of_our_own_is_not_called_the_other_systems(opened: Checkpoint) -> None:
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        outcomes(Ourselves(opened, torch.float32), Breaking(opened, torch.float32))
 
 
 def test_a_case_in_which_a_system_fails_is_not_run_and_says_with_what(ours: Ourselves, opened: Checkpoint) -> None:
@@ -175,24 +187,24 @@ def test_a_case_in_which_a_system_fails_is_not_run_and_says_with_what(ours: Ours
 
 
 @pytest.mark.parametrize(
-    ("plant", "case", "detail"),
+    ("inject", "case", "detail"),
     [
         # Of 48 queries 36 see one key too many, in each of 8 heads.
         (window_one_wider, PROMPT, "hook_attn_scores, 288 keys seen by one system alone"),
-        (window_one_wider, LAYERS, "layer 0 sees 13 of 48 keys with window 12, and is sliding_attention here"),
-        (layers_swapped, LAYERS, "layer 0 sees 48 of 48 keys with window 12, and is sliding_attention here"),
+        (window_one_wider, LAYERS, "layer 0 sees 13 of 48 keys with window 12, and ours is sliding_attention"),
+        (layers_swapped, LAYERS, "layer 0 sees 48 of 48 keys with window 12, and ours is sliding_attention"),
         (scaled_by_width, SCALE, "scores are q·k times 0.2357; 16 ** -0.5 is 0.25"),
         (no_final_cap, CAPS, "|logits| up to 165.6 of 30, |blocks.0.attn.hook_attn_scores| up to 44.13 of 50"),
         (no_score_cap, CAPS, "|logits| up to 30 of 30, |blocks.0.attn.hook_attn_scores| up to 69.36 of 50"),
     ],
 )
 def test_a_case_differs_where_the_system_is_broken_in_its_way(
-    plant: Callable[[Gemma2], None], case: str, detail: str, ours: Ourselves, opened: Checkpoint
+    inject: Callable[[Gemma2], None], case: str, detail: str, ours: Ourselves, opened: Checkpoint
 ) -> None:
-    found = outcomes(Planted(opened, plant), ours)
+    found = outcomes(Injected(opened, inject), ours)
     # These four judge all sites or the logits, which any mistake moves.
     assert differing(found) == {case, PROMPT, CACHED, CHUNKED, RAGGED} | (
-        {LAYERS} if plant is window_one_wider else set()
+        {LAYERS} if inject is window_one_wider else set()
     )
     assert found[case].detail.endswith(detail)
 
@@ -212,10 +224,10 @@ def test_a_mistake_in_feeding_is_found_by_the_case_that_feeds_so_and_by_no_other
 
 
 def test_the_scale_is_measured_from_patterns_where_scores_are_not_shown(ours: Ourselves, opened: Checkpoint) -> None:
-    for plant, outcome in ((lambda model: None, AGREES), (scaled_by_width, DIFFERS)):
-        peer = Planted(opened, plant)
-        peer.sites = frozenset(name for name in peer.sites if not name.endswith(("scores_raw", "attn_scores")))
-        found = outcomes(peer, ours)
+    for inject, outcome in ((lambda model: None, AGREES), (scaled_by_width, DIFFERS)):
+        theirs = Injected(opened, inject)
+        theirs.sites = frozenset(name for name in theirs.sites if not name.endswith(("scores_raw", "attn_scores")))
+        found = outcomes(theirs, ours)
         assert found[SCALE].outcome == outcome, found[SCALE]
         assert found[LAYERS].outcome == AGREES
 
@@ -223,21 +235,21 @@ def test_the_scale_is_measured_from_patterns_where_scores_are_not_shown(ours: Ou
 WITHOUT_SCORES = ("scores_raw", "attn_scores")
 
 
-def without_scores(opened: Checkpoint, plant: Callable[[Gemma2], None], dtype: torch.dtype) -> Planted:
-    peer = Planted(opened, plant, dtype)
-    peer.sites = frozenset(name for name in peer.sites if not name.endswith(WITHOUT_SCORES))
-    return peer
+def without_scores(opened: Checkpoint, inject: Callable[[Gemma2], None], dtype: torch.dtype) -> Injected:
+    theirs = Injected(opened, inject, dtype)
+    theirs.sites = frozenset(name for name in theirs.sites if not name.endswith(WITHOUT_SCORES))
+    return theirs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_cap_left_out_is_told_from_patterns_where_scores_are_not_shown(
     dtype: torch.dtype, opened: Checkpoint
 ) -> None:
-    """In bfloat16 too, in which no site of transformers' parts for it alone."""
+    """In bfloat16 too, in which no site of transformers' differs for it alone."""
     ours = Ourselves(opened, dtype)
-    capped, uncapped = (outcomes(without_scores(opened, plant, dtype), ours)[CAPS] for plant in (nothing, no_score_cap))
-    assert capped.outcome == AGREES and capped.detail.endswith("scores are capped, by what they weigh")
-    assert uncapped.outcome == DIFFERS and uncapped.detail.endswith("scores are not capped, by what they weigh")
+    capped, uncapped = (outcomes(without_scores(opened, bug, dtype), ours)[CAPS] for bug in (nothing, no_score_cap))
+    assert capped.outcome == AGREES and capped.detail.endswith("scores are capped, as the pattern shows")
+    assert uncapped.outcome == DIFFERS and uncapped.detail.endswith("scores are not capped, as the pattern shows")
 
 
 def test_faint_scores_do_not_tell_whether_they_were_capped(tmp_path: Path) -> None:
@@ -246,22 +258,22 @@ def test_faint_scores_do_not_tell_whether_they_were_capped(tmp_path: Path) -> No
             layer.get_submodule("self_attn.q_proj").get_parameter("weight").mul_(1e-3)
 
     opened = open_checkpoint(written(tmp_path, faint))
-    for plant in (nothing, no_score_cap):
-        found = outcomes(without_scores(opened, plant, torch.bfloat16), Ourselves(opened, torch.bfloat16))
-        assert found[CAPS].outcome == AGREES and "weigh" not in found[CAPS].detail
+    for inject in (nothing, no_score_cap):
+        found = outcomes(without_scores(opened, inject, torch.bfloat16), Ourselves(opened, torch.bfloat16))
+        assert found[CAPS].outcome == AGREES and "as the pattern" not in found[CAPS].detail
 
 
 def test_layers_swapped_are_told_from_patterns_where_scores_are_not_shown(ours: Ourselves, opened: Checkpoint) -> None:
     found = outcomes(without_scores(opened, layers_swapped, torch.float32), ours)[LAYERS]
     assert found.outcome == DIFFERS
-    assert found.detail == "layer 0 sees beyond the window of 12, and is sliding_attention here"
+    assert found.detail == "layer 0 sees beyond the window of 12, and ours is sliding_attention"
 
 
 def test_a_cap_after_the_mask_is_told_from_patterns_where_scores_are_not_shown(
     ours: Ourselves, opened: Checkpoint
 ) -> None:
     """Where scores are small it moves no value: what is hidden weighs e^-50."""
-    found = outcomes(without_scores(opened, BUGS["cap after mask"].plant, torch.float32), ours)
+    found = outcomes(without_scores(opened, BUGS["cap after mask"].inject, torch.float32), ours)
     assert LAYERS in differing(found) and "sees beyond the window" in found[LAYERS].detail
 
 
@@ -286,7 +298,7 @@ def test_a_number_that_configs_state_otherwise_is_a_difference_that_no_value_sho
     found = judge(other, opened, ROW[:8])
     assert all(row.bitwise for row in found.rows) and found.verdict == DIFFERENCE
     assert [(case.name, case.detail) for case in found.cases if case.outcome == DIFFERS] == [
-        (CONFIG, "sliding_window 11, 16 here")
+        (CONFIG, "sliding_window: theirs 11, ours 16")
     ]
     aside = open_reference(f"self:model={written(tmp_path, max_position_embeddings=96)}", path)
     assert judge(aside, opened, ROW[:8]).verdict == EQUAL
@@ -302,8 +314,8 @@ def test_float64_is_judged_by_what_float64_leaves(opened: Checkpoint, path: Path
             for name in ("self_attn.q_proj", "mlp.down_proj"):
                 layer.get_submodule(name).__class__ = Halved
 
-    assert judge(Planted(opened, halved, torch.float64), opened, ROW[:8]).verdict == ROUNDING
-    erf = judge(Planted(opened, BUGS["erf GELU"].plant, torch.float64), opened, ROW[:8])
+    assert judge(Injected(opened, halved, torch.float64), opened, ROW[:8]).verdict == ROUNDING
+    erf = judge(Injected(opened, BUGS["erf GELU"].inject, torch.float64), opened, ROW[:8])
     assert erf.first == BUGS["erf GELU"].first
 
 
@@ -338,7 +350,7 @@ def test_a_system_that_cannot_do_a_case_says_why_and_is_not_judged_by_it(opened:
 
 def test_ids_that_leave_a_fixed_window_are_a_prompt_longer_than_it(ours: Ourselves, opened: Checkpoint) -> None:
     found = outcomes(OneWay(opened), ours)
-    assert (found[PROMPT].outcome, found[PROMPT].detail) == (AGREES, "window 16, 48 ids")
+    assert (found[PROMPT].outcome, found[PROMPT].detail) == (AGREES, "window 16, 48 token ids")
     assert found[LAYERS].outcome == NOT_RUN and "neither scores nor patterns" in found[LAYERS].detail
 
 
@@ -355,7 +367,7 @@ def test_few_ids_are_judged_by_what_they_can_show(length: int, ours: Ourselves, 
 
 def test_ids_that_both_were_given_need_not_begin_with_bos(opened: Checkpoint) -> None:
     found = judge(open_reference("self", opened.path), opened, ROW[1:])
-    assert found.cases[0].outcome == NOT_RUN and "both systems were given these ids" in found.cases[0].detail
+    assert found.cases[0].outcome == NOT_RUN and "both systems were given these token ids" in found.cases[0].detail
     assert found.verdict == EQUAL
 
 
@@ -369,7 +381,7 @@ def test_the_verdict_is_equal_rounding_or_a_difference(opened: Checkpoint) -> No
         found = judge(open_reference(spec, opened.path), opened, ROW)
         assert (found.verdict, found.first) == (verdict, None)
         assert len(found.rows) == 2 * 27 + 6 and found.logits is not None and found.logits.positions == 48
-    broken = judge(Planted(opened, scaled_by_width), opened, ROW)
+    broken = judge(Injected(opened, scaled_by_width), opened, ROW)
     assert (broken.verdict, broken.first) == (DIFFERENCE, "blocks.0.attn.hook_scores_raw")
     fed = judge(SeenPadding(opened, torch.float32), opened, ROW)
     assert (fed.verdict, fed.first) == (DIFFERENCE, None) and all(row.bitwise for row in fed.rows)
@@ -394,10 +406,10 @@ def test_the_sites_asked_for_are_judged_and_no_others(opened: Checkpoint) -> Non
 
 
 def test_what_is_not_finite_in_their_system_is_named_at_its_first_site(opened: Checkpoint) -> None:
-    def plant(model: Gemma2) -> None:
+    def inject(model: Gemma2) -> None:
         model.get_parameter("model.layers.1.self_attn.v_proj.weight")[0, 0] = torch.nan
 
-    found = judge(Planted(opened, plant), opened, ROW)
+    found = judge(Injected(opened, inject), opened, ROW)
     assert (found.verdict, found.first) == (DIFFERENCE, "blocks.1.attn.hook_v")
     (row,) = [row for row in found.rows if row.site == found.first]
     assert row.why == "theirs not finite: nan at [0, 0, 0]"
@@ -422,13 +434,13 @@ def test_what_is_not_finite_in_our_system_is_named_at_its_first_site(tmp_path: P
 
 def test_more_ids_than_the_context_are_refused(opened: Checkpoint) -> None:
     reference = open_reference("self", opened.path)
-    with pytest.raises(ContextOverflow, match="257 ids exceed the model's context of 256"):
+    with pytest.raises(ContextOverflow, match="257 token ids exceed the model's context of 256"):
         judge(reference, opened, [BOS] * 257)
-    with pytest.raises(ContextOverflow, match="257 ids exceed the model's context of 256"):
+    with pytest.raises(ContextOverflow, match="257 token ids exceed the model's context of 256"):
         explain(reference, opened, [BOS] * 257, "jax")
 
 
-def test_each_bit_closes_its_part_of_the_gap_and_nothing_remains(opened: Checkpoint) -> None:
+def test_each_change_closes_some_of_the_gap_and_nothing_remains(opened: Checkpoint) -> None:
     reference = open_reference("self:dtype=bfloat16,numerics=gemma_pytorch", opened.path)
     steps = explain(reference, opened, ROW, "gemma_pytorch")
     names = [f"gemma_pytorch {change.name}" for change in PROFILES["gemma_pytorch"]]

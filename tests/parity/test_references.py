@@ -75,18 +75,18 @@ def check_reference(peer: Reference, config: gemma2.Gemma2Config, within: float 
     assert torch.allclose(found[:WINDOW], logits[:WINDOW], atol=1e-3) and not close(found[WINDOW:], logits[WINDOW:])
     assert close(narrow.cached(ROW, [20, 1, 1, 38]), found)
     assert torch.equal(peer.run(ROW, ["logits"])["logits"], logits), "the wider one has changed"
-    with pytest.raises(ValueError, match="parts of at least one"):
+    with pytest.raises(ValueError, match="do not add up to 60 token ids"):
         peer.cached(ROW, [30, 31])
     with pytest.raises(ValueError, match="outside the vocabulary"):
         peer.run([config.vocab_size], ["logits"])
-    with pytest.raises(ValueError, match="at least one id"):
+    with pytest.raises(ValueError, match="at least one token id"):
         peer.run([], ["logits"])
     for ask in (
         lambda row: peer.run(row, ["logits"]),
         lambda row: peer.cached(row, [257]),
         lambda row: peer.batched([row]),
     ):
-        with pytest.raises(ContextOverflow, match="takes at most 256 ids, not 257"):
+        with pytest.raises(ContextOverflow, match="takes at most 256 token ids, not 257"):
             ask([5] * 257)
     with pytest.raises(CannotDo, match=r"does not show hook_everything"):
         peer.run(ROW, ["hook_everything"])
@@ -164,7 +164,7 @@ def test_a_folder_that_is_no_gemma_pytorch_is_refused_and_leaves_no_module(folde
         ):
             open_reference(f"gemma_pytorch:{source}", path)
         (source / "gemma" / "model.py").write_text("")
-        with pytest.raises(BadModelFile, match="a gemma_pytorch of another time than revision 014acb7"):
+        with pytest.raises(BadModelFile, match="its code is not that of revision 014acb7"):
             open_reference(f"gemma_pytorch:{source}", path)
         assert sys.modules["gemma"] is mine and "gemma.model" not in sys.modules and str(source) not in sys.path
     finally:
@@ -293,7 +293,7 @@ def test_our_own_dtype_and_checkpoint_are_those_asked_for(folder: Folder) -> Non
 def test_llama_cpp_numerics_round_by_the_types_in_the_file() -> None:
     path = POCKET / "pocket-q8_0.gguf"
     as_file = open_reference("self:numerics=llama.cpp", path)
-    assert as_file.dtype == torch.float32 and "float32" in as_file.system
+    assert as_file.dtype == torch.float32 and "weights in" not in as_file.system
     dequantized = open_reference("self:dtype=float32", path)
     first = "blocks.0.mlp.hook_pre"
     found, expected = (peer.run(ROW[:20], [first])[first] for peer in (as_file, dequantized))
@@ -370,7 +370,7 @@ def test_specs_that_name_nothing_are_refused_with_the_cure(folder: Folder) -> No
             open_reference(spec, path)
     for spec in ("dtpye=float32", "dtype", "dtype=", "dtype=float32,dtype=float32"):
         with pytest.raises(
-            ValueError, match=r"give dtype=\.\.\., device=\.\.\., numerics=\.\.\., model=\.\.\., each once"
+            ValueError, match=r"give model=\.\.\., dtype=\.\.\., device=\.\.\., numerics=\.\.\., each once"
         ):
             open_reference(f"self:{spec}", path)
     with pytest.raises(ValueError, match="dtype is not one of float32, bfloat16, float64"):

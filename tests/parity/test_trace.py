@@ -103,7 +103,7 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     about = About("x", "float32", model.config)
     with pytest.raises(ValueError, match="id 512 is outside"):
         TraceWriter(tmp_path / "t", about, [1, 512], "logits", torch.float32)
-    with pytest.raises(ValueError, match="at least one id"):
+    with pytest.raises(ValueError, match="at least one token id"):
         TraceWriter(tmp_path / "t", about, [], "logits", torch.float32)
     with pytest.raises(ValueError, match="no site is called 'logit'"):
         TraceWriter(tmp_path / "t", about, IDS, "logit", torch.float32)

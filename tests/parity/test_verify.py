@@ -164,12 +164,12 @@ def test_every_prompt_and_window_can_be_certified(length: int, window: int) -> N
 def test_prompts_that_are_too_short_or_exceed_the_context_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 16"):
         list(verify(tiny(), length=15))
-    with pytest.raises(gemma2.ContextOverflow, match="257 ids exceed the context of 256"):
+    with pytest.raises(gemma2.ContextOverflow, match="257 token ids exceed the context of 256"):
         list(verify(tiny(), length=257))
 
 
 def test_the_command_refuses_a_length_before_it_prints_anything(capsys: pytest.CaptureFixture[str]) -> None:
-    for length, words in (("15", "give at least 16"), ("1025", "1,025 ids exceed the context of 1,024")):
+    for length, words in (("15", "give at least 16"), ("1025", "1,025 token ids exceed the context of 1,024")):
         assert main(["verify", "pocket", "--device", "cpu", "--length", length]) == 2
         out, err = capsys.readouterr()
         assert out == "" and words in err
@@ -181,7 +181,7 @@ def test_the_command_certifies_the_pocket_model_and_saves_it_in_two_formats(
     options = ["--no-compile", "--length", "150", "--dtype", "float32", "--device", "cpu"]
     assert main(["verify", "pocket", *options]) == 0
     out, err = capsys.readouterr()
-    assert err == "" and "dtype     float32" in out and "150 random ids, window 100, narrowed from 128" in out
+    assert err == "" and "dtype     float32" in out and "150 random token ids, window 100, narrowed from 128" in out
     assert out.count("passed   every bit equal (safetensors") == out.count("passed   every bit equal (GGUF") == 1
     assert out.endswith("5 of 5 passed, 2 not run\n") or torch.accelerator.is_available()
 
@@ -205,7 +205,7 @@ def test_the_command_fails_with_1_and_says_where_also_for_machines(
     monkeypatch.setattr(command, "verify", lambda *args, **options: iter(checks))
     assert main(["verify", "pocket", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
-    assert "a = b              FAILED   apart by 2, allowed 1 (so; 0.1 s)" in out
+    assert "a = b              FAILED   off by 2, allowed 1 (so; 0.1 s)" in out
     assert "c = d              not run  no time (so)" in out and out.endswith("0 of 1 passed, 1 not run\n")
     assert main(["verify", "pocket", "--device", "cpu", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""Other systems to hold this model against, one file each: each is a `Reference`, and imports its peer itself."""
+"""Other systems to compare this model with, one file each. Each is a `Reference` and imports its own package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile, ContextOverflow
 from gemma2.numerics.changes import Storage
 
-SPECS = "transformers, llama.cpp, gemma_pytorch:FOLDER, trace:FILE, FILE.safetensors, self:KEY=VALUE,..."
+SPECS = (
+    "transformers, llama.cpp, gemma_pytorch:FOLDER, trace:FILE, FILE.safetensors, self:model=MODEL2, self:KEY=VALUE,..."
+)
 # Two models that differ in one of these have no site in common. Any other number may differ: that is what comparing is
 # for.
 SHAPE = (
@@ -41,7 +43,7 @@ class Reference(Protocol):
         config: the model as this system sees it.
         versions: of what else matters, name -> version.
         sites: names of `research/sites.py` that it can show.
-        longest: most ids it takes, or None.
+        longest: most token ids it takes, or None.
         storage: how it holds the weights, where its arithmetic depends on it and it says so; else None.
     """
 
@@ -55,13 +57,13 @@ class Reference(Protocol):
 
     def run(self, ids: Sequence[int], sites: Iterable[str]) -> dict[str, Tensor]:
         """One pass over one row: site -> value without the batch axis, on the CPU. A site that it shows only for the
-        last positions may have fewer positions than ids. Raises CannotDo for a site that is not among its own."""
+        last positions may have fewer positions than token ids. Raises CannotDo for a site that is not among its own."""
 
     def with_window(self, window: int) -> Reference:
         """The same with another sliding window, so that a short prompt leaves it. Raises CannotDo."""
 
     def cached(self, ids: Sequence[int], chunks: Sequence[int]) -> Tensor:
-        """Logits [t v] with the system's own cache, fed so many ids at a time (they sum to t). Raises CannotDo."""
+        """Logits [t v] with the system's own cache, fed in chunks of these lengths (they sum to t). Raises CannotDo."""
 
     def batched(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """Logits [t v] of every row, computed in one ragged batch as the system does it. Raises CannotDo."""
@@ -72,8 +74,8 @@ def open_reference(spec: str, path: Path, dtype: torch.dtype | None = None) -> R
 
     Args:
         spec: `transformers`; `llama.cpp`; `gemma_pytorch:FOLDER` with the folder of its source, whose code is run;
-            `trace:FILE` or a name ending in .safetensors; `self`, or `self:` and any of dtype=, device=, numerics= and
-            model=, separated by commas.
+            `trace:FILE` or a name ending in .safetensors; `self`, or `self:` and any of model= (another checkpoint, say
+            a modified copy), dtype=, device= and numerics=, separated by commas.
         path: the checkpoint, a local folder or file.
         dtype: to compute in, where the system leaves a choice; default the checkpoint's own.
     Raises:
@@ -82,7 +84,7 @@ def open_reference(spec: str, path: Path, dtype: torch.dtype | None = None) -> R
         CannotDo: the system does not compute in this dtype, or has no place for a number of the config.
         ValueError: a spec that names no reference.
     """
-    # Each file imports its peer, so it is imported only when it is asked for.
+    # Each file imports a package that may be missing, so it is imported only when it is asked for.
     kind, _, rest = spec.partition(":")
     opened = open_local(path)
     reference: Reference
@@ -107,7 +109,8 @@ def open_reference(spec: str, path: Path, dtype: torch.dtype | None = None) -> R
 
         reference = GemmaPyTorch(Path(rest), opened, dtype or opened.weights.dtype)
     else:
-        raise ValueError(f"no reference {spec!r}; there are {SPECS}")
+        cure = f"; to compare with this checkpoint give self:model={spec}" if Path(spec).exists() else ""
+        raise ValueError(f"no reference {spec!r}; there are {SPECS}{cure}")
     for name in SHAPE:
         theirs, ours = getattr(reference.config, name), getattr(opened.config, name)
         if theirs != ours:
@@ -123,15 +126,16 @@ def open_local(path: Path) -> Checkpoint:
 
 
 def check_row(reference: Reference, ids: Sequence[int]) -> Tensor:
-    """Ids as [1 t]. Raises ContextOverflow for more than the reference takes, ValueError for what are no ids of it."""
+    """Token ids as [1 t]. Raises ContextOverflow for more than the reference takes, ValueError for one outside its
+    vocabulary."""
     vocab = reference.config.vocab_size
     if not len(ids):
-        raise ValueError("a pass needs at least one id")
+        raise ValueError("a pass needs at least one token id")
     for place, number in enumerate(ids):  # before they are a tensor, which holds none beyond int64
         if not 0 <= number < vocab:
             raise ValueError(f"token id {number} at {place} is outside the vocabulary [0, {vocab})")
     if reference.longest is not None and len(ids) > reference.longest:
-        raise ContextOverflow(f"{reference.system} takes at most {reference.longest} ids, not {len(ids)}")
+        raise ContextOverflow(f"{reference.system} takes at most {reference.longest} token ids, not {len(ids)}")
     return torch.tensor([list(ids)], dtype=torch.int64)
 
 
@@ -147,6 +151,6 @@ def check_sites(reference: Reference, sites: Iterable[str]) -> list[str]:
 def spans(ids: Sequence[int], chunks: Sequence[int]) -> list[tuple[int, int]]:
     """Where each chunk begins and ends. Raises ValueError unless they are the whole row."""
     if sum(chunks) != len(ids) or min(chunks, default=0) < 1:
-        raise ValueError(f"chunks {list(chunks)} are not a row of {len(ids)} ids in parts of at least one")
+        raise ValueError(f"chunks {list(chunks)} do not add up to {len(ids)} token ids, or one of them is empty")
     ends = [sum(chunks[: n + 1]) for n in range(len(chunks))]
     return list(zip([0, *ends], ends, strict=False))

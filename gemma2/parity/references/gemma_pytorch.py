@@ -47,7 +47,7 @@ class GemmaPyTorch:
     that can be another order of summation.
 
     Raises:
-        BadModelFile: the folder has no gemma/model.py, or one of another time than this was written against.
+        BadModelFile: the folder has no gemma/model.py, or its code is not of the revision that this was written for.
         ImportError: a package that its code imports is not installed.
         CannotDo: its code has no place for a number of the config, or for the dtype.
     """
@@ -61,7 +61,7 @@ class GemmaPyTorch:
             raise CannotDo(f"gemma_pytorch has rope_theta {THETA:g} in its code, not {opened.config.rope_theta:g}")
         if opened.config.hidden_size % opened.config.num_attention_heads:
             raise CannotDo("gemma_pytorch takes no hidden_size that its heads do not divide")
-        self._peer = _loaded(folder, opened, dtype)
+        self._model = _loaded(folder, opened, dtype)
         self.dtype, self.config = dtype, opened.config
         self.longest: int | None = opened.config.max_position_embeddings
         revision = _revision(folder)
@@ -83,7 +83,7 @@ class GemmaPyTorch:
             seen[name] = as_site(name, value, self.config)
 
         caches = self._caches(1, len(ids))
-        with watching(self._peer, {name: self._places[name] for name in wanted if name in self._places}, see):
+        with watching(self._model, {name: self._places[name] for name in wanted if name in self._places}, see):
             see("logits", self._logits(tokens, 0, caches))
         for name, layer in self._keys.items():
             see(name, caches[layer][0])
@@ -101,8 +101,8 @@ class GemmaPyTorch:
 
     @torch.no_grad()
     def batched(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Without padding: as many ids of all rows as the shortest has, then one of each at a time, and of a row that
-        has ended any."""
+        """Without padding: first as many token ids of every row as the shortest row has, then one of each row at a
+        time. A row that has ended is fed zeros, and what they give is dropped."""
         for row in rows:
             check_row(self, row)
         shortest, longest = min(map(len, rows)), max(map(len, rows))
@@ -119,7 +119,7 @@ class GemmaPyTorch:
         hidden = torch.full((1, 1, size, size), MASKED)
         mask = hidden.triu(1)
         local = mask + hidden.tril(-self.config.sliding_window)
-        _, logits = self._peer(
+        _, logits = self._model(
             input_token_ids=tokens,
             input_positions=positions,
             kv_write_indices=None,
@@ -147,24 +147,24 @@ def _loaded(folder: Path, opened: Checkpoint, dtype: torch.dtype) -> Any:
     try:
         config_module, model_module = _imported(folder)
         with tempfile.TemporaryDirectory() as place, _default(dtype):
-            words = Path(place) / "tokenizer.model"  # which it opens, and is never asked for
-            words.write_bytes(opened.tokenizer.to_proto())
-            peer = model_module.GemmaForCausalLM(_config(config_module, opened, dtype, words))
+            tokenizer = Path(place) / "tokenizer.model"  # it opens the file, and is never asked to use it
+            tokenizer.write_bytes(opened.tokenizer.to_proto())
+            model = model_module.GemmaForCausalLM(_config(config_module, opened, dtype, tokenizer))
     except (AttributeError, TypeError) as error:
-        raise BadModelFile(f"{folder}: a gemma_pytorch of another time than revision 014acb7 ({error})") from None
-    model = build(opened.weights, opened.config, torch.device("cpu"), dtype, progress=False)
-    ours = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        raise BadModelFile(f"{folder}: its code is not that of revision 014acb7, which is needed ({error})") from None
+    built = build(opened.weights, opened.config, torch.device("cpu"), dtype, progress=False)
+    ours = {name: parameter.detach() for name, parameter in built.named_parameters()}
     theirs = {name: torch.cat([ours[part] for part in parts]) for name, parts in fused(ours).items()}
-    peer.load_state_dict({**theirs, "freqs_cis": peer.freqs_cis}, strict=True)
-    return peer.eval()
+    model.load_state_dict({**theirs, "freqs_cis": model.freqs_cis}, strict=True)
+    return model.eval()
 
 
-def _config(theirs: Any, opened: Checkpoint, dtype: torch.dtype, words: Path) -> Any:
+def _config(theirs: Any, opened: Checkpoint, dtype: torch.dtype, tokenizer: Path) -> Any:
     ours, kinds = opened.config, theirs.AttentionType
     return theirs.GemmaConfig(
         architecture=theirs.Architecture.GEMMA_2,
         dtype=NAMES[dtype],
-        tokenizer=str(words),
+        tokenizer=str(tokenizer),
         use_pre_ffw_norm=True,
         use_post_ffw_norm=True,
         vocab_size=ours.vocab_size,

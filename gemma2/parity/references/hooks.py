@@ -13,7 +13,7 @@ from gemma2.research.sites import LAYER, sites
 
 INPUT, OUTPUT = "input", "output"
 Places = Mapping[str, tuple[str, str]]  # site -> a module, and which of its sides is the site
-# transformers and gemma_pytorch call these modules the same. What a module reads is what the stream is there.
+# transformers and gemma_pytorch call these modules the same. What a module reads is the residual stream there.
 COMMON: Places = {
     "blocks.{i}.hook_resid_pre": ("model.layers.{i}", INPUT),
     "blocks.{i}.ln1": ("model.layers.{i}.input_layernorm", OUTPUT),
@@ -40,12 +40,12 @@ def in_layers(names: Mapping[str, tuple[str, str]], count: int) -> dict[str, tup
 
 
 @contextmanager
-def watching(peer: nn.Module, places: Places, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def watching(model: nn.Module, places: Places, see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call `see(site, value)` for every place of every pass inside the block."""
     with ExitStack() as hooks:
         for site, (module, side) in places.items():
             hook = _teller(see, site, side)
-            handle = peer.get_submodule(module).register_forward_hook(hook, with_kwargs=True)
+            handle = model.get_submodule(module).register_forward_hook(hook, with_kwargs=True)
             hooks.callback(handle.remove)
         yield
 
@@ -60,7 +60,7 @@ def _teller(see: Callable[[str, Tensor], None], site: str, side: str) -> Callabl
 
 def as_site(name: str, value: Tensor, config: Gemma2Config) -> Tensor:
     """A value of one row, [1 t ...] or for scores [1 h t s], in the site's own shape without the batch axis; a copy on
-    the CPU, since what a peer computes it may overwrite."""
+    the CPU, since another implementation may overwrite what it computed."""
     site = sites(config)[name]
     t = value.shape[-2] if "s" in site.shape.split() else value.shape[1]
     return value.detach().reshape(site.sizes(config, t)[1:]).to("cpu", copy=True)

@@ -169,7 +169,7 @@ class LlamaCpp:
         return seen
 
     def _watch(self, ids: Sequence[int], choose: Callable[[str, int], str], see: Callable[[str, Tensor], None]) -> None:
-        """One pass over a row. `choose` gives the name under which the so-manieth node of a name is shown, if it is."""
+        """One pass over a row. `choose(node, n)` names the site of the n-th node called `node`, "" for none."""
         watcher = _Watcher(choose, see)
         with self._context(len(ids), watcher=watcher) as context:
             self._decode(context, [(token, at, 0) for at, token in enumerate(ids)])
@@ -222,7 +222,7 @@ class LlamaCpp:
         swa_full: bool = True,
         watcher: _Watcher | None = None,
     ) -> Iterator[Any]:
-        """A context for so many rows of a length. `batch` ids are computed in one graph; default the row."""
+        """A context for so many rows of a length. `batch` token ids are computed in one graph; default the row."""
         options = llama_cpp.llama_context_default_params()
         options.n_ctx, options.n_seq_max, options.swa_full = -(-length // 256) * 256 * rows, rows, swa_full
         options.n_batch = options.n_ubatch = batch or length
@@ -234,14 +234,14 @@ class LlamaCpp:
         with _quiet() as said:
             context = llama_cpp.llama_init_from_model(self._model, options)
             if not context:
-                raise CannotDo(f"{self.system} makes no context for {length} ids: {' '.join(said)}")
+                raise CannotDo(f"{self.system} makes no context for {length} token ids: {' '.join(said)}")
             try:
                 yield context
             finally:
                 llama_cpp.llama_free(context)
 
     def _decode(self, context: Any, tokens: Sequence[tuple[int, int, int]]) -> Tensor:
-        """Logits [n v] of ids, each with its position and its row."""
+        """Logits [n v] of token ids, each with its position and its row."""
         batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
         try:
             for n, (token, position, row) in enumerate(tokens):
@@ -313,7 +313,7 @@ def _nodes(layers: int) -> dict[str, tuple[str, ...]]:
         "ln_final.hook_normalized",
     )
     found["MUL ffn_post_norm"] = tuple(f"blocks.{i}.hook_mlp_out" for i in range(layers))
-    # Products without a name: each layer's attention output before its norm, which is no site, and the head's.
+    # Products without a name: each layer's attention output before its norm, and the head's.
     found[f"MUL_MAT {UNNAMED}"] = (*[""] * layers, "logits_raw")
     return found
 

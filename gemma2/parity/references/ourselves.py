@@ -7,31 +7,31 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gemma2.cache import HybridCache
-from gemma2.checkpoints.checkpoint import Checkpoint
-from gemma2.checkpoints.dtypes import RUNNABLE, stored_name
+from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from gemma2.checkpoints.dtypes import RUNNABLE
 from gemma2.checkpoints.weights import build, shapes_of
 from gemma2.config import Gemma2Config
+from gemma2.load import check_device, locate
 from gemma2.model import Gemma2
 from gemma2.numerics import storage_of, with_numerics
 from gemma2.numerics.changes import Storage, Stored
-from gemma2.parity.references import check_row, check_sites, open_local, spans
+from gemma2.parity.references import check_row, check_sites, spans
 from gemma2.research.capture import capture
 from gemma2.research.sites import sites as all_sites
 from gemma2.tokens import left_padded
 from gemma2.twins import sharing
 
-KEYS = ("dtype", "device", "numerics", "model")
+KEYS = ("model", "dtype", "device", "numerics")
 WIDE = "llama.cpp"  # the profile whose activations are float32 whatever the weights are
 
 
 def open_ourselves(spec: str, opened: Checkpoint, dtype: torch.dtype | None) -> Ourselves:
-    """From `dtype=float32,device=cpu,numerics=gemma_pytorch,model=PATH`, any of these; the rest is as in `opened`.
+    """From `model=PATH,dtype=float32,device=cpu,numerics=gemma_pytorch`, any of these; the rest is as in `opened`.
 
     Raises:
         ValueError: another key, or a value that there is not.
@@ -44,12 +44,15 @@ def open_ourselves(spec: str, opened: Checkpoint, dtype: torch.dtype | None) -> 
             raise ValueError(f"self:{spec}: give {', '.join(f'{known}=...' for known in KEYS)}, each once, or none")
         asked[key] = value
     if "model" in asked:
-        opened = open_local(Path(asked["model"]).expanduser())
+        opened = open_checkpoint(locate(asked["model"]))
     if "dtype" in asked:
         if asked["dtype"] not in RUNNABLE:
             raise ValueError(f"self:{spec}: dtype is not one of {', '.join(RUNNABLE)}")
         dtype = RUNNABLE[asked["dtype"]]
-    return Ourselves(opened, dtype, asked.get("device", "cpu"), asked.get("numerics"))
+    reference = Ourselves(opened, dtype, asked.get("device", "cpu"), asked.get("numerics"))
+    if "model" in asked:
+        reference.system += f", model {asked['model']}"
+    return reference
 
 
 class Ourselves:
@@ -58,8 +61,8 @@ class Ourselves:
     Args:
         dtype: default the checkpoint's, and float32 for a GGUF under llama.cpp's numerics, which dequantises to that.
         numerics: a profile of `gemma2/numerics/__init__.py`; default the model as it is.
-        storage: how llama.cpp's numerics take each parameter to be stored; default as the checkpoint has it, or as its
-            dtype is called in ggml.
+        storage: how each parameter is stored, for llama.cpp's numerics; default as in the checkpoint, or the ggml type of
+            its dtype.
     Raises:
         ValueError: a device that is not here, or an unknown profile.
     """
@@ -77,20 +80,18 @@ class Ourselves:
         self.storage = storage or storage_of(opened.weights)
         if dtype is None:
             dtype = torch.float32 if self.storage and numerics == WIDE else opened.weights.dtype
-        try:
-            self._device = torch.device(device)
-            torch.empty(0, device=self._device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise ValueError(f"device {device!r} is not available here ({str(error).splitlines()[0][:100]})") from None
+        self._device = check_device(device)
         if numerics == WIDE and self.storage is None:
             self.storage = {name: Stored(stored_name(dtype)) for name in shapes_of(opened.config)}
         self._numerics = numerics
         plain = build(opened.weights, opened.config, self._device, dtype, progress=False)
         self._arrange(plain, opened.config)
-        name = str(dtype).removeprefix("torch.")
-        said = f"gemma2 {version('gemma2')} in {name} on {device}"
-        self.system = f"{said}, numerics {numerics}" if numerics else said
         self.dtype = torch.float32 if numerics == WIDE else dtype
+        self.system = f"gemma2 {version('gemma2')} on {device}"
+        if numerics:
+            self.system += f", numerics {numerics}"
+        if dtype != self.dtype:
+            self.system += f", weights in {str(dtype).removeprefix('torch.')}"
         self.versions: Mapping[str, str] = {"gemma2": version("gemma2"), "torch": torch.__version__}
         self.sites = frozenset(all_sites(opened.config))
         self.longest: int | None = opened.config.max_position_embeddings

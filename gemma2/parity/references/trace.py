@@ -1,4 +1,4 @@
-"""A trace file as a reference: what another system computed, once, for the ids in the file."""
+"""A trace file as a reference: what another system computed once, for the token ids in the file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gemma2.parity.trace import Trace
 
 
 class Recorded:
-    """A `Reference` over a trace; `ids` are the only ones that it can answer for.
+    """A `Reference` over a trace. It can answer for the token ids in the file (`ids`) alone.
 
     Raises:
         BadModelFile: not a trace, or damaged.
@@ -33,7 +33,8 @@ class Recorded:
 
     def run(self, ids: Sequence[int], sites: Iterable[str]) -> dict[str, Tensor]:
         if list(ids) != self.ids:
-            raise self._cannot(f"it is of {len(self.ids)} ids, and these {len(ids)} are others")
+            given = f"it holds values for its own {len(self.ids)} token ids, not for these {len(ids)}"
+            raise self._cannot(f"{given}; leave out --prompt, --ids and --file")
         return {name: self._trace[name] for name in check_sites(self, sites)}
 
     def with_window(self, window: int) -> Reference:
@@ -43,7 +44,7 @@ class Recorded:
         raise self._cannot("it has no cache to feed")
 
     def batched(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-        raise self._cannot("it is of one row")
+        raise self._cannot("it has one row")
 
     def _cannot(self, why: str) -> CannotDo:
         return CannotDo(f"{self._trace.path}: a trace is a record: {why}")

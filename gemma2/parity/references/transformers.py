@@ -71,13 +71,13 @@ class Transformers:
     def __init__(self, opened: Checkpoint, dtype: torch.dtype) -> None:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, observed_attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-        self._peer = _loaded(opened, dtype)
-        for layer in self._peer.model.layers:
+        self._model = _loaded(opened, dtype)
+        for layer in self._model.model.layers:
             for name in ("query", "key", "pattern"):
                 layer.self_attn.add_module(f"observed_{name}", nn.Identity())
         self.system = f"transformers {transformers.__version__} eager"
         self.dtype = dtype
-        self.config = read_config(self._peer.config.to_dict(), self.system)
+        self.config = read_config(self._model.config.to_dict(), self.system)
         self.versions: Mapping[str, str] = {"transformers": transformers.__version__, "torch": torch.__version__}
         self._places = in_layers(PLACES, self.config.num_hidden_layers)
         self.sites = frozenset((*self._places, "logits"))
@@ -91,26 +91,26 @@ class Transformers:
         def see(name: str, value: Tensor) -> None:
             seen[name] = as_site(name, value, self.config)
 
-        with watching(self._peer, {name: self._places[name] for name in wanted if name in self._places}, see):
-            see("logits", self._peer(tokens, use_cache=False).logits)
+        with watching(self._model, {name: self._places[name] for name in wanted if name in self._places}, see):
+            see("logits", self._model(tokens, use_cache=False).logits)
         return {name: seen[name] for name in wanted}
 
     def with_window(self, window: int) -> Transformers:
         other = copy(self)
         other.config = replace(self.config, sliding_window=window)
         # Everything anew but the parameters.
-        other._peer = deepcopy(self._peer, {id(parameter): parameter for parameter in self._peer.parameters()})
-        other._peer.config.sliding_window = window
-        for layer in other._peer.model.layers:
+        other._model = deepcopy(self._model, {id(parameter): parameter for parameter in self._model.parameters()})
+        other._model.config.sliding_window = window
+        for layer in other._model.model.layers:
             if layer.self_attn.sliding_window is not None:
                 layer.self_attn.sliding_window = window
         return other
 
     @torch.no_grad()
     def cached(self, ids: Sequence[int], chunks: Sequence[int]) -> Tensor:
-        tokens, cache = check_row(self, ids), transformers.DynamicCache(config=self._peer.config)
+        tokens, cache = check_row(self, ids), transformers.DynamicCache(config=self._model.config)
         parts = [
-            self._peer(tokens[:, start:stop], past_key_values=cache, use_cache=True).logits
+            self._model(tokens[:, start:stop], past_key_values=cache, use_cache=True).logits
             for start, stop in spans(ids, chunks)
         ]
         return torch.cat(parts, dim=1)[0]
@@ -120,7 +120,7 @@ class Transformers:
         for row in rows:
             check_row(self, row)
         tokens, positions = left_padded(rows)
-        logits = self._peer(
+        logits = self._model(
             tokens,
             attention_mask=(positions >= 0).long(),
             position_ids=positions.clamp_min(0),
@@ -143,19 +143,19 @@ def _loaded(opened: Checkpoint, dtype: torch.dtype) -> Any:
         if _is_one_gguf(opened):
             source, options["gguf_file"] = path.parent, path.name
         else:
-            model = build(opened.weights, opened.config, torch.device("cpu"), dtype, progress=False)
-            tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
+            ours = build(opened.weights, opened.config, torch.device("cpu"), dtype, progress=False)
+            tensors = {name: tensor.detach() for name, tensor in ours.named_parameters()}
             options["state_dict"] = {**tensors, HEAD: tensors[EMBEDDING]}
     try:
         with _quiet():
-            peer, found = transformers.Gemma2ForCausalLM.from_pretrained(source, **options)
+            model, found = transformers.Gemma2ForCausalLM.from_pretrained(source, **options)
     except ImportError as error:
         said = " ".join(str(error).split())[:200]
         raise ImportError(f"{path}: transformers lacks what it needs to read it: {said}") from None
     odd = [f"{kind} {min(map(str, names))}" for kind, names in found.items() if names]
     if odd:
         raise BadModelFile(f"{path}: transformers reads it otherwise: {', '.join(odd)}")
-    return peer.eval()
+    return model.eval()
 
 
 def _is_one_gguf(opened: Checkpoint) -> bool:

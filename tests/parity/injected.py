@@ -1,7 +1,7 @@
-"""Mistakes that were made in real ports of Gemma 2, planted one at a time; and models in which nothing but rounding
+"""Mistakes that were made in real ports of Gemma 2, injected one at a time; and models in which nothing but rounding
 differs. `parity` must find the first kind, at its place, and let the second kind pass.
 
-    python -m tests.parity.planted     # prints the table in docs/parity.md
+    python -m tests.parity.injected     # prints the table in docs/parity.md
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gemma2.model import (
     TiedHead,
 )
 from gemma2.numerics import with_numerics
-from gemma2.parity.compare import Row, compare, first_to_part, observed
+from gemma2.parity.compare import Row, compare, first_difference, observed
 from gemma2.research.sites import chosen, sites
 from tests.conftest import SHAPES, tiny
 
@@ -40,12 +40,12 @@ TEXT = (
 def as_class(kind: type[nn.Module], twin: type[nn.Module]) -> Callable[[Gemma2], None]:
     """Every module of `kind` computes as `twin`, a subclass with another forward."""
 
-    def plant(model: Gemma2) -> None:
+    def inject(model: Gemma2) -> None:
         for module in model.modules():
             if type(module) is kind:
                 module.__class__ = twin
 
-    return plant
+    return inject
 
 
 class UnscaledEmbedding(ScaledEmbedding):
@@ -165,7 +165,7 @@ def norm_read_twice(model: Gemma2) -> None:
 class Bug:
     """A mistake, the site at which it must be found first, and the least that shows it."""
 
-    plant: Callable[[Gemma2], None]
+    inject: Callable[[Gemma2], None]
     first: str
     dtype: torch.dtype = torch.float32
     length: int = 64
@@ -198,7 +198,7 @@ USUAL = (
 )  # fmt: skip
 SHOWN = {
     "logits": ("logits",),
-    "the stream": STREAM,
+    "the residual stream": STREAM,
     "as transformers": (*USUAL, "blocks.?.attn.hook_rot_*", "blocks.?.attn.hook_pattern", "logits_raw"),
     "as gemma_pytorch": (*USUAL, "blocks.?.attn.hook_rot_k"),
     "as llama.cpp": (
@@ -208,12 +208,12 @@ SHOWN = {
 }  # fmt: skip
 
 
-def planted_rows(bug: Bug, gemma: gemma2.Gemma, shown: tuple[str, ...] = ("*",)) -> list[Row]:
+def injected_rows(bug: Bug, gemma: gemma2.Gemma, shown: tuple[str, ...] = ("*",)) -> list[Row]:
     """What parity says of the pocket model with one mistake in it, of which these sites are shown."""
     model = copy.deepcopy(gemma.model).to(bug.dtype)
     ids = gemma.tokenizer.encode(TEXT)[: bug.length]
     broken = copy.deepcopy(model)
-    bug.plant(broken)
+    bug.inject(broken)
     return compare(model, ids, observed(broken, ids, chosen(model.config, shown)))
 
 
@@ -235,10 +235,10 @@ def sound_rows(models: int = 54, length: int = 24) -> Iterator[tuple[str, list[R
 
 def main() -> None:
     gemma = gemma2.load(device="cpu", dtype="float32")
-    print("| planted | dtype, ids | called | first site | times what rounding explains |\n|---|---|---|---|---|")
+    print("| injected | dtype, token ids | called | first site | times what rounding explains |\n|---|---|---|---|---|")
     found = 0
     for name, bug in BUGS.items():
-        first = first_to_part(planted_rows(bug, gemma))
+        first = first_difference(injected_rows(bug, gemma))
         found += first is not None
         dtype = str(bug.dtype).removeprefix("torch.")
         seen = "a difference" if first else "rounding"
@@ -246,15 +246,15 @@ def main() -> None:
         print(
             f"| {name} | {dtype}, {bug.length} | {seen} | {f'`{first.site}`' if first else ''} | {ratio} |", flush=True
         )
-    print(f"\n| planted | {' | '.join(SHOWN)} |\n|---{'|---' * len(SHOWN)}|")
+    print(f"\n| injected | {' | '.join(SHOWN)} |\n|---{'|---' * len(SHOWN)}|")
     for name, bug in BUGS.items():
-        firsts = [first_to_part(planted_rows(bug, gemma, shown)) for shown in SHOWN.values()]
+        firsts = [first_difference(injected_rows(bug, gemma, shown)) for shown in SHOWN.values()]
         cells = [f"`{first.site.removeprefix('blocks.')}`" if first else "rounding" for first in firsts]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
     highest = [max(row.ratio for row in rows) for _, rows in sound_rows()]
     wrong = sum(ratio > 1 for ratio in highest)
     print("\n| | called a difference | called rounding |\n|---|---|---|")
-    print(f"| a planted bug | {found} | {len(BUGS) - found} |")
+    print(f"| an injected bug | {found} | {len(BUGS) - found} |")
     print(f"| bfloat16 rounding in {len(highest)} random models | {wrong} | {len(highest) - wrong} |")
     print(f"\nThe highest of the {len(highest)} models' sites is {max(highest):.2f} times what rounding explains.")
 
