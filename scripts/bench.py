@@ -3,9 +3,9 @@
     python scripts/bench.py [--shapes pocket 2b] [--layers N] [--prompt 512] [--new 32] [--rounds 3]
 
 `2b` is random bfloat16 weights in the published shapes (5.2 GB on disk, in --folder); --layers takes fewer of them.
-Every figure is the median over rounds; each system loads and runs in a child of its own, in turn, so that a drifting
-machine touches both alike. The machine's own limits are measured in the same run: what a decode step can at best do is
-read every weight once.
+Every figure is the median over rounds; each system loads and runs in a process of its own, in turn, so that a
+drifting machine affects both alike. The machine's own limits are measured in the same run: at best, a decode step reads
+every weight once.
 """
 
 from __future__ import annotations
@@ -153,6 +153,7 @@ def main() -> None:
     print(f"prompt {args.prompt}, new {args.new}, median of {args.rounds} rounds, systems in turn\n")
     print("| shapes | system | " + " | ".join(FIGURES.values()) + " |")
     print("|---|---|" + "---|" * len(FIGURES))
+    bounds = []  # printed after the table, which they would cut in two
     for shape in args.shapes:
         folder = POCKET if shape == "pocket" else make_2b(args.folder, args.layers)
         found: dict[str, list[dict[str, float]]] = {system: [] for system in SYSTEMS}
@@ -172,7 +173,8 @@ def main() -> None:
         print(f"| {label} | ratio | " + " | ".join(f"{ratio:.2f} x" for ratio in ratios) + " |", flush=True)
         count = (folder / "model.safetensors").stat().st_size
         bound = machine["read"] * 1e9 / count
-        print(f"\nlimit of decode, all {count / 1e9:.3g} GB of weights read once a token: {bound:.1f} tok/s\n")
+        bounds.append(f"limit of decode, {label}: all {count / 1e9:.3g} GB of weights once a token, {bound:.1f} tok/s")
+    print("\n" + "\n".join(bounds))
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ from gemma2.numerics import storage_of, with_numerics
 SCORED = 48  # last positions, as in the stored logits
 # What is added at each step, as changes of the profile `llama.cpp`; None is all of it.
 STEPS: dict[str, tuple[str, ...] | None] = {
-    "float32": (),
-    "with 16-bit GELU": ("gelu=float16",),
-    "and its activations": ("gelu=float16", "activations=partner"),
-    "all its arithmetic": None,
+    "ours, float32": (),
+    "+ llama.cpp's GELU table": ("gelu=float16",),
+    "+ its 8/16-bit activations": ("gelu=float16", "activations=partner"),
+    "+ all the rest": None,
 }
 
 
@@ -60,13 +60,13 @@ def row(path: Path, ids: list[int], reference: Tensor) -> str:
     plain = gemma2.load(path, dtype="float32", device="cpu").model
     kinds = storage_of(open_checkpoint(path).weights)
     cells = []
-    for name, changes in STEPS.items():
+    for changes in STEPS.values():
         model = with_numerics(plain, "llama.cpp", changes, kinds) if changes != () else plain
         ours = model(torch.tensor([ids]))[0, -len(reference) :]
         apart = (ours - reference).double()
         equal = torch.equal(ours, reference)
         cells.append("equal bits" if equal else f"{apart.abs().max():.4f} / {apart.pow(2).mean().sqrt():.4f}")
-        if name == "float32":
+        if changes == ():
             same = (ours.argmax(-1) == reference.argmax(-1)).double().mean()
     return f"| {path.stem} | {' | '.join(cells)} | {same:.0%} |"
 

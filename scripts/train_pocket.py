@@ -2,7 +2,10 @@
 
 TEXT_FOLDER holds king-james-bible.txt and shakespeare.txt (public domain). The model is this project's own; only the
 optimiser and the loop are here. Writes config.json, tokenizer.model, model.safetensors and training.json into --out,
-and can be stopped at any time: the best weights so far are already there. `--plot` draws training.json.
+and can be stopped at any time: the best weights so far are already there.
+
+`--score` trains nothing: it prints the loss of the weights in --out on the held-out texts. `--plot PNG` draws
+training.json and needs no TEXT_FOLDER.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import gemma2
 from gemma2.checkpoints.hf_config import configs, read_config
 from gemma2.model import Gemma2
 
@@ -31,6 +35,7 @@ SETTINGS = configs() / "train" / "pocket.json"  # the defaults of the options be
 HELD_OUT_EVERY = 20  # every 20th chapter or scene-sized passage is never trained on
 DECAY_FROM = 0.25  # of the time: the learning rate is constant before, linear to nothing after
 SELECTION = 24  # held-out texts that choose the weights; the reported figure is from the others
+PLAY = "\n\n"  # stands between the speeches of a play, and nowhere in a chapter of the Bible
 
 
 def documents(folder: Path) -> tuple[list[str], list[str]]:
@@ -140,6 +145,20 @@ def held_out_loss(model: Gemma2, texts: list[list[int]], bos: int, context: int)
     return total, count
 
 
+def score(out: Path, held: list[str]) -> None:
+    """Print the loss of the weights in `out`: on the texts that chose them, and on those of the reported figure."""
+    gemma = gemma2.load(out, dtype="float32", device="cpu")
+    pieces, bos = gemma.tokenizer, gemma.tokenizer.special["bos"]
+    print("| held-out texts | texts | tokens | nats per token |\n|---|---|---|---|")
+    for name, part in (("for choosing weights", held[:SELECTION]), ("for the reported loss", held[SELECTION:])):
+        plays = [text for text in part if PLAY in text]
+        chapters = [text for text in part if PLAY not in text]
+        for kind, texts in ((name, part), (f"{name}: the Bible", chapters), (f"{name}: plays", plays)):
+            ids = [[*pieces.encode(text, bos=False), pieces.special["eos"]] for text in texts]
+            total, count = held_out_loss(gemma.model, ids, bos, gemma.config.max_position_embeddings)
+            print(f"| {kind} | {len(texts)} | {count:,} | {total / count:.3f} |")
+
+
 def save(model: Gemma2, out: Path) -> None:
     tensors = {name: tensor.detach().bfloat16().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
@@ -152,11 +171,16 @@ def plot(out: Path, picture: Path) -> None:
     import matplotlib.pyplot as plt
 
     log = json.loads((out / "training.json").read_text())
+    result = log["result"]
+    reported = result["held_out_nats_per_token"]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(*zip(*log["train"], strict=True), label="training (running mean)", color="#9db4c8")
-    axes.plot(*zip(*log["held_out"], strict=True), label="held-out passages", color="#c0392b", marker="o", markersize=3)
-    axes.set(xlabel="training tokens seen (millions)", ylabel="loss, nats a token", title="The pocket model's training")
-    axes.set_ylim(top=min(7.0, log["train"][0][1]))
+    axes.plot(*zip(*log["train"], strict=True), label="training text (running mean)", color="#9db4c8")
+    label = f"the {SELECTION} held-out texts that chose the weights"
+    axes.plot(*zip(*log["held_out"], strict=True), label=label, color="#c0392b", marker="o", markersize=3)
+    label = f"the other held-out texts, final weights: {reported:.3f}"
+    axes.plot(result["tokens_seen"] / 1e6, reported, label=label, color="black", marker="D", markersize=5, linestyle="")
+    axes.set(xlabel="training tokens seen (millions)", ylabel="loss (nats per token)", title="Loss of the pocket model")
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
     picture.parent.mkdir(exist_ok=True)
@@ -165,7 +189,7 @@ def plot(out: Path, picture: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("texts", type=Path)
+    parser.add_argument("texts", type=Path, nargs="?", metavar="TEXT_FOLDER")
     parser.add_argument("--out", type=Path, default=POCKET)
     parser.add_argument("--minutes", type=float, help="the schedule is stretched to this time")
     parser.add_argument("--steps", type=int, help="a fixed number of steps instead of --minutes")
@@ -176,10 +200,17 @@ def main() -> None:
     parser.add_argument("--dropout", type=float)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--plot", type=Path, metavar="PNG", help="only draw the curve of --out/training.json")
+    parser.add_argument("--score", action="store_true", help="only print the loss of the weights in --out")
     parser.set_defaults(**json.loads(SETTINGS.read_text()))
     args = parser.parse_args()
     if args.plot:
         return plot(args.out, args.plot)
+    if args.texts is None:
+        parser.error("name the folder with king-james-bible.txt and shakespeare.txt")
+    if args.score:
+        held = documents(args.texts)[1]
+        random.Random(args.seed).shuffle(held)  # as for training
+        return score(args.out, held)
 
     args.out.mkdir(parents=True, exist_ok=True)
     raw = json.loads((POCKET / "config.json").read_text())  # a new pocket model has the shape of the present one
@@ -254,6 +285,7 @@ def main() -> None:
     bar.close()
 
     last = held_out_loss(model, held_ids[:SELECTION], bos, config.max_position_embeddings)
+    log["held_out"].append((seen / 1e6, last[0] / last[1]))
     if last[0] / last[1] <= best:
         save(model, args.out)
     from safetensors.torch import load_file

@@ -29,11 +29,11 @@ class Tolerance:
 
 TOLERANCES = {
     torch.float64: Tolerance(1e-10, "sums in another order", absolute=True),
-    torch.float32: Tolerance(1e-5, "sums in another order; an H x H product alone differs by 8e-7 between batch sizes"),
+    torch.float32: Tolerance(1e-5, "sums in another order; a d x d product alone differs by 8e-7 between batch sizes"),
     torch.bfloat16: Tolerance(
         2**-4,
-        "32 roundings of 2^-9: one flipped rounding spreads through all later layers. It finds nonsense, and misses "
-        "a window that is one too narrow: run float32 to find mistakes",
+        "32 roundings of 2^-9: one rounding that falls the other way spreads through all later layers. This finds "
+        "large errors only, and not a window that is one too narrow: use float32 to find mistakes",
     ),
     torch.float16: Tolerance(2**-7, "32 roundings of 2^-12; as bfloat16, and it may overflow"),
 }
