@@ -182,24 +182,31 @@ def _in_float64(model: Gemma2) -> Iterator[None]:
     narrow: dict[nn.Module, dict[str, Any]] = {}
 
     def widen(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        narrow[module] = {name: weight for name, weight in module._parameters.items() if weight is not None}
-        for name, weight in narrow[module].items():
-            module._parameters[name] = nn.Parameter(weight.detach().double(), requires_grad=False)
+        for owner in _owners(module, inputs):
+            narrow[owner] = {name: weight for name, weight in owner._parameters.items() if weight is not None}
+            for name, weight in narrow[owner].items():
+                owner._parameters[name] = nn.Parameter(weight.detach().double(), requires_grad=False)
         return tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
-    def restore(module: nn.Module, inputs: Any, output: Any) -> None:
-        module._parameters.update(narrow.pop(module, {}))
+    def restore(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        for owner in _owners(module, inputs):
+            owner._parameters.update(narrow.pop(owner, {}))
 
     with ExitStack() as hooks:
         try:
             for module in model.modules():
-                if module._parameters or module is model.lm_head:  # the head is handed the embedding
+                if module._parameters or module is model.lm_head:
                     hooks.callback(module.register_forward_pre_hook(widen).remove)
                     hooks.callback(module.register_forward_hook(restore).remove)
             yield
         finally:  # after an error, else the model would stay half in float64
             for module, parameters in narrow.items():
                 module._parameters.update(parameters)
+
+
+def _owners(module: nn.Module, inputs: tuple[Any, ...]) -> list[nn.Module]:
+    """Modules whose parameters `module` computes with: its own, and those it is given, as the head the embedding."""
+    return [module, *(x for x in inputs if isinstance(x, nn.Module))]
 
 
 def _check_shapes(model: Gemma2, t: int, other: Values) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gemma2.cache import HybridCache
 from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from gemma2.checkpoints.dtypes import RUNNABLE
+from gemma2.checkpoints.dtypes import RUNNABLE, stored_name
 from gemma2.checkpoints.weights import build, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.load import check_device, locate
@@ -61,8 +61,8 @@ class Ourselves:
     Args:
         dtype: default the checkpoint's, and float32 for a GGUF under llama.cpp's numerics, which dequantises to that.
         numerics: a profile of `gemma2/numerics/__init__.py`; default the model as it is.
-        storage: how each parameter is stored, for llama.cpp's numerics; default as in the checkpoint, or the ggml type of
-            its dtype.
+        storage: how each parameter is stored, for llama.cpp's numerics; default as in the checkpoint, or the ggml type
+            of its dtype.
     Raises:
         ValueError: a device that is not here, or an unknown profile.
     """
