@@ -19,7 +19,7 @@ from tqdm import tqdm
 from gemma2.checkpoints.gguf import PART
 from gemma2.checkpoints.hf_config import read_json
 from gemma2.checkpoints.safetensors import INDEX, SINGLE, shard_names
-from gemma2.errors import BadModelFile
+from gemma2.errors import BadModelFile, first_line
 
 NEEDED = ("config.json", "tokenizer.model")
 # Whether it was tuned for chat; and its template, which is passed on when converting and never run.
@@ -219,7 +219,7 @@ def _explained(name: str, file: str, revision: str | None) -> Iterator[None]:
         if _answered(cause):
             raise _failed(name, file, cause) from None
         raise _Unreached(
-            f"{name}: {file} is not in the cache and the hub cannot be reached ({_first_line(cause)}); "
+            f"{name}: {file} is not in the cache and the hub cannot be reached ({_without_secrets(cause)}); "
             "connect, or give a folder or a file"
         ) from None
     except errors.EntryNotFoundError:
@@ -311,9 +311,9 @@ def _answered(error: BaseException) -> bool:
 def _failed(name: str, file: str, error: BaseException) -> BadModelFile:
     refused = isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403)
     cure = "; it takes a token with access: log in with `hf auth login`" if refused else ""
-    return BadModelFile(f"{name}: {file} could not be downloaded ({_first_line(error)}){cure}")
+    return BadModelFile(f"{name}: {file} could not be downloaded ({_without_secrets(error)}){cure}")
 
 
-def _first_line(error: BaseException) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return SECRET.sub("***", line)[:200]
+def _without_secrets(error: BaseException) -> str:
+    """The first line of an error, without the access tokens that one of the hub client may quote."""
+    return SECRET.sub("***", first_line(error))

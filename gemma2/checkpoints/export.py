@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma2.checkpoints import google, google_write
+from gemma2.checkpoints import google, google_write, safetensors
 from gemma2.checkpoints.checkpoint import CHAT_TUNED, Checkpoint
 from gemma2.checkpoints.dtypes import FLOATS, dtype_name
 from gemma2.checkpoints.ggml import GGMLType
@@ -37,7 +37,6 @@ from gemma2.checkpoints.gguf_write import (
     quantize,
 )
 from gemma2.checkpoints.hf_config import config_dict
-from gemma2.checkpoints.safetensors import SINGLE
 from gemma2.checkpoints.weights import (
     EMBEDDING,
     RELEASE_BYTES,
@@ -117,7 +116,9 @@ def layout_for(form: str, opened: Checkpoint, main: str, title: str) -> Layout:
     if form == "ckpt":
         header = google_write.state_pickle({entry.name: (entry.type.name, entry.shape) for entry in entries})
         return Layout(form, tuple(entries), header, _companions(opened))
-    return Layout(form, tuple(entries), _safetensors_header(entries), _companions(opened, FLOATS[main]))
+    described = [(entry.name, entry.type.name, entry.shape, entry.bytes) for entry in entries]
+    header = safetensors.header_bytes(described, {"format": "pt"})
+    return Layout(form, tuple(entries), header, _companions(opened, FLOATS[main]))
 
 
 def write(layout: Layout, opened: Checkpoint, place: Path, advance: Advance) -> None:
@@ -140,7 +141,7 @@ def write(layout: Layout, opened: Checkpoint, place: Path, advance: Advance) -> 
         elif layout.form == "gguf":
             _write_flat(place, layout.header, tensors, PAD)
         else:
-            _write_flat(place / SINGLE, layout.header, tensors)
+            _write_flat(place / safetensors.SINGLE, layout.header, tensors)
             for name, content in layout.beside.items():
                 (place / name).write_bytes(content)
 
@@ -172,19 +173,6 @@ def _companions(opened: Checkpoint, dtype: torch.dtype | None = None) -> dict[st
         files["generation_config.json"] = ids | {"eos_token_id": stops}
     texts = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
     return texts | {"tokenizer.model": opened.tokenizer.to_proto()}
-
-
-def _safetensors_header(entries: list[Entry]) -> bytes:
-    """github.com/huggingface/safetensors, README: a length and as much JSON; the data follows without gaps."""
-    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for entry in entries:
-        place = [end, end + entry.bytes]
-        described[entry.name] = {"dtype": entry.type.name, "shape": list(entry.shape), "data_offsets": place}
-        end += entry.bytes
-    text = json.dumps(described, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _gguf_header(opened: Checkpoint, entries: list[Entry], main: str, title: str) -> bytes:

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from gemma2.checkpoints.dtypes import dtype_name
 from gemma2.detokenizer import checked_stops
 from gemma2.gemma import MAX_NEW_TOKENS, Gemma
 from gemma2.generate import Stats
-from gemma2.load import check_device, check_dtype, load
+from gemma2.load import load, parse_device, parse_dtype
 from gemma2.sampling import Sampling, checked_count
 
 SOURCE = "hub name (owner/repo, or owner/repo:FILE.gguf), folder or file"
@@ -68,8 +69,8 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_model(args: argparse.Namespace) -> Gemma:
-    check_device(args.device)
-    check_dtype(args.dtype, args.force_float16)
+    parse_device(args.device)
+    parse_dtype(args.dtype, args.force_float16)
     started = time.perf_counter()
     gemma = load(
         args.model,
@@ -83,9 +84,11 @@ def load_model(args: argparse.Namespace) -> Gemma:
     if args.verbose:
         weight = gemma.model.model.embed_tokens.weight
         count = gemma.config.parameter_count
-        kind = str(weight.dtype).removeprefix("torch.")
         seconds = time.perf_counter() - started
-        print(f"load     {seconds:.2f} s, {count:,} parameters, {kind} on {weight.device}", file=sys.stderr)
+        print(
+            f"load     {seconds:.2f} s, {count:,} parameters, {dtype_name(weight.dtype)} on {weight.device}",
+            file=sys.stderr,
+        )
         for note in gemma.notes:
             print(f"note     {note}", file=sys.stderr)
     return gemma

@@ -15,7 +15,7 @@ from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gemma2.cli.inspect import table
 from gemma2.cli.options import SOURCE
 from gemma2.cli.trace import add_text_options, read_text
-from gemma2.load import check_dtype, locate
+from gemma2.load import locate, parse_dtype
 from gemma2.numerics import PROFILES
 from gemma2.parity.cases import DIFFERS
 from gemma2.parity.compare import Row
@@ -58,7 +58,7 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     refuse_unused(args)
-    dtype = check_dtype(args.dtype, force_float16=True)
+    dtype = parse_dtype(args.dtype, force_float16=True)
     if args.html:
         check_page(args.html)  # before anything is computed
     path = locate(args.model, args.revision)

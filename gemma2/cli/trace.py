@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
+from gemma2.atomic import check_target
+from gemma2.checkpoints.dtypes import dtype_name
 from gemma2.checkpoints.hf_config import read_json
 from gemma2.cli.generate import read_prompt
 from gemma2.cli.inspect import size
 from gemma2.cli.options import SOURCE, add_common_options, add_model_options, load_model
 from gemma2.errors import BadModelFile, ContextOverflow
 from gemma2.gemma import Gemma
-from gemma2.parity.trace import About, TraceWriter, check_target, dtypes
+from gemma2.parity.trace import About, TraceWriter, dtypes
 from gemma2.research.capture import watching
 from gemma2.research.sites import listing
 
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             "say which model and where to: gemma2 trace MODEL --prompt TEXT -o FILE (pocket: the one inside)"
         )
     given = read_text(args)
-    check_target(args.output, args.force)
+    check_target(args.output, force=args.force)
     gemma = load_model(args)
     ids = ids_for(given, gemma)
     patterns = args.sites or ["*"]
@@ -132,7 +134,7 @@ def ids_for(given: str | list[int], gemma: Gemma) -> list[int]:
 
 def name_of(gemma: Gemma) -> str:
     """The dtype, as in `--dtype`."""
-    return str(gemma.model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    return dtype_name(gemma.model.model.embed_tokens.weight.dtype)
 
 
 def versions(gemma: Gemma) -> dict[str, str]:

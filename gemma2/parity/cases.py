@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gemma2.config import LOCAL
+from gemma2.errors import first_line
 from gemma2.ops import softcap
 from gemma2.parity.compare import MASKED, Values, compare, compare_end, first_to_part, predicted
 from gemma2.parity.references import CannotDo, Reference
@@ -67,8 +68,7 @@ def run_cases(reference: Reference, ours: Ourselves, ids: Sequence[int], bos: in
         except CannotDo as reason:
             yield Case(name, NOT_RUN, str(reason))
         except RuntimeError as error:  # of a peer, say about shapes; what was compared so far is not lost to it
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            yield Case(name, NOT_RUN, f"{reference.system} failed: {said}")
+            yield Case(name, NOT_RUN, f"{reference.system} failed: {first_line(error)}")
         else:
             yield Case(name, AGREES if agrees else DIFFERS, detail)
 

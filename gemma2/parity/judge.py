@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from gemma2.checkpoints.checkpoint import Checkpoint
+from gemma2.checkpoints.dtypes import dtype_name
 from gemma2.errors import BadModelFile, ContextOverflow, NonFiniteError
 from gemma2.numerics import PROFILES, with_numerics
 from gemma2.parity.cases import BEGINS, DIFFERS, Case, run_cases
@@ -109,7 +110,7 @@ def judge(
         for case in run_cases(reference, ours, given, opened.tokenizer.special["bos"]):
             tell(f"{case.name}: {case.outcome}")
             done.append(case)
-    dtype = str(reference.dtype).removeprefix("torch.")
+    dtype = dtype_name(reference.dtype)
     return Judgement(reference.system, dtype, numerics, len(given), len(chosen(opened.config)), rows, logits, done)
 
 

@@ -106,7 +106,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "a site with the batch axis": (tensor(LAST, torch.ones(1, 3, 8)), f"{LAST} is [1, 3, 8], and its ids"),
     "a site as integers": (
         tensor(LAST, torch.ones(3, 8, dtype=torch.int64)),
-        f"{LAST} is I64, and must be one of float64",
+        f"{LAST} is I64, and must be one of float32",
     ),
     "a site of no layer": (tensor("blocks.2.ln1", torch.ones(3, 8)), "'blocks.2.ln1' is no site of a Gemma 2 of this"),
     "a weight": (tensor("model.norm.weight", torch.ones(8)), "'model.norm.weight' is no site"),
@@ -117,7 +117,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "a model file": (stated("format", "pt"), "no trace: its metadata do not say format"),
     "no system": (lambda t, a: a.pop("system"), "its metadata do not state system"),
     "no dtype nor config": (lambda t, a: (a.pop("dtype"), a.pop("config")), "its metadata do not state dtype, config"),
-    "a dtype of its own": (stated("dtype", "Q4_K_M"), "dtype 'Q4_K_M' is not one of float64, float32"),
+    "a dtype of its own": (stated("dtype", "Q4_K_M"), "dtype 'Q4_K_M' is not one of float32, bfloat16"),
     "a config that is no JSON": (stated("config", "{"), "its config is not valid JSON"),
     "a config without end": (stated("config", "[" * 100_000), "its config is not valid JSON"),
     "a config that is a list": (stated("config", "[]"), "config: expected a JSON object"),

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from gemma2.cache import HybridCache
 from gemma2.checkpoints.checkpoint import Checkpoint
-from gemma2.checkpoints.dtypes import RUNNABLE
+from gemma2.checkpoints.dtypes import RUNNABLE, dtype_name
 from gemma2.checkpoints.weights import build, shapes_of
 from gemma2.config import Gemma2Config
+from gemma2.load import parse_device
 from gemma2.model import Gemma2
 from gemma2.numerics import GGML, stored_kinds, with_numerics
 from gemma2.numerics.changes import Kinds, Stored
@@ -75,18 +76,13 @@ class Ourselves:
         self.kinds = kinds or stored_kinds(opened.weights)
         if dtype is None:
             dtype = torch.float32 if self.kinds and numerics == WIDE else opened.weights.dtype
-        try:
-            self._device = torch.device(device)
-            torch.empty(0, device=self._device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise ValueError(f"device {device!r} is not available here ({str(error).splitlines()[0][:100]})") from None
+        self._device = parse_device(device)
         if numerics == WIDE and self.kinds is None:
             self.kinds = {name: Stored(GGML.get(dtype, "F32")) for name in shapes_of(opened.config)}
         self._numerics = numerics
         plain = build(opened.weights, opened.config, self._device, dtype, progress=False)
         self._arrange(plain, opened.config)
-        name = str(dtype).removeprefix("torch.")
-        said = f"gemma2 {version('gemma2')} in {name} on {device}"
+        said = f"gemma2 {version('gemma2')} in {dtype_name(dtype)} on {device}"
         self.system = f"{said}, numerics {numerics}" if numerics else said
         self.dtype = torch.float32 if numerics == WIDE else dtype
         self.versions: Mapping[str, str] = {"gemma2": version("gemma2"), "torch": torch.__version__}
