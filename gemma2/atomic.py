@@ -22,7 +22,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_target(path: Path, *, force: bool = False, folder: bool = False, own: Collection[str] = ()) -> None:
-    """Raises OSError, saying why, where a file may not be written, or with `folder` a folder; before any work is done.
+    """Raises OSError, with the reason, if `path` cannot be written as a file or, with `folder`, as a folder.
 
     Args:
         force: it may take the place of what is there.
@@ -40,7 +40,7 @@ def check_target(path: Path, *, force: bool = False, folder: bool = False, own: 
         there, other = ("folder", "file") if path.is_dir() else ("file", "folder")
         raise FileExistsError(f"{path}: is a {there}, and not replaced by a {other}; choose another name")
     if path.exists() and not path.is_dir() and not path.is_file():
-        raise FileExistsError(f"{path}: is no regular file; choose another name")
+        raise FileExistsError(f"{path}: is not a regular file; choose another name")
     foreign = [name for name in inside if name not in own]
     if foreign:
         raise FileExistsError(
@@ -88,9 +88,10 @@ def reserve(file: BinaryIO, size: int, path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(*targets: Path, folder: bool = False, last: Callable[[], object] = lambda: None) -> Iterator[list[Path]]:
-    """An empty file, or `folder`, beside each target to write at. When the block ends well they take the targets'
-    names, in order; when it does not, they are removed. What processes that were killed have left goes with the next
-    success.
+    """Give an empty file, or with `folder` an empty folder, beside each target, for the block to write.
+
+    When the block ends without an error, they take the targets' names, in order; otherwise they are removed. A success
+    also removes what earlier processes left when they were killed.
 
     Args:
         last: called when everything is on the disk, before names are taken; may raise, as the block may.
@@ -137,8 +138,11 @@ def _synchronise(path: Path) -> None:
 
 
 def _put_folder(partial: Path, target: Path, old: Path) -> None:
-    """Two steps, since a folder in use cannot be replaced in one: the old one steps aside, and is removed when the new
-    one has its place, or comes back when it has not. Killed just between them, it is found under the name `old`."""
+    """Give a folder the target's name in two steps, since no system call replaces a folder that is not empty.
+
+    The old folder is renamed to `old` first. It is removed when the new one has its name, and gets its own name back
+    when that failed. If the process is killed between the two steps, the old folder is left under the name `old`.
+    """
     try:
         while True:
             with contextlib.suppress(FileNotFoundError):
@@ -159,7 +163,7 @@ def _put_folder(partial: Path, target: Path, old: Path) -> None:
 
 @contextlib.contextmanager
 def _claimed(path: Path) -> Iterator[None]:
-    """A lock that ends with the process, however that ends: what nobody holds is a leftover."""
+    """Hold a lock on a path. It ends with the process, however that ends, so a path without a lock is a leftover."""
     if sys.platform == "win32":
         yield
         return

@@ -135,7 +135,7 @@ def _parse_type(asked: str | None, form: str) -> str | None:
     if asked is None or asked.upper() in taken:
         return asked and asked.upper()
     listed = ", ".join(name.lower() for name in taken)
-    raise ValueError(f"type {asked!r}: {form if form == FOLDER else f'a .{form}'} can have {listed}")
+    raise ValueError(f"type {asked!r}: {form if form == FOLDER else f'a .{form}'} takes {listed}")
 
 
 def _check_apart(target: Path, opened: Checkpoint) -> None:

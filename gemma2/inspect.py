@@ -1,6 +1,6 @@
 """What a checkpoint is, what it states and leaves out, and everything that is wrong with it; nothing is guessed.
 
-Headers, names, shapes and tokenizer are always looked at; values only on request, since that reads the whole file.
+Header, names, shapes and tokenizer are always checked; values only on request, since that reads the whole file.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def inspect(
     revision: str | None = None,
     progress: bool | None = None,
 ) -> Inspection:
-    """Look at a folder or file as `load` would, and go on where it would stop.
+    """Check a folder or file as `load` does, but report all problems where `load` stops at the first.
 
     Args:
         source, tokenizer, revision, progress: as in `load`.

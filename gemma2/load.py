@@ -87,7 +87,8 @@ def parse_device(device: str | torch.device | None) -> torch.device:
 
 
 def parse_dtype(dtype: str | torch.dtype | None, force_float16: bool = False) -> torch.dtype | None:
-    """A dtype by name or itself. Raises ValueError for one Gemma 2 is not run in, float16 unless forced among them."""
+    """A dtype by name or itself; None for None. Raises ValueError for one that Gemma 2 does not run in, and for float16
+    unless it is forced."""
     if dtype is None:
         return None
     found = RUNNABLE.get(dtype_name(dtype))
@@ -99,8 +100,11 @@ def parse_dtype(dtype: str | torch.dtype | None, force_float16: bool = False) ->
 
 
 def locate(source: str | Path | None, revision: str | None = None) -> Path:
-    """A local path for a name, folder or file, downloaded if need be; None is the pocket model. So is "pocket", and
-    "pocket:NAME.gguf" a file beside it, unless there is a file or folder so named."""
+    """The local path of a name, folder or file, which is downloaded if it is on the hub.
+
+    None and "pocket" are the pocket model, and "pocket:NAME.gguf" is a file beside it, unless a file or folder has that
+    name.
+    """
     if source is None:
         return POCKET
     path = Path(source).expanduser()

@@ -207,7 +207,7 @@ def test_a_target_is_refused_with_the_reason_before_anything_is_written(tmp_path
         ("file", {"folder": True, "force": True}, "file: is a file, and not replaced by a folder"),
         ("folder", {"force": True}, "folder: is a folder, and not replaced by a file"),
         ("folder", {"folder": True, "force": True}, "folder: also holds notes.txt, so it is not replaced"),
-        ("pipe", {"force": True}, "pipe: is no regular file; choose another name"),
+        ("pipe", {"force": True}, "pipe: is not a regular file; choose another name"),
     ]
     for name, options, said in refused:
         with pytest.raises(OSError, match=re.escape(f"{tmp_path / said.split(':')[0]}:{said.split(':', 1)[1]}")):

@@ -26,8 +26,8 @@ EMBEDDER, FUSED = "embedder.weight", "self_attn.qkv_proj.weight"
 
 
 class GoogleWeights(PlainWeights):
-    """A `Weights` over a `.ckpt`. `config` says where q ends and k begins; without one, the published sizes are tried
-    in turn."""
+    """A `Weights` over a `.ckpt`. `config` states the heads, so where q ends and k begins in a fused tensor; without a
+    config, the published model of this shape gives it."""
 
     def __init__(self, path: Path, config: Gemma2Config | None = None) -> None:
         self.where, self._path = str(path), path

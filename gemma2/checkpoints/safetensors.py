@@ -38,6 +38,7 @@ class SafetensorsWeights(PlainWeights):
                 if name.endswith(REDUNDANT):
                     continue
                 part = handle.get_slice(name)
+                # A dtype that the table does not have is called uint8, and refused as that is.
                 self.tensors[name] = (tuple(part.get_shape()), SAFETENSORS.get(part.get_dtype(), torch.uint8))
         self.release()
 

@@ -188,7 +188,7 @@ class Trace:
         unknown = sorted(kept - known.keys() - {IDS})
         if unknown:
             raise BadModelFile(
-                f"{path}: {unknown[0]!r} is no site of a Gemma 2 of this config (gemma2 trace --list shows all)"
+                f"{path}: {unknown[0]!r} is not a site of a Gemma 2 of this config (gemma2 trace --list shows all)"
             )
         self.names = [name for name in known if name in kept]  # in the order of computation
         for name in self.names:

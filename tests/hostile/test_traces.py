@@ -108,7 +108,10 @@ WRONG: dict[str, tuple[Change, str]] = {
         tensor(LAST, torch.ones(3, 8, dtype=torch.int64)),
         f"{LAST} is I64, and must be one of float32",
     ),
-    "a site of no layer": (tensor("blocks.2.ln1", torch.ones(3, 8)), "'blocks.2.ln1' is no site of a Gemma 2 of this"),
+    "a site of no layer": (
+        tensor("blocks.2.ln1", torch.ones(3, 8)),
+        "'blocks.2.ln1' is not a site of a Gemma 2 of this",
+    ),
     "a weight": (tensor("model.norm.weight", torch.ones(8)), "'model.norm.weight' is no site"),
     "a name that steers a terminal": (tensor("\x1b[2J", torch.ones(1)), r"'\x1b[2J' is no site"),
     "NaN": (tensor(LAST, spoiled(torch.nan)), f"{LAST} is NaN at [1, 4]: another failed to compute it"),
@@ -207,7 +210,7 @@ def test_a_command_line_that_asks_for_what_cannot_be_writes_nothing(
 def test_force_replaces_a_file_and_nothing_else(tmp_path: Path, complaint: Complaint) -> None:
     os.mkfifo(tmp_path / "pipe")
     line = complaint("trace", "pocket", "--prompt", "x", "-o", tmp_path / "pipe", "--force", code=1)
-    assert f"{tmp_path / 'pipe'}: is no regular file" in line
+    assert f"{tmp_path / 'pipe'}: is not a regular file" in line
     assert (tmp_path / "pipe").is_fifo()
 
 
