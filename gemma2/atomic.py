@@ -1,28 +1,97 @@
-"""Files and folders that appear whole under their name, or not at all."""
+"""Files and folders that appear whole under their name, or not at all; and whether they can be written there."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 if sys.platform != "win32":
     import fcntl
 
 # .NAME.RANDOM.partial, beside the target so that renaming is one step of the file system.
 PARTIAL, OLD = "partial", "old"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_target(path: Path, *, force: bool = False, folder: bool = False, own: Collection[str] = ()) -> None:
+    """Raises OSError, with the reason, if `path` cannot be written as a file or, with `folder`, as a folder.
+
+    Args:
+        force: it may take the place of what is there.
+        own: names of the files that such a folder holds. One with anything else in it is never replaced.
+    """
+    parent = path.parent
+    if not parent.is_dir():
+        raise FileNotFoundError(f"{parent}: no such folder to write to")
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"{parent}: cannot be written to")
+    inside = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
+    if not os.path.lexists(path) or (folder and path.is_dir() and not inside):
+        return
+    if path.exists() and path.is_dir() != folder:
+        there, other = ("folder", "file") if path.is_dir() else ("file", "folder")
+        raise FileExistsError(f"{path}: is a {there}, and not replaced by a {other}; choose another name")
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise FileExistsError(f"{path}: is not a regular file; choose another name")
+    foreign = [name for name in inside if name not in own]
+    if foreign:
+        raise FileExistsError(
+            f"{path}: also holds {', '.join(foreign[:3])}, so it is not replaced; choose another name"
+        )
+    if not force:
+        raise FileExistsError(f"{path}: is there already; --force (force=True) replaces it")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises OSError where fewer bytes are free than are needed."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{folder}: {needed / 1e9:.3g} GB are needed there, and {free / 1e9:.3g} GB are free")
+
+
+@contextlib.contextmanager
+def naming_a_full_disk(path: Path) -> Iterator[None]:
+    """An OSError of a full disk, or of a file that may not be so large, gets one line that names the target."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(f"{path}: {error.strerror} while writing; make room or choose another place") from None
+
+
+def reserve(file: BinaryIO, size: int, path: Path) -> None:
+    """Make an open file `size` bytes long, with room on the disk for all of them where the system can do that.
+
+    Raises:
+        OSError: there is no room. The message calls the file `path`.
+    """
+    file.truncate(size)
+    if not hasattr(os, "posix_fallocate"):
+        return
+    file.flush()
+    with naming_a_full_disk(path):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno in FULL:  # any other error: a file system that cannot do it
+                raise
 
 
 @contextlib.contextmanager
 def replacing(*targets: Path, folder: bool = False, last: Callable[[], object] = lambda: None) -> Iterator[list[Path]]:
-    """An empty file, or `folder`, beside each target to write at. When the block ends well they take the targets'
-    names, in order; when it does not, they are removed. What processes that were killed have left goes with the next
-    success.
+    """Give an empty file, or with `folder` an empty folder, beside each target, for the block to write.
+
+    When the block ends without an error, they take the targets' names, in order; otherwise they are removed. A success
+    also removes what earlier processes left when they were killed.
 
     Args:
         last: called when everything is on the disk, before names are taken; may raise, as the block may.
@@ -69,8 +138,11 @@ def _synchronise(path: Path) -> None:
 
 
 def _put_folder(partial: Path, target: Path, old: Path) -> None:
-    """Two steps, since a folder in use cannot be replaced in one: the old one steps aside, and is removed when the new
-    one has its place, or comes back when it has not. Killed just between them, it is found under the name `old`."""
+    """Give a folder the target's name in two steps, since no system call replaces a folder that is not empty.
+
+    The old folder is renamed to `old` first. It is removed when the new one has its name, and gets its own name back
+    when that failed. If the process is killed between the two steps, the old folder is left under the name `old`.
+    """
     try:
         while True:
             with contextlib.suppress(FileNotFoundError):
@@ -91,7 +163,7 @@ def _put_folder(partial: Path, target: Path, old: Path) -> None:
 
 @contextlib.contextmanager
 def _claimed(path: Path) -> Iterator[None]:
-    """A lock that ends with the process, however that ends: what nobody holds is a leftover."""
+    """Hold a lock on a path. It ends with the process, however that ends, so a path without a lock is a leftover."""
     if sys.platform == "win32":
         yield
         return

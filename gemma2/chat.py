@@ -1,4 +1,4 @@
-"""Chat turns to ids. The turns are built from ids: no template is read from a file, and no text can forge a turn."""
+"""Chat turns to ids. Turns are built from ids: no template of a file is run, and no text of a user can forge a turn."""
 
 from __future__ import annotations
 

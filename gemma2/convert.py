@@ -1,13 +1,9 @@
-"""From one checkpoint format into another: Hugging Face's safetensors, GGUF and Google's .ckpt, either way."""
+"""From one checkpoint format into another (safetensors, GGUF, Google's .ckpt), and from memory into any of them."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,14 +11,23 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from gemma2.atomic import replacing
-from gemma2.checkpoints.checkpoint import Checkpoint, chat_template, chat_tuned, open_checkpoint
+from gemma2.atomic import check_space, check_target, naming_a_full_disk, replacing
+from gemma2.checkpoints.checkpoint import (
+    Checkpoint,
+    chat_template,
+    chat_tuned,
+    check_vocabulary,
+    open_checkpoint,
+    parse_tokenizer,
+)
 from gemma2.checkpoints.dtypes import FLOATS
 from gemma2.checkpoints.export import FOLDER, Layout, layout_for, write
 from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.gguf_write import FILE_TYPES, FINER
 from gemma2.checkpoints.hf_config import read_config
+from gemma2.checkpoints.memory import WHERE, MemoryWeights
 from gemma2.checkpoints.weights import hidden
+from gemma2.gemma import Gemma
 from gemma2.load import locate
 from gemma2.tokenizer import Tokenizer
 
@@ -30,7 +35,6 @@ TYPES = tuple(name.lower() for name in FILE_TYPES)
 # What a folder written here holds; one with anything else in it is never replaced.
 OWN = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json")
 FILES = (".gguf", ".ckpt", ".safetensors", ".ggml", ".onnx", ".h5", ".npz", ".json", ".model", ".zip")  # never folders
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Converted:
 
 
 def convert(
-    source: str | Path | None,
+    source: str | Path | Gemma | None,
     target: str | Path,
     *,
     type: str | None = None,
@@ -56,7 +60,7 @@ def convert(
     """Write `source` anew at `target`: a `.gguf`, a `.ckpt`, or a folder with safetensors.
 
     Args:
-        source: as in `load`.
+        source: as in `load`; or a `Gemma`, whose parameters, tokenizer and config are written as they are in memory.
         target: its name decides the format. Beside a `.ckpt`, which states neither, config.json and tokenizer.model
             are written too.
         type: f32, bf16 or f16, and for GGUF also q8_0, q5_1, q5_0, q4_1, q4_0, mxfp4, tq2_0 or tq1_0. Norms are never
@@ -64,38 +68,54 @@ def convert(
             the embedding, which is also the head, is kept finer. Default: the type of the source's matrices, f32 if
             they have several, and bf16 if they are quantized.
         force: replace what is there.
-        tokenizer, revision, progress: as in `load`.
+        tokenizer, revision, progress: as in `load`. A `Gemma` has no revision.
     Raises:
         FileExistsError: the target is there, and not to be replaced.
         OSError: it cannot be written, or there is too little space for it.
         BadModelFile: the source is not exactly a Gemma 2, or the target's format cannot state what it is.
-        ValueError: a type that the target's format does not have, or a name that is none.
+        ValueError: a type that the target's format does not have, a name that is none, or a source that is neither a
+            path nor a `Gemma`.
     """
     target = Path(target).expanduser()
     form = _form(target)
-    asked = _checked_type(type, form)
-    check = partial(_check_target, target, form, force)
+    asked = _parse_type(type, form)
+    check = partial(check_target, target, force=force, folder=form == FOLDER, own=OWN)
     check()  # and again at the end, for what has come meanwhile
-    path = locate(source, revision)
-    opened = open_checkpoint(path, tokenizer)
-    _check_apart(target, opened)
+    if isinstance(source, Gemma):
+        if revision is not None:
+            raise ValueError("revision= is for a hub name, and the source is a Gemma in memory")
+        opened, title = _in_memory(source, tokenizer), target.stem
+    elif source is None or isinstance(source, str | Path):
+        origin = locate(source, revision)
+        opened, title = open_checkpoint(origin, tokenizer), _title(source, origin)
+        _check_apart(target, opened)
+    else:
+        raise ValueError(f"source is of type {source.__class__.__name__}: give a path, a name or a Gemma")
     main = asked or _own_type(opened)
-    layout = layout_for(form, opened, main, _title(source, path))
+    layout = layout_for(form, opened, main, title)
     beside = _beside(layout, opened, target.parent) if form == "ckpt" else {}
-    _check_space(target.parent, layout.space)
+    check_space(target.parent, layout.space)
     total, off = layout.bytes, hidden(progress)
     with (
-        _saying_when_full(target),
+        naming_a_full_disk(target),
         replacing(*beside, target, folder=form == FOLDER, last=check) as (*small, unfinished),
         tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=off, leave=False) as bar,
     ):
-        for place, content in zip(small, beside.values(), strict=True):
-            place.write_bytes(content)
+        for path, content in zip(small, beside.values(), strict=True):
+            path.write_bytes(content)
         write(layout, opened, unfinished, bar.update)
         files = unfinished.iterdir() if form == FOLDER else [unfinished]
         size = sum(file.stat().st_size for file in files)
     counts = Counter(entry.type.name for entry in layout.entries).most_common()
     return Converted(target, size, dict(counts), (*opened.notes, *_notes(opened, layout, main)))
+
+
+def _in_memory(gemma: Gemma, tokenizer: str | Path | Tokenizer | None) -> Checkpoint:
+    weights, config = MemoryWeights(gemma.model), gemma.config
+    found = parse_tokenizer(tokenizer) or gemma.tokenizer
+    check_vocabulary(found, config)
+    template = getattr(gemma, "chat_template", None)
+    return Checkpoint(Path(WHERE), "memory", config, weights, found, gemma.chat_tuned, template, gemma.notes)
 
 
 def _form(target: Path) -> str:
@@ -113,33 +133,12 @@ def _form(target: Path) -> str:
     return FOLDER
 
 
-def _checked_type(asked: str | None, form: str) -> str | None:
+def _parse_type(asked: str | None, form: str) -> str | None:
     taken = FILE_TYPES if form == "gguf" else FLOATS
     if asked is None or asked.upper() in taken:
         return asked and asked.upper()
     listed = ", ".join(name.lower() for name in taken)
-    raise ValueError(f"type {asked!r}: {form if form == FOLDER else f'a .{form}'} can have {listed}")
-
-
-def _check_target(target: Path, form: str, force: bool) -> None:
-    parent = target.parent
-    if not parent.is_dir():
-        raise FileNotFoundError(f"{parent}: no such folder to write to")
-    if not os.access(parent, os.W_OK):
-        raise PermissionError(f"{parent}: cannot be written to")
-    inside = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
-    if not os.path.lexists(target) or (form == FOLDER and target.is_dir() and not inside):
-        return
-    if target.is_dir() != (form == FOLDER):
-        there, other = ("folder", "file") if target.is_dir() else ("file", "folder")
-        raise FileExistsError(f"{target}: is a {there}, and not replaced by a {other}; choose another name")
-    foreign = [name for name in inside if name not in OWN]
-    if foreign:
-        raise FileExistsError(
-            f"{target}: also holds {', '.join(foreign[:3])}, so it is not replaced; choose another name"
-        )
-    if not force:
-        raise FileExistsError(f"{target}: is there already; --force (force=True) replaces it")
+    raise ValueError(f"type {asked!r}: {form if form == FOLDER else f'a .{form}'} takes {listed}")
 
 
 def _check_apart(target: Path, opened: Checkpoint) -> None:
@@ -147,7 +146,7 @@ def _check_apart(target: Path, opened: Checkpoint) -> None:
     files, weights = {opened.path}, opened.weights
     if isinstance(weights, GGUFWeights):
         files |= weights.files
-    whole = {place for file in files for place in (file.resolve(), *file.resolve().parents)}
+    whole = {path for file in files for path in (file.resolve(), *file.resolve().parents)}
     if target.resolve() in whole:
         raise FileExistsError(f"{target}: is the source itself, or holds it; choose another name")
 
@@ -171,22 +170,6 @@ def _title(source: str | Path | None, path: Path) -> str:
     given = Path(source or path)
     name = given.name if given.name not in ("", "..") else path.resolve().name
     return Path(name).stem if path.is_file() else name
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(f"{folder}: {needed / 1e9:.3g} GB are needed there, and {free / 1e9:.3g} GB are free")
-
-
-@contextlib.contextmanager
-def _saying_when_full(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise OSError(f"{target}: {error.strerror} while writing; make room or choose another place") from None
 
 
 def _beside(layout: Layout, opened: Checkpoint, folder: Path) -> dict[Path, bytes]:

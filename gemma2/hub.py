@@ -19,7 +19,7 @@ from tqdm import tqdm
 from gemma2.checkpoints.gguf import PART
 from gemma2.checkpoints.hf_config import read_json
 from gemma2.checkpoints.safetensors import INDEX, SINGLE, shard_names
-from gemma2.errors import BadModelFile
+from gemma2.errors import BadModelFile, first_line
 
 NEEDED = ("config.json", "tokenizer.model")
 # Whether it was tuned for chat; and its template, which is passed on when converting and never run.
@@ -36,7 +36,7 @@ class _Absent(BadModelFile):
 
 
 class _Unreached(_Absent):
-    """The latter."""
+    """A file that is not in the cache while the hub cannot be reached, so nobody knows whether it exists."""
 
 
 def download(name: str, revision: str | None = None) -> Path:
@@ -155,11 +155,11 @@ def _listed(name: str, revision: str | None) -> dict[str, int]:
                 raise
             raise errors.LocalEntryNotFoundError(str(error)) from error  # as the client does for a file
         except (KeyError, TypeError, AttributeError):
-            raise ValueError("the answer is none of a hub's") from None
+            raise ValueError("the answer is not in the hub's format") from None
 
 
 def _cached(name: str, revision: str | None) -> dict[str, int]:
-    """The same for the cache."""
+    """The repository's GGUF files that are in the cache already, and how many bytes they have."""
     try:
         folder = huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -169,7 +169,7 @@ def _cached(name: str, revision: str | None) -> dict[str, int]:
 
 
 def _with_choice(absent: _Absent, name: str, revision: str | None) -> BadModelFile:
-    """The same refusal with the GGUF files that could be had instead."""
+    """The error `absent`, and with it the GGUF files that can be chosen instead."""
     if isinstance(absent, _Unreached):
         cached = _cached(name, revision)
         return BadModelFile(f"{absent}, or {_choice(name, cached, ' of the cache')}") if cached else absent
@@ -181,7 +181,7 @@ def _with_choice(absent: _Absent, name: str, revision: str | None) -> BadModelFi
 
 
 def _choice(name: str, sizes: Mapping[str, int], where: str = "") -> str:
-    """The files by name, a split one once, and how to name one."""
+    """For a message: the GGUF files, each split one once, and how to choose one of them."""
     models: dict[tuple[str, int], list[str]] = {}
     for file in sorted(sizes):
         models.setdefault(_split(file), []).append(file)
@@ -219,7 +219,7 @@ def _explained(name: str, file: str, revision: str | None) -> Iterator[None]:
         if _answered(cause):
             raise _failed(name, file, cause) from None
         raise _Unreached(
-            f"{name}: {file} is not in the cache and the hub cannot be reached ({_first_line(cause)}); "
+            f"{name}: {file} is not in the cache and the hub cannot be reached ({_without_secrets(cause)}); "
             "connect, or give a folder or a file"
         ) from None
     except errors.EntryNotFoundError:
@@ -239,7 +239,7 @@ def _explained(name: str, file: str, revision: str | None) -> Iterator[None]:
 
 
 def _find(name: str, file: str, commit: str) -> Path | None:
-    """The same for a file that may be absent: then None."""
+    """One verified file of the cache, as from `_fetch`; None where the repository does not have it."""
     known = huggingface_hub.try_to_load_from_cache(name, file, revision=commit)
     if known is huggingface_hub._CACHED_NO_EXIST:
         return None
@@ -287,7 +287,7 @@ def _commit(path: Path, file: str) -> str:
 
 
 def _asked(name: str, file: str, commit: str) -> str:
-    """The hash as the hub states it, for a cache without symlinks, whose files do not bear it; offline, nothing."""
+    """The hash that the hub states, or "" offline. It is needed for a cache without symlinks, whose names hold none."""
     try:
         return huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(name, file, revision=commit)).etag or ""
     except (HTTPError, OSError):
@@ -304,16 +304,16 @@ def _discard(path: Path) -> None:
 
 
 def _answered(error: BaseException) -> bool:
-    """Whether this is the hub's own answer, and not that it cannot be reached or is out of order."""
+    """Whether the hub itself has answered so. It has not where it cannot be reached, or where it fails (5xx)."""
     return isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500
 
 
 def _failed(name: str, file: str, error: BaseException) -> BadModelFile:
     refused = isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403)
     cure = "; it takes a token with access: log in with `hf auth login`" if refused else ""
-    return BadModelFile(f"{name}: {file} could not be downloaded ({_first_line(error)}){cure}")
+    return BadModelFile(f"{name}: {file} could not be downloaded ({_without_secrets(error)}){cure}")
 
 
-def _first_line(error: BaseException) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return SECRET.sub("***", line)[:200]
+def _without_secrets(error: BaseException) -> str:
+    """The first line of an error, without the access tokens that one of the hub client may quote."""
+    return SECRET.sub("***", first_line(error))

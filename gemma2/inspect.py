@@ -1,23 +1,35 @@
 """What a checkpoint is, what it states and leaves out, and everything that is wrong with it; nothing is guessed.
 
-Headers, names, shapes and tokenizer are always looked at; values only on request, since that reads the whole file.
+Header, names, shapes and tokenizer are always checked; values only on request, since that reads the whole file.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from gemma2.checkpoints import gguf, gguf_tokenizer, gguf_weights, safetensors
-from gemma2.checkpoints.checkpoint import open_checkpoint
+from gemma2.checkpoints import gguf, gguf_tokenizer, gguf_weights
+from gemma2.checkpoints.checkpoint import (
+    chat_template,
+    chat_tuned,
+    check_vocabulary,
+    config_of,
+    folder_of,
+    form_of,
+    parse_tokenizer,
+    tokenizer_of,
+    weights_of,
+)
 from gemma2.checkpoints.dtypes import RUNNABLE
 from gemma2.checkpoints.gguf_weights import GGUFWeights
-from gemma2.checkpoints.hf_config import PUBLISHED, config_dict, published_config, read_config
+from gemma2.checkpoints.google import GoogleWeights
+from gemma2.checkpoints.hf_config import PUBLISHED, config_dict, published_config
 from gemma2.checkpoints.weights import Weights, check_names, count_nonfinite, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
@@ -25,6 +37,7 @@ from gemma2.load import locate
 from gemma2.tokenizer import Tokenizer
 
 SHOWN = 3  # elements of an array
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -102,7 +115,7 @@ def inspect(
     revision: str | None = None,
     progress: bool | None = None,
 ) -> Inspection:
-    """Look at a folder or file as `load` would, and go on where it would stop.
+    """Check a folder or file as `load` does, but report all problems where `load` stops at the first.
 
     Args:
         source, tokenizer, revision, progress: as in `load`.
@@ -142,80 +155,79 @@ def _inspect_gguf(path: Path, tokenizer: str | Path | None) -> tuple[Inspection,
         weights = GGUFWeights(header)
     except BadModelFile as error:
         found.problems.append(_reason(error, path))
-    words: Tokenizer | None = None
+    found_tokenizer: Tokenizer | None = None
     try:
-        words = Tokenizer.from_file(tokenizer) if tokenizer else gguf_tokenizer.build_tokenizer(header)
-        found.filled += [] if tokenizer else gguf_tokenizer.notes(header)
+        given = parse_tokenizer(tokenizer)
+        found_tokenizer = given or gguf_tokenizer.build_tokenizer(header)
+        found.filled += [] if given else gguf_tokenizer.notes(header)
         found.chat_tuned = gguf_tokenizer.chat_tuned(header)
     except BadModelFile as error:
         found.problems.append(_reason(error, path))
-    _complete(found, path, config, weights, words)
+    _complete(found, path, config, weights, found_tokenizer)
     return found, weights
 
 
 def _inspect_other(path: Path, tokenizer: str | Path | None) -> tuple[Inspection, Weights | None]:
-    folder = path if path.is_dir() else path.parent
+    folder = folder_of(path)
     form = "ckpt" if path.suffix == ".ckpt" else "safetensors"
     files = [path] if path.is_file() else sorted(folder.glob("*.safetensors"))
     found = Inspection(str(path), form, sum(file.stat().st_size for file in files))
-    stated = folder / "config.json"
-    config: Gemma2Config | None = None
+
+    def tried(part: Callable[[], T]) -> T | None:
+        """What a part of the checkpoint is, or None with one more problem."""
+        try:
+            return part()
+        except BadModelFile as error:
+            if _reason(error, path) not in found.problems:
+                found.problems.append(_reason(error, path))
+            return None
+
+    if tried(lambda: form_of(path)) is None:
+        return found, None
+    config = tried(lambda: config_of(path))
     weights: Weights | None = None
-    words: Tokenizer | None = None
-    try:
-        opened = open_checkpoint(path, tokenizer)
-    except BadModelFile as error:
-        # Each part on its own, to find all that is wrong with it.
-        found.problems.append(_reason(error, path))
-        if form == "ckpt":
-            return found, None
-        for part in ("config", "weights", "tokenizer"):
-            try:
-                if part == "config":
-                    config = read_config(stated) if stated.is_file() else None
-                elif part == "weights":
-                    weights = safetensors.open_folder(path) if path.is_dir() else safetensors.open_file(path)
-                else:
-                    model = Path(tokenizer or folder / "tokenizer.model")
-                    words = Tokenizer.from_file(model) if model.is_file() else None
-            except BadModelFile as other:
-                if _reason(other, path) not in found.problems:
-                    found.problems.append(_reason(other, path))
-    else:
-        config, weights, words, found.chat_tuned = opened.config, opened.weights, opened.tokenizer, opened.chat_tuned
+    if form != "ckpt" or not found.problems:  # a .ckpt cannot be read without its config
+        weights = tried(lambda: weights_of(path, config))
+    if isinstance(weights, GoogleWeights):
+        config = weights.config
+    found_tokenizer = tried(lambda: tokenizer_of(path, tokenizer))
+    if found_tokenizer is not None:
+        found.chat_tuned = tried(lambda: chat_tuned(folder, found_tokenizer))
+    tried(lambda: chat_template(folder))
     found.architecture = "gemma2" if config is not None else None
     if weights is not None:
         for name, (shape, dtype) in weights.tensors.items():
             size = torch.Size(shape).numel() * dtype.itemsize
             found.tensors.append(TensorLine(weights.in_file(name), shape, weights.stored(name), size))
-    _complete(found, path, config, weights, words)
+    _complete(found, path, config, weights, found_tokenizer)
     return found, weights
 
 
 def _complete(
-    found: Inspection, path: Path, config: Gemma2Config | None, weights: Weights | None, words: Tokenizer | None
+    found: Inspection, path: Path, config: Gemma2Config | None, weights: Weights | None, tokenizer: Tokenizer | None
 ) -> None:
-    """What follows from the parts, and whether they fit each other."""
-    if config is not None:
-        found.config = config_dict(config)
-        found.model = next((name for name in PUBLISHED if _same_shape(published_config(name), config)), None)
-        found.memory = {
-            name: {"weights": config.parameter_count * dtype.itemsize, "cache": _cache_bytes(config, dtype)}
-            for name, dtype in RUNNABLE.items()
-            if name != "float16"
-        }
+    """Fill in what follows from the config, and add to the problems where the parts do not fit each other."""
+    if tokenizer is not None:
+        found.tokenizer = {"pieces": len(tokenizer), "special": dict(tokenizer.special)}
+    if config is None:
+        return
+    found.config = config_dict(config)
+    found.model = next((name for name in PUBLISHED if _same_shape(published_config(name), config)), None)
+    found.memory = {
+        name: {"weights": config.parameter_count * dtype.itemsize, "cache": _cache_bytes(config, dtype)}
+        for name, dtype in RUNNABLE.items()
+        if name != "float16"
+    }
+    try:
         if weights is not None:
-            try:
-                check_names(weights, shapes_of(config))
-            except BadModelFile as error:
-                if _reason(error, path) not in found.problems:
-                    found.problems.append(_reason(error, path))
-    if words is not None:
-        found.tokenizer = {"pieces": len(words), "special": dict(words.special)}
-        if config is not None and len(words) != config.vocab_size:
-            problem = f"{len(words)} pieces, but the embedding has {config.vocab_size} rows"
-            if not any(problem in known for known in found.problems):
-                found.problems.append(problem)
+            check_names(weights, shapes_of(config))
+    except BadModelFile as error:
+        found.problems.append(_reason(error, path))
+    try:
+        if tokenizer is not None:
+            check_vocabulary(tokenizer, config)
+    except BadModelFile as error:
+        found.problems.append(_reason(error, path))
 
 
 def _same_shape(published: Gemma2Config, config: Gemma2Config) -> bool:

@@ -10,7 +10,7 @@ import torch
 from gemma2.checkpoints.checkpoint import open_checkpoint
 from gemma2.checkpoints.dtypes import RUNNABLE, dtype_name
 from gemma2.checkpoints.weights import build
-from gemma2.errors import BadModelFile
+from gemma2.errors import BadModelFile, first_line
 from gemma2.gemma import Gemma
 from gemma2.hub import download, download_gguf
 from gemma2.numerics import check_profile, storage_of, twins_of
@@ -61,8 +61,8 @@ def load(
         BadModelFile: anything that is not exactly a Gemma 2 this program runs; says what, where, and the cure.
         ValueError: an argument that cannot be.
     """
-    where = check_device(device)
-    wanted = check_dtype(dtype, force_float16)
+    where = parse_device(device)
+    wanted = parse_dtype(dtype, force_float16)
     if numerics is not None:
         check_profile(numerics)
         if make is not None:
@@ -80,22 +80,22 @@ def load(
     return Gemma(model, opened.tokenizer, opened.chat_tuned, opened.notes)
 
 
-def check_device(device: str | torch.device | None) -> torch.device:
+def parse_device(device: str | torch.device | None) -> torch.device:
     """The device to run on; None is the best present. Raises ValueError for one that is not there."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         found = torch.device(best if device is None else device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise ValueError(f"device {str(device)!r} is not available here ({reason})") from None
+        raise ValueError(f"device {str(device)!r} is not available here ({first_line(error)})") from None
     if found.type == "meta":
         raise ValueError("device 'meta' holds no values, so nothing can be loaded there")
     return found
 
 
-def check_dtype(dtype: str | torch.dtype | None, force_float16: bool = False) -> torch.dtype | None:
-    """A dtype by name or itself. Raises ValueError for one Gemma 2 is not run in, float16 unless forced among them."""
+def parse_dtype(dtype: str | torch.dtype | None, force_float16: bool = False) -> torch.dtype | None:
+    """A dtype by name or itself; None for None. Raises ValueError for one that Gemma 2 does not run in, and for float16
+    unless it is forced."""
     if dtype is None:
         return None
     found = RUNNABLE.get(dtype_name(dtype))
@@ -107,8 +107,11 @@ def check_dtype(dtype: str | torch.dtype | None, force_float16: bool = False) ->
 
 
 def locate(source: str | Path | None, revision: str | None = None) -> Path:
-    """A local path for a name, folder or file, downloaded if need be; None is the pocket model. So is "pocket", and
-    "pocket:NAME.gguf" a file beside it, unless there is a file or folder so named."""
+    """The local path of a name, folder or file, which is downloaded if it is on the hub.
+
+    None and "pocket" are the pocket model, and "pocket:NAME.gguf" is a file beside it, unless a file or folder has that
+    name.
+    """
     if source is None:
         return POCKET
     path = Path(source).expanduser()

@@ -51,7 +51,7 @@ class Tokenizer:
             raise BadModelFile(f"{where}: not a SentencePiece model ({first_line(error)})") from None
         ids = {name: i for i, name in enumerate(names)}
         if len(ids) != len(names):
-            raise BadModelFile(f"{where}: {len(names) - len(ids)} pieces stand twice")
+            raise BadModelFile(f"{where}: {len(names) - len(ids)} pieces appear twice")
         if not all(map(math.isfinite, scores)):
             raise BadModelFile(f"{where}: scores that are NaN or infinite, so which pieces a text has is undefined")
         declared = {name: getattr(self._pieces, f"{name}_id")() for name in NAMES}
@@ -103,7 +103,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; pad, bos and eos have none, and bytes that are not UTF-8 become U+FFFD.
 
-        Text decoded in pieces is the text decoded at once: no space is removed, a `space_prefix` neither.
+        Text decoded in pieces is the text decoded at once: no space is removed, not even that of a `space_prefix`.
 
         Raises:
             ValueError: an id that is not an integer of the vocabulary.

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gemma2 import Gemma2
+from gemma2.checkpoints.dtypes import dtype_name
 from gemma2.checkpoints.hf_config import read_config
 from gemma2.load import POCKET
 from gemma2.parity.references import open_reference
@@ -167,7 +168,7 @@ def write_pocket_traces() -> None:
     tokenizer = Tokenizer.from_file(POCKET / "tokenizer.model")
     for dtype in (torch.float32, torch.bfloat16):
         peer = open_reference("transformers", POCKET, dtype)
-        named = str(dtype).removeprefix("torch.")
+        named = dtype_name(dtype)
         about = About(peer.system, named, peer.config, {**peer.versions, "threads": str(torch.get_num_threads())})
         for name, (text, sites) in POCKET_TRACES.items():
             ids, path = tokenizer.encode(text), GOLDEN / f"pocket_{name}_{named}.safetensors"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gemma2.atomic import replacing
+from gemma2.atomic import check_space, check_target, naming_a_full_disk, replacing, reserve
 
 LEFT = ".target.0123456789abcdef.partial"
 
@@ -183,3 +186,42 @@ def test_a_symbolic_link_is_replaced_and_not_what_it_leads_to(tmp_path: Path) ->
             fill(place, "new", folder)
         assert not target.is_symlink() and content(target) == "new"
         assert behind.is_dir() == folder and (folder or behind.read_text() == "kept")
+
+
+def test_a_target_is_refused_with_the_reason_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("mine")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    check_target(tmp_path / "new")
+    check_target(tmp_path / "new", folder=True)
+    check_target(tmp_path / "empty", folder=True)
+    check_target(tmp_path / "file", force=True)
+    check_target(tmp_path / "folder", force=True, folder=True, own=["notes.txt"])
+    refused: list[tuple[str, dict[str, Any], str]] = [
+        ("no/new", {}, "no: no such folder to write to"),
+        ("file", {}, "file: is there already; --force"),
+        ("gone", {}, "gone: is there already; --force"),
+        ("file", {"folder": True, "force": True}, "file: is a file, and not replaced by a folder"),
+        ("folder", {"force": True}, "folder: is a folder, and not replaced by a file"),
+        ("folder", {"folder": True, "force": True}, "folder: also holds notes.txt, so it is not replaced"),
+        ("pipe", {"force": True}, "pipe: is not a regular file; choose another name"),
+    ]
+    for name, options, said in refused:
+        with pytest.raises(OSError, match=re.escape(f"{tmp_path / said.split(':')[0]}:{said.split(':', 1)[1]}")):
+            check_target(tmp_path / name, **options)
+
+
+def test_room_is_reserved_or_refused_with_the_name_of_the_target(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        reserve(file, 100_000, tmp_path / "target")
+        assert os.fstat(file.fileno()).st_size == 100_000
+        with pytest.raises(OSError, match=rf"{tmp_path}: 1e\+09 GB are needed there, and [\d.]+ GB are free"):
+            check_space(tmp_path, 10**18)
+        with (
+            pytest.raises(OSError, match=f"{tmp_path / 'target'}: .* while writing; make room"),
+            naming_a_full_disk(tmp_path / "target"),
+        ):
+            raise OSError(errno.ENOSPC, "No space left on device")

@@ -110,6 +110,24 @@ def test_folders_with_parts_missing_list_each(folder: Folder) -> None:
     assert any("11 missing" in problem and "1 misshapen" in problem for problem in problems)
 
 
+def test_each_part_of_a_folder_that_is_absent_or_damaged_is_a_problem_of_its_own(folder: Folder) -> None:
+    place = folder()
+    (place / "config.json").unlink()
+    (place / "tokenizer.model").unlink()
+    (place / "tokenizer_config.json").write_text("{")
+    absent, tokenizer, template = inspect(place).problems
+    assert "no config.json" in absent and "tokenizer.model: no such file" in tokenizer
+    assert "tokenizer_config.json: not valid JSON" in template
+    (place / "config.json").write_text("[]")
+    (place / "model.safetensors").write_bytes(b"")
+    assert len(inspect(place).problems) == 4
+
+
+def test_a_tokenizer_that_is_not_there_is_a_problem(tmp_path: Path) -> None:
+    path = written(tmp_path, tiny_model())
+    assert inspect(path, tokenizer=tmp_path / "none.model").problems == [f"{tmp_path}/none.model: no such file"]
+
+
 # The command.
 
 

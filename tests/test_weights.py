@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gemma2.checkpoints.checkpoint import open_checkpoint
+from gemma2.checkpoints.dtypes import RUNNABLE, SAFETENSORS, dtype_name, stored_name
 from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.weights import EMBEDDING, Weights
 from gemma2.convert import convert
@@ -64,7 +65,7 @@ import sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 import torch
 import gemma2
-from gemma2.checkpoints.weights import one_thread_per_core
+from gemma2.checkpoints.threads import one_thread_per_core
 
 def fresh():  # what a thread computes with that begins now
     with ThreadPoolExecutor(1) as one:
@@ -122,3 +123,9 @@ except RuntimeError as error:
     print(error, torch.get_num_threads(), fresh())
 """)
     assert said == "can't start new thread 4 4\n"
+
+
+def test_dtypes_have_the_names_of_pytorch_and_of_files() -> None:
+    assert [dtype_name(dtype) for dtype in RUNNABLE.values()] == list(RUNNABLE)
+    assert [stored_name(dtype) for dtype in SAFETENSORS.values()] == list(SAFETENSORS)
+    assert dtype_name("torch.bfloat16") == "bfloat16" and stored_name(torch.qint8) == "qint8"

@@ -1,4 +1,4 @@
-"""A checkpoint on disk, whatever its format, opened and held against itself: its numbers, weights and words."""
+"""A checkpoint on disk, whatever its format: its config, weights and tokenizer, opened and checked to fit."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Checkpoint:
     """What `open_checkpoint` gives. No weight has been read yet.
 
     Attributes:
-        path: the folder or file.
-        form: "safetensors", "gguf" or "ckpt".
+        path: the folder or file; for a model in memory a name for messages.
+        form: "safetensors", "gguf", "ckpt" or "memory".
         chat_tuned: whether it says that it was tuned for chat; None when it says nothing.
         chat_template: the text of a chat template in it, passed on when converting and never run.
         notes: a line for everything that the file does not state and that was filled in.
@@ -44,26 +44,62 @@ def open_checkpoint(path: Path, tokenizer: str | Path | Tokenizer | None = None)
     Raises:
         BadModelFile: anything that is not exactly a Gemma 2 this program runs; says what, where, and the cure.
     """
-    if path.is_file() and path.suffix == ".gguf":
+    form = form_of(path)
+    if form == "gguf":
         return _open_gguf(path, tokenizer)
-    folder = path if path.is_dir() else path.parent
-    stated = folder / "config.json"
-    config = read_config(stated) if stated.is_file() else None
-    weights: Weights
-    if path.is_file() and path.suffix == ".ckpt":
-        weights = google.GoogleWeights(path, config)
-        config, form = weights.config, "ckpt"
-    elif path.is_file() and path.suffix != ".safetensors":
-        raise BadModelFile(
-            f"{path}: give a folder, a .gguf, a .safetensors file or Google's .ckpt, not a {path.suffix!r} file"
-        )
-    elif config is None:
-        raise BadModelFile(f"{folder}: no config.json, and the shapes and scales of a model are never guessed")
-    else:
-        form = "safetensors"
-        weights = safetensors.open_folder(path) if path.is_dir() else safetensors.open_file(path)
-    words = _checked(_given(tokenizer) or _beside(folder), config)
-    return Checkpoint(path, form, config, weights, words, chat_tuned(folder, words), chat_template(folder))
+    config = config_of(path)
+    weights = weights_of(path, config)
+    if isinstance(weights, google.GoogleWeights):
+        config = weights.config
+    assert config is not None  # as `config_of` says
+    found = tokenizer_of(path, tokenizer)
+    check_vocabulary(found, config)
+    folder = folder_of(path)
+    return Checkpoint(path, form, config, weights, found, chat_tuned(folder, found), chat_template(folder))
+
+
+def form_of(path: Path) -> str:
+    """ "gguf", "ckpt" or "safetensors", by the name. Raises BadModelFile for a file of another name."""
+    if path.is_dir() or path.suffix == ".safetensors":
+        return "safetensors"
+    if path.suffix in (".gguf", ".ckpt"):
+        return path.suffix[1:]
+    raise BadModelFile(
+        f"{path}: give a folder, a .gguf, a .safetensors file or Google's .ckpt, not a {path.suffix!r} file"
+    )
+
+
+def folder_of(path: Path) -> Path:
+    """Where the small files of a checkpoint are that are not inside it."""
+    return path if path.is_dir() else path.parent
+
+
+def config_of(path: Path) -> Gemma2Config | None:
+    """What the config.json of a folder, a `.safetensors` file or a `.ckpt` states; None for a `.ckpt` without one."""
+    stated = folder_of(path) / "config.json"
+    if stated.is_file():
+        return read_config(stated)
+    if path.suffix == ".ckpt" and path.is_file():
+        return None
+    raise BadModelFile(f"{stated.parent}: no config.json, and the shapes and scales of a model are never guessed")
+
+
+def weights_of(path: Path, config: Gemma2Config | None) -> Weights:
+    """The weights of a folder, a `.safetensors` file or a `.ckpt`, for which `config` is needed."""
+    if path.is_dir():
+        return safetensors.open_folder(path)
+    return google.GoogleWeights(path, config) if path.suffix == ".ckpt" else safetensors.open_file(path)
+
+
+def tokenizer_of(path: Path, tokenizer: str | Path | Tokenizer | None) -> Tokenizer:
+    """The tokenizer that is given, or else the one in the folder of a checkpoint."""
+    given = parse_tokenizer(tokenizer)
+    if given is not None:
+        return given
+    beside = folder_of(path) / "tokenizer.model"
+    if not beside.is_file():
+        raise BadModelFile(f"{beside}: no such file; put the tokenizer.model there or name one with tokenizer=")
+    return Tokenizer.from_file(beside)
 
 
 def _open_gguf(path: Path, tokenizer: str | Path | Tokenizer | None) -> Checkpoint:
@@ -71,9 +107,10 @@ def _open_gguf(path: Path, tokenizer: str | Path | Tokenizer | None) -> Checkpoi
     config, notes = gguf_weights.config_of(header)
     weights = gguf_weights.GGUFWeights(header)
     check_names(weights, shapes_of(config))  # milliseconds; a tokenizer of 256,000 pieces takes a second
-    words = _given(tokenizer)
-    if words is None:
-        words, notes = gguf_tokenizer.build_tokenizer(header), notes + gguf_tokenizer.notes(header)
+    found = parse_tokenizer(tokenizer)
+    if found is None:
+        found, notes = gguf_tokenizer.build_tokenizer(header), notes + gguf_tokenizer.notes(header)
+    check_vocabulary(found, config)
     template = header.metadata.get("tokenizer.chat_template")
     tuned = header.metadata.get(CHAT_TUNED)
     return Checkpoint(
@@ -81,14 +118,15 @@ def _open_gguf(path: Path, tokenizer: str | Path | Tokenizer | None) -> Checkpoi
         "gguf",
         config,
         weights,
-        _checked(words, config),
+        found,
         tuned.value if tuned is not None and tuned.type == "bool" else gguf_tokenizer.chat_tuned(header),
         template.value if template is not None and template.type == "str" else None,
         tuple(notes),
     )
 
 
-def _given(tokenizer: str | Path | Tokenizer | None) -> Tokenizer | None:
+def parse_tokenizer(tokenizer: str | Path | Tokenizer | None) -> Tokenizer | None:
+    """A tokenizer by its path or itself; None for None. Raises BadModelFile where there is no such file."""
     if tokenizer is None or isinstance(tokenizer, Tokenizer):
         return tokenizer
     path = Path(tokenizer)
@@ -97,32 +135,30 @@ def _given(tokenizer: str | Path | Tokenizer | None) -> Tokenizer | None:
     return Tokenizer.from_file(path)
 
 
-def _beside(folder: Path) -> Tokenizer:
-    path = folder / "tokenizer.model"
-    if not path.is_file():
-        raise BadModelFile(f"{path}: no such file; put the tokenizer.model there or name one with tokenizer=")
-    return Tokenizer.from_file(path)
+def check_vocabulary(tokenizer: Tokenizer, config: Gemma2Config) -> None:
+    """Raises BadModelFile unless every piece has a row of the embedding, and every row a piece."""
+    if len(tokenizer) != config.vocab_size:
+        raise BadModelFile(
+            f"{tokenizer.where}: {len(tokenizer)} pieces, but the embedding has {config.vocab_size} rows"
+        )
 
 
-def _checked(words: Tokenizer, config: Gemma2Config) -> Tokenizer:
-    if len(words) != config.vocab_size:
-        raise BadModelFile(f"{words.where}: {len(words)} pieces, but the embedding has {config.vocab_size} rows")
-    return words
+def chat_tuned(folder: Path, tokenizer: Tokenizer) -> bool | None:
+    """Whether a folder says that its model was tuned for chat; None when it says nothing.
 
-
-def chat_tuned(folder: Path, words: Tokenizer) -> bool | None:
-    """Google's -it checkpoints stop at <end_of_turn>; the pre-trained ones stop at <eos> alone."""
+    Google's -it checkpoints stop at <end_of_turn>; the pre-trained ones stop at <eos> alone.
+    """
     path = folder / "generation_config.json"
     if not path.is_file():
         return None
     stated = read_json(path)
     stops = stated.get("eos_token_id") if isinstance(stated, dict) else None
-    end = words.special.get("end_of_turn")
+    end = tokenizer.special.get("end_of_turn")
     return end is not None and end in (stops if isinstance(stops, list) else [stops])
 
 
 def chat_template(folder: Path) -> str | None:
-    """Newer folders have the template in a file of its own, older ones in the tokenizer's settings."""
+    """The chat template in a folder: newer ones have a file for it, older ones put it into tokenizer_config.json."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8", errors="replace")

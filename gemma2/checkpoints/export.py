@@ -1,7 +1,7 @@
 """Writing checkpoints: what each format holds under which name, and the one stream from a source into a file.
 
-A target is laid out before anything is written, which is where all that it cannot hold is refused. Then every tensor
-goes once, in chunks and on all cores, from the source to the target; neither is ever whole in memory.
+A target is laid out before anything is written: what it cannot hold is refused then. After that every tensor goes
+once, in chunks and on all cores, from the source to the target. Neither is ever whole in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma2.checkpoints import google, google_write
+from gemma2.checkpoints import google, google_write, safetensors
 from gemma2.checkpoints.checkpoint import CHAT_TUNED, Checkpoint
 from gemma2.checkpoints.dtypes import FLOATS, dtype_name
 from gemma2.checkpoints.ggml import GGMLType
@@ -37,14 +37,13 @@ from gemma2.checkpoints.gguf_write import (
     quantize,
 )
 from gemma2.checkpoints.hf_config import config_dict
-from gemma2.checkpoints.safetensors import SINGLE
+from gemma2.checkpoints.threads import one_thread_per_core
 from gemma2.checkpoints.weights import (
     EMBEDDING,
     RELEASE_BYTES,
     check_head,
     check_names,
     chunks,
-    one_thread_per_core,
     shapes_of,
 )
 from gemma2.errors import BadModelFile
@@ -100,7 +99,8 @@ def layout_for(form: str, opened: Checkpoint, main: str, title: str) -> Layout:
     """A target whose matrices are of the ggml type `main`. `title` is a name for the model in a GGUF.
 
     Raises:
-        BadModelFile: tensors that are no Gemma 2's, rows that are no whole blocks, or what the form cannot state.
+        BadModelFile: tensors that a Gemma 2 does not have, rows that are not whole blocks, or a config that the form
+            cannot state.
     """
     shapes = shapes_of(opened.config)
     check_names(opened.weights, shapes)
@@ -117,11 +117,13 @@ def layout_for(form: str, opened: Checkpoint, main: str, title: str) -> Layout:
     if form == "ckpt":
         header = google_write.state_pickle({entry.name: (entry.type.name, entry.shape) for entry in entries})
         return Layout(form, tuple(entries), header, _companions(opened))
-    return Layout(form, tuple(entries), _safetensors_header(entries), _companions(opened, FLOATS[main]))
+    described = [(entry.name, entry.type.name, entry.shape, entry.bytes) for entry in entries]
+    header = safetensors.header_bytes(described, {"format": "pt"})
+    return Layout(form, tuple(entries), header, _companions(opened, FLOATS[main]))
 
 
-def write(layout: Layout, opened: Checkpoint, place: Path, advance: Advance) -> None:
-    """Write the layout with the weights of `opened` at `place`, an empty file or folder.
+def write(layout: Layout, opened: Checkpoint, path: Path, advance: Advance) -> None:
+    """Write the layout with the weights of `opened` at `path`, an empty file or folder.
 
     Raises:
         BadModelFile: NaN, infinity, or a value beyond what its type can hold.
@@ -136,13 +138,13 @@ def write(layout: Layout, opened: Checkpoint, place: Path, advance: Advance) -> 
 
         tensors = (told(pieces) for _, pieces in groupby(parts, key=itemgetter(0)))
         if layout.form == "ckpt":
-            google_write.write_archive(place, layout.header, tensors)
+            google_write.write_archive(path, layout.header, tensors)
         elif layout.form == "gguf":
-            _write_flat(place, layout.header, tensors, PAD)
+            _write_flat(path, layout.header, tensors, PAD)
         else:
-            _write_flat(place / SINGLE, layout.header, tensors)
+            _write_flat(path / safetensors.SINGLE, layout.header, tensors)
             for name, content in layout.beside.items():
-                (place / name).write_bytes(content)
+                (path / name).write_bytes(content)
 
 
 def _write_flat(path: Path, header: bytes, tensors: Iterator[Iterator[bytes]], alignment: int = 1) -> None:
@@ -155,18 +157,21 @@ def _write_flat(path: Path, header: bytes, tensors: Iterator[Iterator[bytes]], a
 
 
 def _companions(opened: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, bytes]:
-    """The files beside weights that do not state what they are."""
+    """The small files beside weights, for formats whose weights do not state config, tokenizer and template."""
     special = opened.tokenizer.special
     ids = {f"{name}_token_id": special[name] for name in ("bos", "eos", "pad")}
     stated = {} if dtype is None else {"torch_dtype": dtype_name(dtype)}
-    words = {
+    tokenizer = {
         "tokenizer_class": "GemmaTokenizer",
         "add_bos_token": True,
         "add_eos_token": False,
         **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad")},
         **({} if opened.chat_template is None else {"chat_template": opened.chat_template}),
     }
-    files: dict[str, Any] = {"config.json": config_dict(opened.config) | ids | stated, "tokenizer_config.json": words}
+    files: dict[str, Any] = {
+        "config.json": config_dict(opened.config) | ids | stated,
+        "tokenizer_config.json": tokenizer,
+    }
     if opened.chat_tuned is not None and "end_of_turn" in special:
         stops = [special["eos"], special["end_of_turn"]] if opened.chat_tuned else special["eos"]
         files["generation_config.json"] = ids | {"eos_token_id": stops}
@@ -174,21 +179,8 @@ def _companions(opened: Checkpoint, dtype: torch.dtype | None = None) -> dict[st
     return texts | {"tokenizer.model": opened.tokenizer.to_proto()}
 
 
-def _safetensors_header(entries: list[Entry]) -> bytes:
-    """github.com/huggingface/safetensors, README: a length and as much JSON; the data follows without gaps."""
-    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for entry in entries:
-        place = [end, end + entry.bytes]
-        described[entry.name] = {"dtype": entry.type.name, "shape": list(entry.shape), "data_offsets": place}
-        end += entry.bytes
-    text = json.dumps(described, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
 def _gguf_header(opened: Checkpoint, entries: list[Entry], main: str, title: str) -> bytes:
-    """What llama.cpp has a key for, and under names of this project what it has none for."""
+    """A GGUF's header: the keys that llama.cpp has, and keys of this project for what llama.cpp has none for."""
     metadata = architecture_metadata(opened.config, opened.weights.where)
     metadata["general.name"] = Value("str", title)
     metadata["general.file_type"] = Value("u32", FILE_TYPES[main])
@@ -206,8 +198,8 @@ def _gguf_entry(opened: Checkpoint, name: str, shape: tuple[int, ...], main: str
     type = BLOCKS["F32" if len(shape) == 1 else FINER.get(main, main) if name == EMBEDDING else main]
     if shape[-1] % type.values:
         raise BadModelFile(
-            f"{opened.weights.where}: {opened.weights.in_file(name)} has rows of {shape[-1]}, no whole {type.name} "
-            f"blocks of {type.values}; choose bf16, f16 or f32"
+            f"{opened.weights.where}: {opened.weights.in_file(name)} has rows of {shape[-1]}, not a whole number of "
+            f"{type.name} blocks of {type.values}; choose bf16, f16 or f32"
         )
     return Entry(llama_cpp_name(name), (name,), shape, type)
 
@@ -226,8 +218,11 @@ def _float_type(opened: Checkpoint, name: str, main: str) -> GGMLType:
 
 
 def _lost_in_the_sum(opened: Checkpoint, entries: list[Entry]) -> dict[str, Value]:
-    """A GGUF's norms hold 1 + w in float32, in which a small w loses bits. Such w are written beside it, under names
-    that other readers do not know and so leave alone, and reading back gives w itself."""
+    """The norm weights w that are also written as they are, by key of the metadata.
+
+    A GGUF's norm tensor holds 1 + w in float32, in which a small w loses bits. Other readers ignore these keys; reading
+    them back gives w itself.
+    """
     beside = {}
     for entry in entries:
         if entry.name.endswith(NORM):

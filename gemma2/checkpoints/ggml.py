@@ -42,7 +42,7 @@ class GGMLType:
 
 
 def dequantize(raw: Tensor, type: GGMLType) -> Tensor:
-    """Blocks as the float32 numbers they stand for, on the same device.
+    """The float32 numbers that blocks stand for, on the device of the blocks.
 
     Args:
         raw: uint8 [..., n * type.bytes], little-endian as in a file.
@@ -52,7 +52,7 @@ def dequantize(raw: Tensor, type: GGMLType) -> Tensor:
         float32 [..., n * type.values].
 
     Raises:
-        ValueError: the last axis of `raw` is no whole number of blocks.
+        ValueError: the last axis of `raw` is not a whole number of blocks.
     """
     out = torch.empty((*raw.shape[:-1], _values(raw, type)), dtype=torch.float32, device=raw.device)
     dequantize_into(raw, type, out)
@@ -60,7 +60,7 @@ def dequantize(raw: Tensor, type: GGMLType) -> Tensor:
 
 
 def dequantize_into(raw: Tensor, type: GGMLType, out: Tensor) -> None:
-    """Like `dequantize`, rounded once from float32 to the dtype of `out`, in pieces that need little memory.
+    """Write the numbers that blocks stand for into `out`, rounded once from float32 to its dtype.
 
     Args:
         raw: uint8 [..., n * type.bytes], little-endian as in a file.
@@ -68,30 +68,30 @@ def dequantize_into(raw: Tensor, type: GGMLType, out: Tensor) -> None:
         out: [..., n * type.values] of any float dtype; overwritten.
 
     Raises:
-        ValueError: the last axis of `raw` is no whole number of blocks, or `out` does not fit.
+        ValueError: the last axis of `raw` is not a whole number of blocks, or `out` does not fit.
     """
     wanted = (*raw.shape[:-1], _values(raw, type))
     if tuple(out.shape) != wanted or not out.is_floating_point():
         raise ValueError(f"out is {list(out.shape)} of {out.dtype}: {type.name} needs {list(wanted)} of a float dtype")
     if raw.ndim > 1 and not (raw.is_contiguous() and out.is_contiguous()):
-        for some, place in zip(raw, out, strict=True):
-            dequantize_into(some, type, place)
+        for some, some_out in zip(raw, out, strict=True):
+            dequantize_into(some, type, some_out)
         return
     blocks, rows = raw.reshape(-1, type.bytes), out.unflatten(-1, (-1, type.values)).flatten(0, -2)
     step = max(1, (CPU_PIECE if raw.device.type == "cpu" else DEVICE_PIECE) // type.values)
     direct = out.dtype == torch.float32 and out.device == raw.device
     scratch = torch.empty(0 if direct else min(step, len(blocks)), type.values, device=raw.device)
     for start in range(0, len(blocks), step):
-        piece, place = blocks[start : start + step], rows[start : start + step]
+        piece, target = blocks[start : start + step], rows[start : start + step]
         q, scale, minimum = _UNPACK[type.name](piece)
-        values = place if direct else scratch[: len(piece)]
+        values = target if direct else scratch[: len(piece)]
         values.view(q.shape).copy_(q)
         if scale is not None:
             values.unflatten(-1, (scale.shape[-1], -1)).mul_(scale.unsqueeze(-1))
         if minimum is not None:
             values.unflatten(-1, (minimum.shape[-1], -1)).sub_(minimum.unsqueeze(-1))
         if not direct:
-            place.copy_(values)
+            target.copy_(values)
 
 
 class Scales(NamedTuple):

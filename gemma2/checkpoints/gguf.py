@@ -134,7 +134,8 @@ def read_header(path: str | Path) -> GGUF:
 
 
 def read_parts(path: str | Path) -> GGUF:
-    """The same for a file that may be one part of several (`model-00001-of-00003.gguf`); any part leads to all.
+    """Read and check the header of a `.gguf` file, or of all parts of a split one (`model-00001-of-00003.gguf`), by the
+    path of any part.
 
     Raises:
         BadModelFile: as `read_header`; or a part that is missing, named so; or parts that do not belong together.
@@ -186,8 +187,7 @@ def _stated(header: GGUF, key: str, absent: int) -> int:
 
 
 class _Header:
-    """One pass over a header. `at` is the place in the file, `field` where the field read last begins, which every
-    refusal names."""
+    """One pass over a header. `at` is the position in the file; `field` is where the last field began, for messages."""
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path, self.file, self.size, self.at, self.field = path, file, size, 0, 0
@@ -203,7 +203,7 @@ class _Header:
             if "\0" in key:
                 self._refuse(f"key {key[:80]!r} has a NUL in it")
             if key in metadata:
-                self._refuse(f"key {key[:80]!r} stands twice")
+                self._refuse(f"key {key[:80]!r} appears twice")
             metadata[key] = self._value(f"value of {key[:80]!r}")
         alignment = self._alignment(metadata.get(ALIGNMENT))
         described = [self._tensor() for _ in range(n_tensors)]
@@ -212,11 +212,11 @@ class _Header:
         end = 0  # of the tensor before, from `start`
         for name, shape, type, offset, self.field in described:
             if name in tensors:
-                self._refuse(f"tensor {name!r} stands twice")
-            # The one place where the data may be: no overlap, no hole, no misalignment, no shuffled rows.
+                self._refuse(f"tensor {name!r} appears twice")
+            # The data must begin here: anywhere else would be an overlap, a gap or a misalignment.
             expected = -(-end // alignment) * alignment
             if offset != expected:
-                self._refuse(f"tensor {name!r} has offset {offset:,}, and only {expected:,} can be right")
+                self._refuse(f"tensor {name!r} has offset {offset:,}, and must have {expected:,}")
             tensors[name] = TensorInfo(shape, type, self.path, start + offset)
             end = offset + tensors[name].bytes
             if start + end > self.size:
@@ -231,7 +231,7 @@ class _Header:
 
     def _preamble(self) -> int:
         if self.size < 24:
-            self._refuse(f"{self.size} bytes are no GGUF file: its shortest header has 24")
+            self._refuse(f"{self.size} bytes are not a GGUF file: the shortest header has 24")
         magic = self._take(4, "magic")
         if magic == b"FUGG":
             self._refuse("a big-endian GGUF file; convert it to little-endian with gguf-py's gguf-convert-endian")
@@ -297,12 +297,12 @@ class _Header:
             known = REFUSED.get(number)
             self._refuse(
                 f"tensor {name!r} is of ggml type {number}"
-                + (f" ({known}), which is no type for weights" if known else ", which is unknown here")
+                + (f" ({known}), a type that holds no weights" if known else ", a type that this program does not know")
             )
         type = TYPES[number]
         if sizes[0] % type.values:
             self._refuse(
-                f"tensor {name!r} has rows of {sizes[0]}, no whole number of {type.name} blocks of {type.values}"
+                f"tensor {name!r} has rows of {sizes[0]}, not a whole number of {type.name} blocks of {type.values}"
             )
         return name, tuple(reversed(sizes)), type, offset, self.at - 8
 
@@ -332,26 +332,26 @@ class _Header:
             self._refuse(f"{what} makes {self.strings:,} strings in arrays, and {MOST_STRINGS:,} are taken")
         texts: list[str] = []
         end, unpack = min(self.size, MOST_HEADER), struct.Struct("<Q").unpack_from
-        chunk, place, near_end = b"", 0, -1
+        chunk, position, near_end = b"", 0, -1
         for i in range(count):
-            if place > near_end:  # the next string may go beyond this chunk
-                self.at += place
+            if position > near_end:  # the next string may go beyond this chunk
+                self.at += position
                 self.file.seek(self.at)
-                chunk, place = self.file.read(min(CHUNK, end - self.at)), 0
+                chunk, position = self.file.read(min(CHUNK, end - self.at)), 0
                 near_end = len(chunk) - (8 + MOST_PIECE if self.at + len(chunk) < end else 0)
             try:
-                (size,) = unpack(chunk, place)
-                stop = place + 8 + size
+                (size,) = unpack(chunk, position)
+                stop = position + 8 + size
                 if size > MOST_PIECE or stop > len(chunk):
                     raise ValueError
-                texts.append(chunk[place + 8 : stop].decode())
-                place = stop
+                texts.append(chunk[position + 8 : stop].decode())
+                position = stop
             except (ValueError, struct.error):
-                self.at += place
+                self.at += position
                 self.file.seek(self.at)
                 self._text(f"element {i} of {what}", 0, MOST_PIECE)  # says what is wrong with it
                 self._refuse("the file has changed while it was read")
-        self.at += place
+        self.at += position
         self.file.seek(self.at)
         return texts
 

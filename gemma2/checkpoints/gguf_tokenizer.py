@@ -1,4 +1,4 @@
-"""Gemma's tokenizer out of a GGUF's metadata, the SentencePiece model that the file was made from rebuilt; and back.
+"""Gemma's tokenizer and a GGUF's metadata: the SentencePiece model is rebuilt from them, and they are made from it.
 
 A GGUF lists pieces, scores and types, and leaves out the settings of the SentencePiece model; for Gemma 2 those are
 constants. Its types cannot be taken at their word: llama.cpp's converter marks `<start_of_turn>` and the like as
@@ -143,7 +143,7 @@ def tokenizer_metadata(proto: bytes, where: str = "tokenizer.model") -> dict[str
 
 
 def _vocabulary(header: GGUF) -> Vocabulary:
-    """Pieces, scores and kinds as the SentencePiece model had them."""
+    """Pieces, scores and SentencePiece types as the SentencePiece model had them."""
     where, metadata = str(header.path), header.metadata
     model = metadata.get(PREFIX + "model")
     if model is None:
@@ -163,7 +163,9 @@ def _vocabulary(header: GGUF) -> Vocabulary:
     unscored = np.flatnonzero(~np.isfinite(scores))
     if unscored.size:
         i = int(unscored[0])
-        raise BadModelFile(f"{where}: {PREFIX}scores has {scores[i]} for token {i}, no finite number; {ELSEWHERE}")
+        raise BadModelFile(
+            f"{where}: {PREFIX}scores has {scores[i]} for token {i}, which is not a finite number; {ELSEWHERE}"
+        )
     _check_declared(metadata, tokens, where)
     pieces, own_scores, kinds = list(tokens), scores.copy(), types.copy()
     # Before the bytes Gemma keeps what no merge makes.
@@ -212,7 +214,7 @@ def _check_declared(metadata: Mapping[str, Value], pieces: list[str], where: str
         stated = metadata[key]
         token = stated.value
         if stated.type != "u32" or token >= len(pieces):
-            raise BadModelFile(f"{where}: {key} is {stated}, no u32 below {len(pieces)}; {ELSEWHERE}")
+            raise BadModelFile(f"{where}: {key} is {stated}, and must be a u32 below {len(pieces)}; {ELSEWHERE}")
         # Chat models made by others often state the end of a turn as the end of everything.
         if pieces[token] != piece and not (name == "eos" and pieces[token] == DECLARED["eot"]):
             raise BadModelFile(

@@ -55,7 +55,7 @@ INTEGERS = {
 }
 EPSILON = "attention.layer_norm_rms_epsilon"
 PATTERN = "attention.sliding_window_pattern"
-# The same for what may be left out.
+# Config field -> key after "gemma2.", for what a file may leave out.
 OTHERS = {
     "sliding_window": "attention.sliding_window",
     "attn_logit_softcapping": "attn_logit_softcapping",
@@ -78,7 +78,7 @@ def hugging_face_name(name: str) -> str | None:
 
 
 def llama_cpp_name(name: str) -> str:
-    """The other way; `name` is one of a Gemma 2's parameters."""
+    """llama.cpp's tensor name for a Gemma 2's parameter, which `name` is, in Hugging Face's spelling."""
     outside = {own: theirs for theirs, own in OUTSIDE.items()}
     if name in outside:
         return outside[name]
@@ -95,17 +95,17 @@ def check_architecture(header: GGUF) -> None:
     """Raises BadModelFile, saying what the file is, unless it is a Gemma 2 model."""
     stated = header.metadata.get("general.architecture")
     if stated is None:
-        raise BadModelFile(f"{header.path}: general.architecture is missing, so this is no model file")
+        raise BadModelFile(f"{header.path}: general.architecture is missing, so this is not a model file")
     if stated != Value("str", ARCHITECTURE):
         shown = repr(stated.value)[:80] if stated.type == "str" else stated
         raise BadModelFile(f"{header.path}: architecture {shown}, this program runs {ARCHITECTURE!r}")
-    kind = header.metadata.get("general.type", MODEL)
-    if kind != MODEL:
-        raise BadModelFile(f"{header.path}: general.type is {kind}, not a model with weights of its own")
+    stated = header.metadata.get("general.type", MODEL)
+    if stated != MODEL:
+        raise BadModelFile(f"{header.path}: general.type is {stated}, not a model with weights of its own")
 
 
 def config_of(header: GGUF) -> tuple[Gemma2Config, list[str]]:
-    """The architecture that a GGUF states, completed as llama.cpp completes it; and a line for all that was completed.
+    """The architecture that a GGUF states, and a line for each value that it leaves out and llama.cpp fills in.
 
     Raises:
         BadModelFile: another architecture; a key that is missing, of another type, or against the others.
@@ -166,7 +166,8 @@ class GGUFWeights:
     """A `Weights` over one GGUF file or all parts of a split one. Blocks are read a few rows at a time, by every thread
     that asks, and dequantised where the rows are wanted: on the processor or, raw bytes first, on an accelerator.
 
-    A norm tensor holds g = 1 + w, and `read` gives w; see `dtype_for` for how the model's 1 + w is g to the bit.
+    A norm tensor holds g = 1 + w: `raw` gives g, and `read` gives w. See `dtype_for` for how the model's 1 + w is g to
+    the bit.
     """
 
     def __init__(self, header: GGUF) -> None:
@@ -267,12 +268,12 @@ class GGUFWeights:
         return g
 
     def _zero_centred(self, name: str, g: Tensor) -> Tensor:
-        """w in float64, so that nothing of g is lost yet."""
+        """The norm weight w of a gain g = 1 + w, in float64, in which the subtraction loses nothing of a float32 g."""
         given = self._header.metadata.get(ZERO_CENTRED + llama_cpp_name(name))
         if given is None:
             return g.double() - 1.0
         if given.type != "f32[]" or len(given.value) != len(g):
-            raise BadModelFile(f"{self.where}: {ZERO_CENTRED}{llama_cpp_name(name)} is no f32[] of {len(g)}")
+            raise BadModelFile(f"{self.where}: {ZERO_CENTRED}{llama_cpp_name(name)} must be an f32[] of {len(g)}")
         w = torch.from_numpy(given.value.copy())
         if not torch.equal(1.0 + w, g):
             raise BadModelFile(

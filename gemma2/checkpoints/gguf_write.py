@@ -1,4 +1,4 @@
-"""The other way: a Gemma 2's numbers and names as the header of a GGUF file, and its weights as ggml's blocks."""
+"""Writing a GGUF file: the header with a Gemma 2's config and tensor names, and weights as ggml's blocks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gemma2.config import GLOBAL, LOCAL, Gemma2Config
 from gemma2.errors import BadModelFile
 
 BLOCKS = {type.name: type for type in TYPES.values()}
-# What gguf-py quantizes to (it reads more), and llama.cpp's number for a file of mostly that (llama_ftype).
+# The types that gguf-py can quantize to, and llama.cpp's number for a file mostly of that type (llama_ftype).
 FILE_TYPES = {
     "F32": 0,
     "F16": 1,
@@ -56,7 +56,7 @@ def architecture_metadata(config: Gemma2Config, where: str) -> dict[str, Value]:
     taken = query_scale(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.head_dim)
     if config.query_pre_attn_scalar != taken:
         raise BadModelFile(
-            f"{where}: query_pre_attn_scalar is {config.query_pre_attn_scalar:g}, which no GGUF can state: llama.cpp "
+            f"{where}: query_pre_attn_scalar is {config.query_pre_attn_scalar:g}, which a GGUF cannot state: llama.cpp "
             f"takes {taken} for {config.num_hidden_layers} layers (all but {LAYERS_27B} layers: the width of a head)"
         )
     numbers = {key: Value("u32", getattr(config, field)) for field, key in INTEGERS.items()}
@@ -77,14 +77,16 @@ def architecture_metadata(config: Gemma2Config, where: str) -> dict[str, Value]:
 
 
 def _period(config: Gemma2Config, where: str) -> int:
-    """The last of every so many layers is global, and none with 0: all that llama.cpp reads for Gemma 2
-    (src/models/gemma2.cpp; it passes over an array, and takes 2)."""
+    """How many layers a pattern has: the last layer of each pattern is global; with 0 all layers are local.
+
+    llama.cpp reads only this number for Gemma 2 (src/models/gemma2.cpp). It ignores an array of layers, and takes 2.
+    """
     layers = config.layer_types
     for period in (2, 0, *range(1, len(layers) + 1)):
         if layers == tuple(GLOBAL if period and i % period == period - 1 else LOCAL for i in range(len(layers))):
             return period
     raise BadModelFile(
-        f"{where}: layer_types is no pattern that a GGUF can state: to llama.cpp the last of every n layers is global"
+        f"{where}: a GGUF cannot state this pattern of layer_types: for llama.cpp the last of every n layers is global"
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from gemma2.checkpoints.hf_config import PUBLISHED, published_config
 from gemma2.checkpoints.weights import EMBEDDING, PlainWeights, refuse_foreign
 from gemma2.config import Gemma2Config
-from gemma2.errors import BadModelFile
+from gemma2.errors import BadModelFile, first_line
 
 REDUNDANT = "freqs_cis"  # the rotary table, computed from the config
 SCALER = "_scaler"  # int8: weight * weight_scaler[:, None], one scale a row
@@ -26,8 +26,8 @@ EMBEDDER, FUSED = "embedder.weight", "self_attn.qkv_proj.weight"
 
 
 class GoogleWeights(PlainWeights):
-    """A `Weights` over a `.ckpt`. `config` says where q ends and k begins; without one, the published sizes are tried
-    in turn."""
+    """A `Weights` over a `.ckpt`. `config` states the heads, so where q ends and k begins in a fused tensor; without a
+    config, the published model of this shape gives it."""
 
     def __init__(self, path: Path, config: Gemma2Config | None = None) -> None:
         self.where, self._path = str(path), path
@@ -108,8 +108,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError:
         raise BadModelFile(f"{path}: holds more than tensors, so it is not read: a pickle can run code") from None
     except Exception as error:  # a damaged pickle fails in any way: IndexError, struct.error, AssertionError ...
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        raise BadModelFile(f"{path}: not a PyTorch checkpoint ({reason})") from None
+        raise BadModelFile(f"{path}: not a PyTorch checkpoint ({first_line(error)})") from None
     state = raw.get("model_state_dict", raw) if isinstance(raw, dict) else None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise BadModelFile(f"{path}: no model_state_dict of tensors in it")

@@ -1,4 +1,4 @@
-"""The other way: a `.ckpt` as `torch.save` writes it, record by record, where `torch.save` wants all tensors at once.
+"""Writing Google's `.ckpt` in the format of `torch.save`, one tensor after another: `torch.save` needs all at once.
 
 It is a zip file of uncompressed records: a pickle that describes the tensors, and the bytes of each storage (PyTorch's
 notes on serialization, "Serialized file format for torch.save").

@@ -1,4 +1,4 @@
-"""Hugging Face's `config.json` and Gemma 2's numbers: one is read into the other, strictly, and written from it."""
+"""Hugging Face's `config.json`: read strictly into a `Gemma2Config`, and written from one."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def configs() -> Path:
     """The folder `configs`: inside an installed package, and beside the package in a checkout.
 
     Raises:
-        FileNotFoundError: it is in neither place, so the installation is not whole.
+        FileNotFoundError: it is missing in both places, so the installation is incomplete.
     """
     for folder in (PACKAGE / "configs", PACKAGE.parent / "configs"):
         if (folder / f"{PUBLISHED[0]}.json").is_file():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ class SafetensorsWeights(PlainWeights):
                 if name.endswith(REDUNDANT):
                     continue
                 part = handle.get_slice(name)
+                # A dtype that the table does not have is called uint8, and refused as that is.
                 self.tensors[name] = (tuple(part.get_shape()), SAFETENSORS.get(part.get_dtype(), torch.uint8))
         self.release()
 
@@ -77,6 +80,23 @@ def open_folder(folder: Path) -> SafetensorsWeights:
 def open_file(path: Path) -> SafetensorsWeights:
     """The weights of one `.safetensors` file."""
     return SafetensorsWeights([path], str(path))
+
+
+def header_bytes(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
+    """What stands before the data in a safetensors file: a length, and as much JSON (the format's README on GitHub).
+
+    Args:
+        tensors: name, safetensors' name of the dtype, shape and bytes of each, in the order of their data, which
+            follows without gaps.
+    """
+    described: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, dtype, shape, size in tensors:
+        described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def shard_names(index: Any, where: str) -> list[str]:

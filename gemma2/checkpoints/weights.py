@@ -1,13 +1,10 @@
-"""What every checkpoint format gives, and the one way from a file into a model."""
+"""The interface of every checkpoint format, and the one way from a file into a model."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from threading import Barrier, Lock
 from typing import Protocol
 
 import torch
@@ -16,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from gemma2.checkpoints.dtypes import FLOATS, dtype_name, stored_name
+from gemma2.checkpoints.threads import one_thread_per_core
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
 from gemma2.model import Gemma2
@@ -26,7 +24,6 @@ CHUNK_BYTES = 4 * 2**20  # of the final weights, copied at once
 RELEASE_BYTES = 32 * 2**20  # of the file, read before it is unmapped
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FIRST_LAYER = "model.layers.0."
-_STARTING = Lock()  # one pool at a time may have PyTorch's number of threads changed, see `one_thread_per_core`
 
 
 class _Uninitialised(TorchFunctionMode):
@@ -61,7 +58,7 @@ class Weights(Protocol):
         """Fill `out` with as many rows of a tensor's first axis as it has, from row `start` on."""
 
     def stored(self, name: str) -> str:
-        """The type in which the file holds a tensor, by ggml's name: "Q4_K", "BF16", "F32"."""
+        """The type in which the file holds a tensor, by ggml's name where ggml has it: "Q4_K", "BF16", "F32"."""
 
     def raw(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor as the file holds them, uint8 [rows, bytes of a row]; a vector is one row."""
@@ -215,45 +212,6 @@ def _nonfinite(values: Tensor) -> int:
     return 0 if values.sum().isfinite() else int((~values.isfinite()).sum())
 
 
-@contextlib.contextmanager
-def one_thread_per_core() -> Iterator[ThreadPoolExecutor]:
-    """A pool of as many threads as PyTorch would use here. Each computes alone: chunks are independent and small.
-
-    An error or Ctrl-C ends the work at once, and what has not begun is dropped.
-    """
-    count = torch.get_num_threads()
-    pool = ThreadPoolExecutor(count, "gemma2-load", initializer=_compute_alone)
-    try:
-        _start(pool, count)
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _compute_alone() -> None:
-    torch.get_num_threads()  # PyTorch sets a thread up at its first use, which would undo an earlier setting
-    torch.set_num_threads(1)
-
-
-def _start(pool: ThreadPoolExecutor, count: int) -> None:
-    """Start all threads of a pool, and put back what that changes for others.
-
-    PyTorch has a number of threads for each thread that has computed before, and one for all those that begin later.
-    `torch.set_num_threads` sets both. A pool's threads keep their own number, so the other one is put back as soon as
-    they have started, by a thread that has no number of its own yet and so can read it.
-    """
-    started = Barrier(count + 1)
-    with _STARTING, ThreadPoolExecutor(1) as fresh:
-        for_new_threads = fresh.submit(torch.get_num_threads).result()
-        try:
-            for _ in range(count):
-                pool.submit(started.wait)
-            started.wait()
-        finally:
-            started.abort()  # where a thread could not be started, the others wait for it no longer
-            fresh.submit(torch.set_num_threads, for_new_threads).result()
-
-
 def shapes_of(config: Gemma2Config) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every parameter, in the model's order.
 
@@ -311,7 +269,9 @@ def refuse_foreign(path: Path) -> None:
     known: dict[str, Callable[[bytes], bool]] = {
         "an empty file": lambda h: not h,
         "a Git LFS pointer, not the weights: run `git lfs pull`": lambda h: h.startswith(b"version https://git-lfs"),
-        "an HTML page, perhaps a saved error": lambda h: h.lstrip().lower().startswith((b"<!doctype", b"<html")),
+        "an HTML page, perhaps an error page that was saved": lambda h: (
+            h.lstrip().lower().startswith((b"<!doctype", b"<html"))
+        ),
         "a GGUF file: its name must end in .gguf": lambda h: h.startswith(b"GGUF") and path.suffix != ".gguf",
     }
     for what, holds in known.items():

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gemma2.checkpoints.dtypes import dtype_name
 from gemma2.checks import check_count
 from gemma2.detokenizer import parse_stops
 from gemma2.gemma import MAX_NEW_TOKENS, Gemma
-from gemma2.load import check_device, check_dtype, load
+from gemma2.load import load, parse_device, parse_dtype
 from gemma2.sampling import Sampling
 from gemma2.stats import Stats
 
@@ -134,8 +135,8 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_model(args: argparse.Namespace) -> Gemma:
-    check_device(args.device)
-    check_dtype(args.dtype, args.force_float16)
+    parse_device(args.device)
+    parse_dtype(args.dtype, args.force_float16)
     started = time.perf_counter()
     gemma = load(
         args.model,
@@ -147,9 +148,12 @@ def load_model(args: argparse.Namespace) -> Gemma:
         force_float16=args.force_float16,
     )
     if args.verbose:
-        device, count = gemma.model.model.embed_tokens.weight.device, gemma.config.parameter_count
+        device, count = gemma.model.device, gemma.config.parameter_count
         seconds = time.perf_counter() - started
-        print(f"load     {seconds:.2f} s, {count:,} parameters, {dtype_name(gemma)} on {device}", file=sys.stderr)
+        print(
+            f"load     {seconds:.2f} s, {count:,} parameters, {dtype_name(gemma.model.dtype)} on {device}",
+            file=sys.stderr,
+        )
         for note in gemma.notes:
             print(f"note     {note}", file=sys.stderr)
     if "temperature" in args:
@@ -164,14 +168,9 @@ def note_idle(args: argparse.Namespace) -> None:
         print(f"note: {', '.join(idle)}: no effect in greedy decoding; give --temperature to sample", file=sys.stderr)
 
 
-def dtype_name(gemma: Gemma) -> str:
-    """As `--dtype` takes it."""
-    return str(gemma.model.model.embed_tokens.weight.dtype).removeprefix("torch.")
-
-
 def versions(gemma: Gemma) -> dict[str, str]:
     """What results depend on beside the model: they may differ by rounding with any of it."""
-    device = gemma.model.model.embed_tokens.weight.device
+    device = gemma.model.device
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return {
         "gemma2": version("gemma2"),

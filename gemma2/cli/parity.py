@@ -18,7 +18,7 @@ from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gemma2.cli.options import REVISION, add_command, add_debug, add_model
 from gemma2.cli.prompts import add_text_options, read_text
 from gemma2.cli.show import escaped, table
-from gemma2.load import check_dtype, locate
+from gemma2.load import locate, parse_dtype
 from gemma2.numerics import PROFILES
 from gemma2.parity.cases import DIFFERS
 from gemma2.parity.compare import Row
@@ -106,7 +106,7 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     refuse_unused(args)
-    dtype = check_dtype(args.dtype, force_float16=True)
+    dtype = parse_dtype(args.dtype, force_float16=True)
     if args.html:
         check_page(args.html)  # before anything is computed
     path = locate(args.model, args.revision)

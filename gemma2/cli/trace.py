@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
+from gemma2.atomic import check_target
+from gemma2.checkpoints.dtypes import dtype_name
 from gemma2.cli.options import (
     add_command,
     add_common_options,
     add_loading_options,
     add_model,
-    dtype_name,
     load_model,
     versions,
 )
@@ -25,7 +26,7 @@ from gemma2.cli.prompts import add_text_options, read_text
 from gemma2.cli.show import size
 from gemma2.errors import ContextOverflow
 from gemma2.gemma import Gemma
-from gemma2.parity.trace import About, TraceWriter, check_target, dtypes
+from gemma2.parity.trace import About, TraceWriter, dtypes
 from gemma2.research.capture import watching
 from gemma2.research.sites import listing
 
@@ -68,11 +69,11 @@ def run(args: argparse.Namespace) -> int:
     given = read_text(args)
     if given is None:
         raise ValueError("say for which text: --prompt TEXT, --file FILE or --ids IDS")
-    check_target(args.output, args.force)
+    check_target(args.output, force=args.force)
     gemma = load_model(args)
     ids = ids_for(given, gemma)
     patterns = args.sites or ["*"]
-    about = About(f"gemma2 {version('gemma2')}", dtype_name(gemma), gemma.config, versions(gemma))
+    about = About(f"gemma2 {version('gemma2')}", dtype_name(gemma.model.dtype), gemma.config, versions(gemma))
     trace = TraceWriter(args.output, about, ids, patterns, dtypes(gemma.model, patterns), args.force)
     tokens = torch.tensor([ids], device=gemma.model.device)
     held = f"{len(trace.sites)} sites of {len(ids)} tokens, {size(trace.bytes)}"

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma2.checkpoints.dtypes import dtype_name
 from gemma2.checks import check_count
 from gemma2.cli.options import (
     add_command,
     add_common_options,
     add_loading_options,
     add_model,
-    dtype_name,
     load_model,
     versions,
 )
@@ -83,14 +83,13 @@ def run(args: argparse.Namespace) -> int:
 
 def saver(args: argparse.Namespace, gemma: Gemma, name: str) -> Callable[[], Gemma2]:
     """Convert MODEL into a temporary folder, and load it from there."""
-    weight = gemma.model.model.embed_tokens.weight
 
     def save_and_load() -> Gemma2:
         with tempfile.TemporaryDirectory() as folder:
-            target, type_ = Path(folder) / name, TYPES.get(dtype_name(gemma), "f32")
+            target, type_ = Path(folder) / name, TYPES.get(dtype_name(gemma.model.dtype), "f32")
             options: dict[str, Any] = {"tokenizer": args.tokenizer, "progress": False}
             convert(args.model, target, type=type_, revision=args.revision, **options)
-            same: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype, "progress": False}
+            same: dict[str, Any] = {"device": gemma.model.device, "dtype": gemma.model.dtype, "progress": False}
             return load(target, force_float16=True, allow_nonfinite=args.allow_nonfinite, **same).model
 
     return save_and_load
@@ -103,7 +102,7 @@ def describe(args: argparse.Namespace, gemma: Gemma) -> dict[str, str]:
     machine = versions(gemma)
     return {
         "model": f"{args.model} ({gemma.config.parameter_count:,} parameters)",
-        "dtype": dtype_name(gemma),
+        "dtype": dtype_name(gemma.model.dtype),
         "device": machine["device"],
         "versions": f"gemma2 {machine['gemma2']}, torch {machine['torch']}, Python {platform.python_version()}, "
         f"{sys.platform}, {machine['threads']} threads",

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from gemma2.checkpoints.checkpoint import Checkpoint
+from gemma2.checkpoints.dtypes import dtype_name
 from gemma2.errors import BadModelFile, ContextOverflow, NonFiniteError
 from gemma2.numerics import PROFILES, with_numerics
 from gemma2.parity.cases import BEGINS, DIFFERS, Case, run_cases
@@ -116,7 +117,7 @@ def judge(
         for case in run_cases(reference, ours, given, opened.tokenizer.special["bos"]):
             tell(f"{case.name}: {case.outcome}")
             done.append(case)
-    dtype = str(reference.dtype).removeprefix("torch.")
+    dtype = dtype_name(reference.dtype)
     places = len(chosen(opened.config))
     named = model or str(opened.path)
     return Judgement(named, reference.system, dtype, numerics, text, len(given), places, rows, logits, done)

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma2.atomic import replacing
+from gemma2.atomic import check_target, replacing
 from gemma2.parity.cases import DIFFERS
 from gemma2.parity.compare import SIZE_FACTOR, Row
 from gemma2.parity.judge import Judgement
-from gemma2.parity.trace import check_target
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -43,7 +42,7 @@ LABELS = 24  # block numbers on the axis, at most
 
 def check_page(path: Path) -> None:
     """Raises OSError where no page can be written, ImportError where matplotlib, which draws the chart, is missing."""
-    check_target(path, force=True, what="page")
+    check_target(path, force=True)
     _figure()
 
 

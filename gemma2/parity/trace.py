@@ -13,13 +13,12 @@ each without the batch axis, in whatever float type it was computed. Its metadat
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,8 +27,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gemma2.atomic import replacing
+from gemma2.atomic import check_space, check_target, replacing, reserve
+from gemma2.checkpoints.dtypes import RUNNABLE, dtype_name, stored_name
 from gemma2.checkpoints.hf_config import config_dict, read_config
+from gemma2.checkpoints.safetensors import header_bytes
 from gemma2.checkpoints.weights import refuse_foreign
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile, NonFiniteError
@@ -39,8 +40,7 @@ from gemma2.research.sites import chosen, sites
 
 FORMAT = "gemma2-trace 1"
 IDS = "ids"
-STORED = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's name -> safetensors'
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+STORED = [stored_name(dtype) for dtype in RUNNABLE.values()]
 
 
 @dataclass(frozen=True)
@@ -104,26 +104,22 @@ class TraceWriter:
         return self._ids.nbytes + sum(self._size(name) for name in self._shapes)
 
     def __enter__(self) -> TraceWriter:
-        check_target(self._path, self.force, self.bytes)
-        described: dict[str, Any] = {"__metadata__": self._metadata()}
-        end = self._ids.nbytes
-        described[IDS] = {"dtype": "I64", "shape": list(self._ids.shape), "data_offsets": [0, end]}
-        self._places: dict[str, int] = {}
-        for name, shape in self._shapes.items():
-            kind, start = STORED[_named(self._dtypes[name])], end
-            end += self._size(name)
-            described[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
-            self._places[name] = start
-        header = json.dumps(described, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        self._start = 8 + len(header)
+        check_target(self._path, force=self.force)
+        check_space(self._path.parent, self.bytes)
+        tensors: list[tuple[str, str, Sequence[int], int]] = [(IDS, "I64", self._ids.shape, self._ids.nbytes)]
+        tensors += [
+            (name, _stored(self._dtypes[name]), shape, self._size(name)) for name, shape in self._shapes.items()
+        ]
+        header = header_bytes(tensors, self._metadata())
+        starts = accumulate((size for *_, size in tensors), initial=len(header))
+        self._starts = dict(zip((name for name, *_ in tensors), starts, strict=False))
         with self._stack:  # undone if what follows fails
-            (partial,) = self._stack.enter_context(
-                replacing(self._path, last=lambda: check_target(self._path, self.force))
+            (unfinished,) = self._stack.enter_context(
+                replacing(self._path, last=partial(check_target, self._path, force=self.force))
             )
-            self._file = self._stack.enter_context(partial.open("wb"))
-            self._file.write(len(header).to_bytes(8, "little") + header + self._ids.numpy().tobytes())
-            self._reserve(self._start + end)
+            self._file = self._stack.enter_context(unfinished.open("wb"))
+            self._file.write(header + self._ids.numpy().tobytes())
+            reserve(self._file, len(header) + self.bytes, self._path)
             self._stack = self._stack.pop_all()
         return self
 
@@ -149,20 +145,9 @@ class TraceWriter:
         if value.isnan().any():
             raise NonFiniteError(f"{self._path}: {name} was computed as NaN, so no trace is written")
         plain = value.detach().to("cpu", self._dtypes[name]).contiguous()
-        self._file.seek(self._start + self._places[name])
+        self._file.seek(self._starts[name])
         self._file.write(plain.flatten().view(torch.uint8).numpy().data)
         self._missing.discard(name)
-
-    def _reserve(self, size: int) -> None:
-        """Room for all of it now, so that a disk cannot fill halfway; only a size where the system has no such call."""
-        self._file.truncate(size)
-        if hasattr(os, "posix_fallocate"):
-            self._file.flush()
-            try:
-                os.posix_fallocate(self._file.fileno(), 0, size)
-            except OSError as error:
-                if error.errno in FULL:
-                    raise OSError(f"{self._path}: {error.strerror}; make room or choose another place") from None
 
     def _size(self, name: str) -> int:
         return self._shapes[name].numel() * self._dtypes[name].itemsize
@@ -205,7 +190,7 @@ class Trace:
         unknown = sorted(kept - known.keys() - {IDS})
         if unknown:
             raise BadModelFile(
-                f"{path}: {unknown[0]!r} is no site of a Gemma 2 of this config (gemma2 trace --list shows all)"
+                f"{path}: {unknown[0]!r} is not a site of a Gemma 2 of this config (gemma2 trace --list shows all)"
             )
         self.names = [name for name in known if name in kept]  # in the order of computation
         for name in self.names:
@@ -213,8 +198,8 @@ class Trace:
             wanted = list(known[name].sizes(self.about.config, len(self.ids))[1:])
             if part.get_shape() != wanted:
                 raise BadModelFile(f"{path}: {name} is {part.get_shape()}, and its ids and config make it {wanted}")
-            if part.get_dtype() not in STORED.values():
-                raise BadModelFile(f"{path}: {name} is {part.get_dtype()}, and must be one of {', '.join(STORED)}")
+            if part.get_dtype() not in STORED:
+                raise BadModelFile(f"{path}: {name} is {part.get_dtype()}, and must be one of {', '.join(RUNNABLE)}")
 
     def __getitem__(self, name: str) -> Tensor:
         """The value of a site, without the batch axis.
@@ -238,8 +223,8 @@ class Trace:
         missing = [name for name in ("system", "dtype", "config") if name not in stated]
         if missing:
             raise BadModelFile(f"{self.path}: its metadata do not state {', '.join(missing)}")
-        if stated["dtype"] not in STORED:
-            raise BadModelFile(f"{self.path}: dtype {stated['dtype'][:50]!r} is not one of {', '.join(STORED)}")
+        if stated["dtype"] not in RUNNABLE:
+            raise BadModelFile(f"{self.path}: dtype {stated['dtype'][:50]!r} is not one of {', '.join(RUNNABLE)}")
         config = read_config(self._json("config", stated["config"]), where=f"{self.path}: config")
         versions = self._json("versions", stated.get("versions", "{}"))
         if not isinstance(versions, dict) or not all(isinstance(value, str) for value in versions.values()):
@@ -264,24 +249,6 @@ class Trace:
         return ids
 
 
-def check_target(path: Path, force: bool = False, needed: int = 0, what: str = "trace") -> None:
-    """Raises OSError where a file of so many bytes cannot be written, saying why; before anything is computed."""
-    folder = path.parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder to write to")
-    if path.is_dir():
-        raise FileExistsError(f"{path}: is a folder; give the {what} a name of its own")
-    if path.exists() and not path.is_file():
-        raise FileExistsError(f"{path}: is no regular file; give the {what} a name of its own")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder}: cannot be written to")
-    if not force and os.path.lexists(path):
-        raise FileExistsError(f"{path}: is there already; --force (force=True) replaces it")
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(f"{folder}: {needed / 1e9:.3g} GB are needed there, and {free / 1e9:.3g} GB are free")
-
-
 @torch.no_grad()
 def dtypes(model: Gemma2, patterns: Iterable[str] | str = "*") -> dict[str, torch.dtype]:
     """The dtype in which a model computes each site (what a norm holds inside is wider than what comes out of it).
@@ -291,8 +258,7 @@ def dtypes(model: Gemma2, patterns: Iterable[str] | str = "*") -> dict[str, torc
     return {name: value.dtype for name, value in seen.items()}
 
 
-def _named(dtype: torch.dtype) -> str:
-    name = str(dtype).removeprefix("torch.")
-    if name not in STORED:
-        raise ValueError(f"a trace holds {', '.join(STORED)}, not {name}")
-    return name
+def _stored(dtype: torch.dtype) -> str:
+    if dtype not in RUNNABLE.values():
+        raise ValueError(f"a trace holds {', '.join(RUNNABLE)}, not {dtype_name(dtype)}")
+    return stored_name(dtype)

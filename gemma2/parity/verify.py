@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gemma2.cache import HybridCache
 from gemma2.config import Gemma2Config
-from gemma2.errors import BadModelFile, ContextOverflow
+from gemma2.errors import BadModelFile, ContextOverflow, first_line
 from gemma2.model import Gemma2
 from gemma2.parity.tolerances import TOLERANCES
 from gemma2.tokens import left_padded
@@ -142,7 +142,7 @@ class _Subject:
         try:
             return self._logits(torch.compile(twin, dynamic=False), self.ids), self.whole
         except Exception as error:  # whatever a compiler fails with
-            raise CannotRun(f"torch.compile failed ({_first_line(error)})") from None
+            raise CannotRun(f"torch.compile failed ({_said(error)})") from None
         finally:
             torch.compiler.reset()
 
@@ -155,13 +155,13 @@ class _Subject:
             twin = deepcopy(self.model).to(other)
             return self._logits(twin, self.ids.to(other)), self.whole
         except (RuntimeError, TypeError) as error:  # no memory, or a dtype that the device has not
-            raise CannotRun(f"{other} cannot ({_first_line(error)})") from None
+            raise CannotRun(f"{other} cannot ({_said(error)})") from None
 
     def reloaded(self, load: Callable[[], Gemma2]) -> tuple[Tensor, Tensor]:
         try:
             again = narrowed(load(), self.length)
         except (BadModelFile, OSError) as error:
-            raise CannotRun(_first_line(error)) from None
+            raise CannotRun(_said(error)) from None
         mine, theirs = dict(self.model.named_parameters()), dict(again.named_parameters())
         unequal = [name for name in mine if not torch.equal(mine[name], theirs[name])]
         if unequal:  # also where no logit shows it
@@ -187,6 +187,6 @@ def _refusing(why: str) -> Callable[[], tuple[Tensor, Tensor]]:
     return run
 
 
-def _first_line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [""])[0]
-    return line if isinstance(error, BadModelFile | OSError) else f"{type(error).__name__}: {line[:200]}"
+def _said(error: Exception) -> str:
+    line = first_line(error)
+    return line if isinstance(error, BadModelFile | OSError) else f"{type(error).__name__}: {line}"

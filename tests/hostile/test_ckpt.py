@@ -182,7 +182,7 @@ def legacy(state: State) -> bytes:
 NOT = "not a PyTorch checkpoint ("
 FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda raw: b"", "an empty file"),
-    "HTML": (lambda raw: b"<!DOCTYPE html><html>", "an HTML page, perhaps a saved error"),
+    "HTML": (lambda raw: b"<!DOCTYPE html><html>", "an HTML page, perhaps an error page that was saved"),
     "LFS pointer": (lambda raw: b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer, not the weights"),
     "GGUF": (lambda raw: b"GGUF" + bytes(60), "a GGUF file: its name must end in .gguf"),
     "one byte": (lambda raw: b"P", NOT),

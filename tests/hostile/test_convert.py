@@ -50,11 +50,11 @@ ARGUMENTS = [
     (["x"], "the following arguments are required: TARGET"),
     (["x", "y", "z"], "unrecognized arguments: z"),
     (["x", "y", "--type"], "--type: expected one argument"),
-    (["x", "y.gguf", "--type", ""], "type '': a .gguf can have f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, mxfp4, "),
-    (["x", "y.gguf", "--type", "q4_k"], "type 'q4_k': a .gguf can have f32, "),
-    (["x", "y.gguf", "--type", "float32"], "type 'float32': a .gguf can have f32, "),
-    (["x", "y.ckpt", "--type", "q8_0"], "type 'q8_0': a .ckpt can have f32, bf16, f16"),
-    (["x", "y", "--type", "q8_0"], "type 'q8_0': safetensors can have f32, bf16, f16"),
+    (["x", "y.gguf", "--type", ""], "type '': a .gguf takes f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, mxfp4, "),
+    (["x", "y.gguf", "--type", "q4_k"], "type 'q4_k': a .gguf takes f32, "),
+    (["x", "y.gguf", "--type", "float32"], "type 'float32': a .gguf takes f32, "),
+    (["x", "y.ckpt", "--type", "q8_0"], "type 'q8_0': a .ckpt takes f32, bf16, f16"),
+    (["x", "y", "--type", "q8_0"], "type 'q8_0': safetensors takes f32, bf16, f16"),
     (
         ["x", "y.safetensors"],
         "y.safetensors: no .safetensors file is written; end the name in .gguf or .ckpt, or name a folder",
@@ -233,7 +233,7 @@ def test_rows_that_are_no_whole_blocks_are_refused_before_anything_is_written(
         ("tq1_0", "TQ1_0 blocks of 256"),
     ):
         line = complaint("convert", model, tmp_path / "out.gguf", "--type", kind, code=1)
-        assert f"has rows of 8, no whole {blocks}; choose bf16, f16 or f32" in line
+        assert f"has rows of 8, not a whole number of {blocks}; choose bf16, f16 or f32" in line
 
 
 def test_a_model_that_does_not_load_is_not_converted(

@@ -428,7 +428,7 @@ def test_folders_and_files_of_other_kinds_are_refused(
     refused(bare, "it holds pytorch_model.bin, a pickle, which is not read")
     (bare / "x.gguf").write_bytes(b"x")
     refused(bare, "it holds x.gguf: give that file itself; it holds pytorch_model.bin, a pickle, which is not read")
-    refused(bare / "x.gguf", "x.gguf: byte 0: 1 bytes are no GGUF file")
+    refused(bare / "x.gguf", "x.gguf: byte 0: 1 bytes are not a GGUF file")
     for name in ("x.bin", "x.pt", "x.pth", "x.npz", "x.h5", "x"):
         (bare / name).write_bytes(b"x")
         refused(bare / name, "give a folder, a .gguf, a .safetensors file or Google's .ckpt")

@@ -54,7 +54,10 @@ def odd_sized(shape: tuple[int, ...], kind: str, size: int) -> Make:
     return lambda: GOOD.plus(Entry("d.weight", shape, kind, bytes(size))).write()
 
 
-SHORT, BIG = "bytes are no GGUF file: its shortest header has 24", "a big-endian GGUF file; convert it to little-endian"
+SHORT, BIG = (
+    "bytes are not a GGUF file: the shortest header has 24",
+    "a big-endian GGUF file; convert it to little-endian",
+)
 STRANGE = "not a GGUF file: it begins with "
 FOREIGN: dict[str, tuple[Make, str]] = {
     "empty": (lambda: b"", "an empty file"),
@@ -67,7 +70,10 @@ FOREIGN: dict[str, tuple[Make, str]] = {
     "23 bytes": (cut(23), f"23 {SHORT}"),
     "zeros": (lambda: bytes(1000), STRANGE),
     "noise": (lambda: random.Random(0).randbytes(1000), STRANGE),
-    "an HTML page": (lambda: b"<!DOCTYPE html><html><body>404</body></html>", "an HTML page, perhaps a saved error"),
+    "an HTML page": (
+        lambda: b"<!DOCTYPE html><html><body>404</body></html>",
+        "an HTML page, perhaps an error page that was saved",
+    ),
     "an LFS pointer": (
         lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
         "a Git LFS pointer, not the weights: run `git lfs pull`",
@@ -128,11 +134,11 @@ PAIRS: dict[str, tuple[Make, str]] = {
     "key beyond the end": (with_key(lengthy(60_000)), "key needs 60,000 bytes, and"),
     "key with a NUL": (with_key("general\0name"), r"key 'general\x00name' has a NUL in it"),
     "key not UTF-8": (with_key(b"gener\xe4l"), r"key is not UTF-8: b'gener\xe4l'"),
-    "key twice": (with_key(NAME), "key 'general.name' stands twice"),
-    "architecture twice": (with_key("general.architecture"), "key 'general.architecture' stands twice"),
+    "key twice": (with_key(NAME), "key 'general.name' appears twice"),
+    "architecture twice": (with_key("general.architecture"), "key 'general.architecture' appears twice"),
     "key that steers a terminal, twice": (
         lambda: replace(GOOD, pairs=(("\x1b[31m\n", "u8", 1),) * 2).write(),
-        r"key '\x1b[31m\n' stands twice",
+        r"key '\x1b[31m\n' appears twice",
     ),
     **{
         f"value type {n}": (with_value(Raw(struct.pack("<I", n) + bytes(8))), f"has value type {n}, and there are only")
@@ -234,10 +240,10 @@ ALIGNMENTS: dict[str, tuple[Make, str]] = {
     },
     "alignment twice": (
         lambda: replace(GOOD, pairs=(("general.alignment", "u32", 32),) * 2).write(),
-        "key 'general.alignment' stands twice",
+        "key 'general.alignment' appears twice",
     ),
-    "alignment 1, laid out at 32": (aligned("u32", 1), "has offset 128, and only 102 can be right"),
-    "alignment 16, laid out at 32": (aligned("u32", 16), "has offset 128, and only 112 can be right"),
+    "alignment 1, laid out at 32": (aligned("u32", 1), "has offset 128, and must have 102"),
+    "alignment 16, laid out at 32": (aligned("u32", 16), "has offset 128, and must have 112"),
     # These offsets are also multiples of 64, so only where the data begins can show it.
     "alignment 64, laid out at 32": (
         lambda: GOOD.with_pair(NAME, "str", "x" * 50).with_pair("general.alignment", "u32", 64).write(),
@@ -245,7 +251,7 @@ ALIGNMENTS: dict[str, tuple[Make, str]] = {
     ),
     "alignment 128, laid out at 32": (
         aligned("u32", 128),
-        "tensor 'c.weight' has offset 192, and only 256 can be right",
+        "tensor 'c.weight' has offset 192, and must have 256",
     ),
     "laid out at 64, without a word": (lambda: replace(GOOD, alignment=64).write(), "32 bytes after the last tensor"),
 }
@@ -261,11 +267,11 @@ NAMES: dict[str, tuple[Make, str]] = {
     },
     "name with a NUL": (tensor(B, name="b\0.weight"), r"tensor name 'b\x00.weight' has a NUL in it"),
     "name not UTF-8": (tensor(B, name=b"b\xff"), r"tensor name is not UTF-8: b'b\xff'"),
-    "name twice": (tensor(B, name=A), "tensor 'a.weight' stands twice"),
-    "name twice, the whole tensor": (lambda: GOOD.plus(GOOD.tensor(C)).write(), "tensor 'c.weight' stands twice"),
+    "name twice": (tensor(B, name=A), "tensor 'a.weight' appears twice"),
+    "name twice, the whole tensor": (lambda: GOOD.plus(GOOD.tensor(C)).write(), "tensor 'c.weight' appears twice"),
     "name twice, steering a terminal": (
         lambda: GOOD.with_tensor(A, name="\x1b[2J").with_tensor(B, name="\x1b[2J").write(),
-        r"tensor '\x1b[2J' stands twice",
+        r"tensor '\x1b[2J' appears twice",
     ),
 }
 
@@ -278,7 +284,7 @@ SHAPES: dict[str, tuple[Make, str]] = {
     "2^32-1 dimensions": (tensor(B, shape=dimensions(2**32 - 1, 16, 2)), "has 4294967295 dimensions, and ggml"),
     "a dimension too few": (
         tensor(B, shape=dimensions(1, 16, 2)),
-        "tensor 'b.weight' has rows of 16, no whole number of Q4_0",
+        "tensor 'b.weight' has rows of 16, not a whole number of Q4_0",
     ),
     "a dimension too many": (
         tensor(B, shape=dimensions(3, 16, 2)),
@@ -309,11 +315,11 @@ SHAPES: dict[str, tuple[Make, str]] = {
         lambda: GOOD.plus(*(Entry(f"x{i}", (2**40, 2**20), "F32", b"", i * 2**62 + 320) for i in range(4))).write(),
         "tensor 'x0' ends at byte",
     ),
-    "smaller than its data": (tensor(A, shape=(2, 32)), "tensor 'b.weight' has offset 128, and only 96 can be right"),
-    "larger than its data": (tensor(A, shape=(4, 32)), "tensor 'b.weight' has offset 128, and only 160 can be right"),
+    "smaller than its data": (tensor(A, shape=(2, 32)), "tensor 'b.weight' has offset 128, and must have 96"),
+    "larger than its data": (tensor(A, shape=(4, 32)), "tensor 'b.weight' has offset 128, and must have 160"),
     "longer rows than its data": (
         tensor(A, shape=(3, 64)),
-        "tensor 'b.weight' has offset 128, and only 224 can be right",
+        "tensor 'b.weight' has offset 128, and must have 224",
     ),
     "the last larger than its data": (tensor(C, shape=(33,)), "tensor 'c.weight' ends at byte"),
     "the last far larger": (tensor(C, shape=(2**40,)), "tensor 'c.weight' ends at byte"),
@@ -325,7 +331,7 @@ SHAPES: dict[str, tuple[Make, str]] = {
     **{
         f"{kind} rows of {row}": (
             odd_sized((2, row), kind, KINDS[kind][2] * 2),
-            f"tensor 'd.weight' has rows of {row}, no whole number of {kind} blocks of {KINDS[kind][1]}",
+            f"tensor 'd.weight' has rows of {row}, not a whole number of {kind} blocks of {KINDS[kind][1]}",
         )
         for kind, row in (("Q8_0", 33), ("Q4_0", 16), ("Q4_K", 32), ("Q6_K", 255), ("IQ4_NL", 31), ("MXFP4", 1))
     },
@@ -333,13 +339,16 @@ SHAPES: dict[str, tuple[Make, str]] = {
 
 TYPES: dict[str, tuple[Make, str]] = {
     **{
-        f"ggml type {n}": (tensor(B, kind=n), f"tensor 'b.weight' is of ggml type {n}, which is unknown here")
+        f"ggml type {n}": (
+            tensor(B, kind=n),
+            f"tensor 'b.weight' is of ggml type {n}, a type that this program does not know",
+        )
         for n in (42, 99, 255, 2**31, 2**32 - 1)
     },
     **{
         f"ggml type {n}, {name}": (
             tensor(B, kind=n),
-            f"tensor 'b.weight' is of ggml type {n} ({name}), which is no type for weights",
+            f"tensor 'b.weight' is of ggml type {n} ({name}), a type that holds no weights",
         )
         for n, name in {
             4: "Q4_2",
@@ -360,38 +369,38 @@ TYPES: dict[str, tuple[Make, str]] = {
             41: "Q1_0",
         }.items()
     },
-    "F16 labelled F32": (tensor(B, kind="F32"), "tensor 'c.weight' has offset 192, and only 256 can be right"),
+    "F16 labelled F32": (tensor(B, kind="F32"), "tensor 'c.weight' has offset 192, and must have 256"),
     "F32 labelled F16": (tensor(C, kind="F16"), "64 bytes after the last tensor"),
-    "Q8_0 labelled Q4_0": (tensor(A, kind="Q4_0"), "tensor 'b.weight' has offset 128, and only 64 can be right"),
-    "Q8_0 labelled F16": (tensor(A, kind="F16"), "tensor 'b.weight' has offset 128, and only 192 can be right"),
+    "Q8_0 labelled Q4_0": (tensor(A, kind="Q4_0"), "tensor 'b.weight' has offset 128, and must have 64"),
+    "Q8_0 labelled F16": (tensor(A, kind="F16"), "tensor 'b.weight' has offset 128, and must have 192"),
     "Q8_0 labelled IQ2_XXS": (
         tensor(A, kind="IQ2_XXS"),
-        "tensor 'a.weight' has rows of 32, no whole number of IQ2_XXS",
+        "tensor 'a.weight' has rows of 32, not a whole number of IQ2_XXS",
     ),
 }
 
 PLACES: dict[str, tuple[Make, str]] = {
-    "offset past its place": (tensor(B, offset=129), "tensor 'b.weight' has offset 129, and only 128 can be right"),
-    "offset 16 past its place": (tensor(B, offset=144), "tensor 'b.weight' has offset 144, and only 128 can be right"),
-    "offset 32 past its place": (tensor(B, offset=160), "tensor 'b.weight' has offset 160, and only 128 can be right"),
-    "offset before its place": (tensor(B, offset=96), "tensor 'b.weight' has offset 96, and only 128 can be right"),
-    "offset unpadded": (tensor(B, offset=102), "tensor 'b.weight' has offset 102, and only 128 can be right"),
-    "offset onto another": (tensor(B, offset=0), "tensor 'b.weight' has offset 0, and only 128 can be right"),
-    "offset of the next": (tensor(A, offset=128), "tensor 'a.weight' has offset 128, and only 0 can be right"),
+    "offset past its place": (tensor(B, offset=129), "tensor 'b.weight' has offset 129, and must have 128"),
+    "offset 16 past its place": (tensor(B, offset=144), "tensor 'b.weight' has offset 144, and must have 128"),
+    "offset 32 past its place": (tensor(B, offset=160), "tensor 'b.weight' has offset 160, and must have 128"),
+    "offset before its place": (tensor(B, offset=96), "tensor 'b.weight' has offset 96, and must have 128"),
+    "offset unpadded": (tensor(B, offset=102), "tensor 'b.weight' has offset 102, and must have 128"),
+    "offset onto another": (tensor(B, offset=0), "tensor 'b.weight' has offset 0, and must have 128"),
+    "offset of the next": (tensor(A, offset=128), "tensor 'a.weight' has offset 128, and must have 0"),
     "offsets exchanged": (
         lambda: GOOD.with_tensor(B, offset=192).with_tensor(C, offset=128).write(),
-        "tensor 'b.weight' has offset 192, and only 128 can be right",
+        "tensor 'b.weight' has offset 192, and must have 128",
     ),
-    "offset beyond the end": (tensor(C, offset=10**6), "has offset 1,000,000, and only 192 can be right"),
-    "offset 2^63": (tensor(C, offset=FAR), f"has offset {FAR:,}, and only 192 can be right"),
-    "offset 2^64-1": (tensor(C, offset=2**64 - 1), f"has offset {2**64 - 1:,}, and only 192 can be right"),
+    "offset beyond the end": (tensor(C, offset=10**6), "has offset 1,000,000, and must have 192"),
+    "offset 2^63": (tensor(C, offset=FAR), f"has offset {FAR:,}, and must have 192"),
+    "offset 2^64-1": (tensor(C, offset=2**64 - 1), f"has offset {2**64 - 1:,}, and must have 192"),
     "offset 2^64-32, before the data": (
         tensor(A, offset=2**64 - 32),
-        f"has offset {2**64 - 32:,}, and only 0 can be right",
+        f"has offset {2**64 - 32:,}, and must have 0",
     ),
     "all offsets 32 on": (
         lambda: replace(GOOD, tensors=tuple(replace(GOOD.tensor(n), offset=o) for n, o in ((A, 32), (B, 160)))).write(),
-        "tensor 'a.weight' has offset 32, and only 0 can be right",
+        "tensor 'a.weight' has offset 32, and must have 0",
     ),
     "a byte of the data missing": (lambda: GOOD.write()[:-1], "cut short, so download or copy it again"),
     "half of the data missing": (lambda: GOOD.write()[:-160], "cut short, so download or copy it again"),

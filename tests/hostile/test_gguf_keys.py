@@ -61,8 +61,11 @@ ARCHITECTURES: dict[str, tuple[Make, str]] = {
         f"architecture 'gemma3', {RUNS}",
     ),
     "no architecture": (lambda: GOOD.without(ARCHITECTURE).write(), "general.architecture is missing, so this is no"),
-    "no keys": (lambda: replace(GOOD, pairs=()).write(), "general.architecture is missing, so this is no model file"),
-    "nothing at all": (lambda: File(pairs=()).write(), "general.architecture is missing, so this is no model file"),
+    "no keys": (
+        lambda: replace(GOOD, pairs=()).write(),
+        "general.architecture is missing, so this is not a model file",
+    ),
+    "nothing at all": (lambda: File(pairs=()).write(), "general.architecture is missing, so this is not a model file"),
     "architecture empty": (pair(ARCHITECTURE, "str", ""), f"architecture '', {RUNS}"),
     "architecture in capitals": (pair(ARCHITECTURE, "str", "Gemma2"), f"architecture 'Gemma2', {RUNS}"),
     "architecture with a space": (pair(ARCHITECTURE, "str", "gemma2 "), f"architecture 'gemma2 ', {RUNS}"),

@@ -187,9 +187,9 @@ VALUES: dict[str, tuple[Make, str]] = {
         ).write(),
         "8 tensors hold NaN or infinity in bfloat16: blk.0.ffn_norm.weight (32), blk.0.ffn_gate.weight (2,048), ",
     ),
-    "zero-centred norm a string": (pair(CENTRED, "str", "0"), f"{CENTRED} is no f32[] of 32"),
-    "zero-centred norm too short": (pair(CENTRED, "f32[]", (0.0,) * 31), f"{CENTRED} is no f32[] of 32"),
-    "zero-centred norm of f64": (pair(CENTRED, "f64[]", (0.0,) * 32), f"{CENTRED} is no f32[] of 32"),
+    "zero-centred norm a string": (pair(CENTRED, "str", "0"), f"{CENTRED} must be an f32[] of 32"),
+    "zero-centred norm too short": (pair(CENTRED, "f32[]", (0.0,) * 31), f"{CENTRED} must be an f32[] of 32"),
+    "zero-centred norm of f64": (pair(CENTRED, "f64[]", (0.0,) * 32), f"{CENTRED} must be an f32[] of 32"),
     "zero-centred norm of another": (pair(CENTRED, "f32[]", (0.5,) * 32), f"{CENTRED} plus 1 is not tensor {NORM}"),
     "zero-centred norm NaN": (pair(CENTRED, "f32[]", (nan,) * 32), f"{CENTRED} plus 1 is not tensor {NORM}"),
 }

@@ -120,7 +120,7 @@ VOCABULARIES: dict[str, tuple[Make, str]] = {
     **{
         f"score {score} of piece {place}": (
             scored(place, score),
-            f"tokenizer.ggml.scores has {score} for token {place}, no finite number",
+            f"tokenizer.ggml.scores has {score} for token {place}, which is not a finite number",
         )
         for place in (LAST, 3000, 0, 2, 3, FIRST_BYTE)
         for score in (nan, inf, -inf)

@@ -111,9 +111,9 @@ def test_a_page_that_cannot_be_is_refused_before_anything_is_computed(
         return complaint("parity", tmp_path / "no model", "--against", "self", "--html", page, code=2)
 
     assert f"{tmp_path / 'nowhere'}: no such folder to write to" in ask(tmp_path / "nowhere" / "x.html")
-    assert f"{tmp_path}: is a folder; give the page a name of its own" in ask(tmp_path)
+    assert f"{tmp_path}: is a folder, and not replaced by a file; choose another name" in ask(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    assert f"{tmp_path / 'pipe'}: is no regular file" in ask(tmp_path / "pipe")
+    assert f"{tmp_path / 'pipe'}: is not a regular file" in ask(tmp_path / "pipe")
     (tmp_path / "pipe").unlink()
     real = os.access
     with monkeypatch.context() as patched:  # root may write anywhere

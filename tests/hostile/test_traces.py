@@ -106,18 +106,21 @@ WRONG: dict[str, tuple[Change, str]] = {
     "a site with the batch axis": (tensor(LAST, torch.ones(1, 3, 8)), f"{LAST} is [1, 3, 8], and its ids"),
     "a site as integers": (
         tensor(LAST, torch.ones(3, 8, dtype=torch.int64)),
-        f"{LAST} is I64, and must be one of float64",
+        f"{LAST} is I64, and must be one of float32",
     ),
-    "a site of no layer": (tensor("blocks.2.ln1", torch.ones(3, 8)), "'blocks.2.ln1' is no site of a Gemma 2 of this"),
-    "a weight": (tensor("model.norm.weight", torch.ones(8)), "'model.norm.weight' is no site"),
-    "a name that steers a terminal": (tensor("\x1b[2J", torch.ones(1)), r"'\x1b[2J' is no site"),
+    "a site of no layer": (
+        tensor("blocks.2.ln1", torch.ones(3, 8)),
+        "'blocks.2.ln1' is not a site of a Gemma 2 of this",
+    ),
+    "a weight": (tensor("model.norm.weight", torch.ones(8)), "'model.norm.weight' is not a site"),
+    "a name that steers a terminal": (tensor("\x1b[2J", torch.ones(1)), r"'\x1b[2J' is not a site"),
     "NaN": (tensor(LAST, spoiled(torch.nan)), f"{LAST} is NaN at [1, 4]: another failed to compute it"),
     "no metadata": (lambda t, a: a.clear(), "no trace: its metadata do not say format 'gemma2-trace 1'"),
     "a later format": (stated("format", "gemma2-trace 2"), "no trace: its metadata do not say format"),
     "a model file": (stated("format", "pt"), "no trace: its metadata do not say format"),
     "no system": (lambda t, a: a.pop("system"), "its metadata do not state system"),
     "no dtype nor config": (lambda t, a: (a.pop("dtype"), a.pop("config")), "its metadata do not state dtype, config"),
-    "a dtype of its own": (stated("dtype", "Q4_K_M"), "dtype 'Q4_K_M' is not one of float64, float32"),
+    "a dtype of its own": (stated("dtype", "Q4_K_M"), "dtype 'Q4_K_M' is not one of float32, bfloat16"),
     "a config that is no JSON": (stated("config", "{"), "its config is not valid JSON"),
     "a config without end": (stated("config", "[" * 100_000), "its config is not valid JSON"),
     "a config that is a list": (stated("config", "[]"), "config: expected a JSON object"),
@@ -207,7 +210,7 @@ def test_a_command_line_that_asks_for_what_cannot_be_writes_nothing(
 def test_force_replaces_a_file_and_nothing_else(tmp_path: Path, complaint: Complaint) -> None:
     os.mkfifo(tmp_path / "pipe")
     line = complaint("trace", "pocket", "--prompt", "x", "-o", tmp_path / "pipe", "--force", code=1)
-    assert f"{tmp_path / 'pipe'}: is no regular file" in line
+    assert f"{tmp_path / 'pipe'}: is not a regular file" in line
     assert (tmp_path / "pipe").is_fifo()
 
 

@@ -195,7 +195,7 @@ def test_what_is_saved_has_every_bit_of_a_float32_model_or_says_that_no_gguf_can
     assert "dtype     float32" in out and out.count("save = load        passed   every bit equal") == 2
     assert main(["verify", str(folder("no-gguf")), *options]) == 0
     out = capsys.readouterr().out
-    assert "every bit equal (safetensors" in out and "which no GGUF can state" in out
+    assert "every bit equal (safetensors" in out and "which a GGUF cannot state" in out
 
 
 def test_the_command_fails_with_1_and_says_where_also_for_machines(

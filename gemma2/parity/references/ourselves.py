@@ -16,7 +16,7 @@ from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gemma2.checkpoints.dtypes import RUNNABLE, stored_name
 from gemma2.checkpoints.weights import build, shapes_of
 from gemma2.config import Gemma2Config
-from gemma2.load import check_device, locate
+from gemma2.load import locate, parse_device
 from gemma2.model import Gemma2
 from gemma2.numerics import storage_of, with_numerics
 from gemma2.numerics.changes import Storage, Stored
@@ -80,7 +80,7 @@ class Ourselves:
         self.storage = storage or storage_of(opened.weights)
         if dtype is None:
             dtype = torch.float32 if self.storage and numerics == WIDE else opened.weights.dtype
-        self._device = check_device(device)
+        self._device = parse_device(device)
         if numerics == WIDE and self.storage is None:
             self.storage = {name: Stored(stored_name(dtype)) for name in shapes_of(opened.config)}
         self._numerics = numerics
