@@ -35,6 +35,7 @@ INK, QUIET, LINE, SITE = "#1f2933", "#5f6c7b", "#52606d", "#b3261e"
 WEIGHTS, NORM, PLAIN = "#d6e4f5", "#dcefdc", "#ffffff"
 LOCAL, GLOBAL, BEYOND, NEVER = "#e08a1e", "#3b6fb6", "#f8e0bd", "#eceff2"
 TIMES = "\N{MULTIPLICATION SIGN}"
+SITES = {site.name for site in TABLE}
 WINDOW = 4  # of the masks drawn; the published models have 4096
 
 
@@ -85,6 +86,8 @@ class Page:
 
     def site(self, x: float, y: float, name: str, shape: str) -> None:
         """A place that can be observed and edited: a dot on the line, its name and shape to the right."""
+        if self.prefix + name not in SITES:
+            return
         self.sites.add(self.prefix + name)
         self.dot(x, y)
         self.code(x + 7, y, f"{name} {shape}", color=SITE)
@@ -147,7 +150,7 @@ def draw_block() -> Page:
         page.site(x, 167, f"hook_{letter}", f"[b t {heads} c]")
     for x, letter, heads in ((q, "q", "h"), (k, "k", "g")):
         page.line((x, 157), (x, 178))
-        page.box(x, 193, 140, "rotate", "pairs (i, i + c/2)")
+        page.box(x, 193, 140, "apply_rotary", "pairs (i, i + c/2)")
         page.site(x, 219, f"hook_rot_{letter}", f"[b t {heads} c]")
     page.line((k, 208), (k, 231))
     page.line((v, 157), (v, 231))
@@ -170,6 +173,10 @@ def draw_block() -> Page:
     page.box(middle, 406, wide, "mask by ops.visible", "")
     page.text(middle + 12, 413, "local: 0 ≤ q - k < window", ha="right", color="#a35c00")
     page.text(middle + 34, 413, "global: 0 ≤ q - k", color=GLOBAL)
+    if f"{page.prefix}hook_key_positions" in SITES:
+        page.line((middle + wide / 2, 406), (middle + wide / 2 + 13, 406), head=False)
+        page.site(middle + wide / 2 + 13, 406, "hook_key_positions", "")
+        page.code(middle + wide / 2 + 20, 418, "[b s]", color=SITE)
     page.site(middle, 432, "hook_attn_scores", "[b h t s]")
     page.line((middle, 421), (middle, 444))
     page.box(middle, 459, wide, "softmax", "over s, in float32")
@@ -201,9 +208,9 @@ def draw_block() -> Page:
         page.box(x, 748, 140, name, "d → f", WEIGHTS)
         page.site(x, 773, site, "[b t f]")
     page.line((q, 763), (q, 784))
-    page.rounded(q - 50, 784, 100, 20, facecolor=PLAIN, edgecolor=LINE, linewidth=0.9, zorder=3)
-    page.text(q, 794, "GELU, tanh form", ha="center")
-    page.line((q + 50, 794), (middle - 8, 794))
+    page.rounded(q - 62, 784, 124, 20, facecolor=PLAIN, edgecolor=LINE, linewidth=0.9, zorder=3)
+    page.text(q, 794, "act_fn: GELU, tanh form", ha="center", size=8)
+    page.line((q + 62, 794), (middle - 8, 794))
     page.line((k, 763), (k, 794), (middle + 8, 794))
     page.joint(middle, 794, TIMES)
     page.site(middle, 814, "hook_post", "[b t f]")
@@ -238,7 +245,7 @@ def draw_block() -> Page:
     page.text(261, 1159, "site: a value that can be read or changed", color=QUIET)
     letters = "b batch · t query positions · s key positions · d model · h query heads · g key/value heads"
     page.text(spine - 14, 1183, f"{letters} · c head width · f feed-forward · v vocabulary", color=QUIET, size=8)
-    missing = {site.name for site in TABLE} - page.sites
+    missing = SITES - page.sites
     if missing:
         sys.exit(f"the picture lacks {', '.join(sorted(missing))}")
     return page
