@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +61,13 @@ def test_options_that_do_nothing_in_greedy_decoding_are_said_to(
 
 
 COMMANDS = ("generate", "chat", "convert", "inspect", "parity", "trace", "verify")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_imports_no_other(command: str) -> None:
+    source = (Path(gemma2.__file__).parent / "cli" / f"{command}.py").read_text()
+    found = [node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    assert not {f"gemma2.cli.{other}" for other in COMMANDS} & set(found) and "gemma2.cli" not in found
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -247,3 +247,27 @@ def test_the_chart_numbers_the_blocks_whichever_sites_are_shown(shown: str, smal
     written_as = re.findall(r"<!-- (.*?) -->", page.read_text())  # matplotlib draws letters as paths, after a comment
     numbers = [label for label in written_as if label in ("0", "1")]
     assert numbers == (["0", "1"] if shown != "hook_embed" else [])
+
+
+def shape(text: str) -> list[str]:
+    """Lines without what another machine or version prints otherwise: numbers, and how wide they make a column."""
+    return [re.sub(r"[\d.]+(e[+-]\d+)?", "#", " ".join(line.split())) for line in text.splitlines()]
+
+
+def test_the_page_shows_what_is_printed(capsys: Capture) -> None:
+    pytest.importorskip("transformers", reason="the page's example is one with transformers")
+    page = (Path(__file__).resolve().parents[1] / "docs" / "parity.md").read_text()
+    shown = page.split("```text\n")[1].split("```")[0]
+    assert shape("\n".join(lines(capsys, "pocket", "--against", "transformers"))) == shape(shown)
+
+
+def test_the_pages_modified_copy_ends_as_the_page_says(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "parity.md").read_text()
+    _, about = page.split("## Comparing a modified copy\n")
+    code, verdict = about.split("```python\n")[1].split("```")[0], about.split("```text\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/parity.md", "exec"), {})
+    printed = lines(capsys, "pocket", "--against", "self:model=copy", "--no-cases", code=1)
+    assert shape(printed[-1]) == shape(verdict)

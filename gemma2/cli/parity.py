@@ -204,7 +204,7 @@ def explanation(found: Judgement) -> str:
         why = (
             f": {differing[0].why}" if differing[0].why else f", {differing[0].ratio:.3g} times what rounding explains"
         )
-        more = f"; {len(differing) - 1} more sites make errors of their own" if len(differing) > 1 else ""
+        more = f"; {len(differing)} sites differ" if len(differing) > 1 else ""
         return f", first at {found.first}{why}{more}"
     if found.first:
         return f", already in the {found.first}"

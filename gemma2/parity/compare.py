@@ -89,8 +89,8 @@ class LogitsRow:
 
     Attributes:
         kl_mean, kl_largest: Kullback-Leibler divergence from the truth's distribution over positions, in nats.
-        flips: positions, of so many, whose most likely token is another.
-        margin: the largest gap, over those flips, between the truth's two most likely logits; None without flips.
+        flips: how many of the `positions` have another most likely token.
+        margin: the largest gap at those between the truth's two most likely logits; None where there are none.
         largest: |logit| of the other system.
     """
 
@@ -109,7 +109,7 @@ def compare(
 
     Args:
         model: ours, in the dtype that the other system computes in; it is the baseline, and in float64 the truth.
-        ids: of one row.
+        ids: token ids of one row.
         other: what the other system computed.
         theirs: the baseline where it is not `model`: the same with a numerics profile.
         truth: `predicted(model, ids)`, where the caller has it already.

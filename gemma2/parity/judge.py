@@ -141,7 +141,7 @@ class Step:
         about: in words.
         distance: rms of our logits' distance to the other system's.
         closed: by how much of the first distance the gap became smaller with this change.
-        bitwise: sites, of so many, that have the other system's bits.
+        bitwise: how many of the `sites` equal the other system's in every bit.
     """
 
     change: str

@@ -1,4 +1,4 @@
-"""How far two ways to compute the same may lie apart, by dtype, and why: the one table.
+"""How far two ways of computing the same may differ, by dtype, and why: the one table.
 
 A tolerance is for the same mathematics with sums in another order: a cache, a chunk, a batch, a compiler, a device.
 Where not even the order differs (saving and loading), nothing is tolerated.
