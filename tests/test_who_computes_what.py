@@ -88,7 +88,9 @@ def test_a_dtype_in_which_a_fault_does_not_show_is_not_said_to_show_it() -> None
 
 
 def test_what_was_found_comes_back_from_its_file_as_it_was_to_six_digits(tmp_path: Path) -> None:
-    outcomes = {"float32": [Outcome("12", "differs", "logits", 1.2345678, 0.012345678, "why", 0), Outcome("64", "not run")]}
+    outcomes = {
+        "float32": [Outcome("12", "differs", "logits", 1.2345678, 0.012345678, "why", 0), Outcome("64", "not run")]
+    }
     one = Found("p", "s", "d", "m", outcomes, Again("key", 1, 2, ("12",)), {"bfloat16": {"12": "rounding"}})
     write([one], tmp_path / "outcomes.json")
     (back,) = read(tmp_path / "outcomes.json").values()
