@@ -5,12 +5,14 @@ PyTorch takes seconds to import, and every module in the package imports it, so 
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
-from importlib.metadata import version
-from typing import NoReturn
+
+TYPE_CHECKING = False  # as typing has it, which takes its time to import
+if TYPE_CHECKING:
+    import argparse
+    from typing import NoReturn
 
 INTERRUPTED = 130
 # Each command with its line in --help, in the order of that page.
@@ -41,8 +43,11 @@ def main() -> int:
     return code
 
 
-def top_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser = kind(prog="gemma2", description="Gemma 2 in plain PyTorch.")
+def top_parser(kind: type[argparse.ArgumentParser] | None = None) -> argparse.ArgumentParser:
+    import argparse
+    from importlib.metadata import version
+
+    parser = (kind or argparse.ArgumentParser)(prog="gemma2", description="Gemma 2 in plain PyTorch.")
     parser.add_argument("--version", action="version", version=f"gemma2 {version('gemma2')}")
     return parser
 

@@ -87,12 +87,14 @@ def test_a_dtype_in_which_a_fault_does_not_show_is_not_said_to_show_it() -> None
             assert all(f"{dtype}: {text or 'hidden by rounding'}" in where for dtype, text in seen.items())
 
 
-def test_what_was_found_comes_back_from_its_file_as_it_was_to_three_digits(tmp_path: Path) -> None:
-    outcomes = {"float32": [Outcome("12", "differs", "logits", 1.23456, 0.0123456, "why", 0), Outcome("64", "not run")]}
+def test_what_was_found_comes_back_from_its_file_as_it_was_to_six_digits(tmp_path: Path) -> None:
+    outcomes = {
+        "float32": [Outcome("12", "differs", "logits", 1.2345678, 0.012345678, "why", 0), Outcome("64", "not run")]
+    }
     one = Found("p", "s", "d", "m", outcomes, Again("key", 1, 2, ("12",)), {"bfloat16": {"12": "rounding"}})
     write([one], tmp_path / "outcomes.json")
     (back,) = read(tmp_path / "outcomes.json").values()
-    assert back.outcomes["float32"][0] == Outcome("12", "differs", "logits", 1.23, 0.0123, "why", 0)
+    assert back.outcomes["float32"][0] == Outcome("12", "differs", "logits", 1.23457, 0.0123457, "why", 0)
     assert back.outcomes["float32"][1] == outcomes["float32"][1]
     assert (back.again, back.arithmetic, back.system) == (one.again, one.arithmetic, "s")
 
@@ -129,7 +131,7 @@ def test_transformers_live_computes_gemma_2_as_published_and_an_injected_change_
     assert differing(found) == LONG, found
     assert next(one.first for one in found if one.run == "64") == "blocks.0.hook_attn_out"
     _, text = says(an_implementation(LONG, "Swapped.", changes.swapped), found, out, injected)
-    assert "Swapped. With this injected into our model, all 5 traces agree" in text
+    assert "Swapped. With this injected into our model, all 5 traces in float32 agree" in text
     _, text = says(an_implementation(LONG, "No window.", without_window), found, out, injected)
     assert "not explained" in text
     _, text = says(an_implementation(ALL, "Swapped.", changes.swapped), found, out, injected)
@@ -148,10 +150,10 @@ def test_a_change_is_injected_as_it_is_for_the_chunks_of_each_run(tmp_path: Path
     assert differing(found) == CACHED, found
     brief, text = says(an_implementation(CACHED, "Forgets.", with_cache(changes.own_chunk)), found, tmp_path, model)
     assert brief == "brief"
-    assert text == "Forgets. With this injected into our model, all 5 traces agree to rounding."
+    assert text == "Forgets. With this injected into our model, all 5 traces in float32 agree to rounding."
     _, text = says(an_implementation(CACHED, "Early.", with_cache(changes.early_shift)), found, tmp_path, model)
     assert text.startswith(
-        "Early. With this injected into our model, 2 of 5 traces agree to rounding; not explained: 12 c"
+        "Early. With this injected into our model, 2 of 5 traces in float32 agree to rounding; not explained: `12, p"
     )
 
 

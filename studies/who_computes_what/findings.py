@@ -130,7 +130,7 @@ TABLE_GELU = Finding(
     "as published, with GELU from a table of 16-bit numbers",
     "Gemma 2 in llama.cpp's arithmetic, which takes GELU from a table of 16-bit numbers.",
     "llama.cpp",
-    "nothing is needed for most uses",
+    "no setting changes it; the difference is small",
     "No setting changes this: the table is chosen when llama.cpp is compiled (`GGML_GELU_FP16` in "
     "`ggml/src/ggml-cpu/vec.h`). To compare with llama.cpp to rounding, use `--numerics llama.cpp` of this project.",
     f"[#29252]({ISSUES('ggml-org/llama.cpp', 29252)}), open.",

@@ -11,6 +11,7 @@ from typing import Any
 from gemma2.atomic import replacing
 
 FILE = Path(__file__).with_name("outcomes.json")
+LONGEST = 120  # characters of an error that are kept
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,9 @@ def _entry(one: Found) -> dict[str, Any]:
 
 
 def _short(outcome: Outcome) -> dict[str, Any]:
-    """What is not the default, numbers to three digits."""
+    """What is not the default, numbers to six digits."""
     stated = {it.name: getattr(outcome, it.name) for it in fields(outcome)}
-    rounded = {key: float(f"{value:.3g}") if isinstance(value, float) else value for key, value in stated.items()}
+    rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in stated.items()}
     return {it.name: rounded[it.name] for it in fields(outcome) if rounded[it.name] != it.default}
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 
 from studies.who_computes_what.findings import LONG, PAST
 from studies.who_computes_what.implementations import BASE, DTYPES, IMPLEMENTATIONS, Implementation
 from studies.who_computes_what.models import RUNS, TINY
-from studies.who_computes_what.outcomes import Found, Outcome, differing
+from studies.who_computes_what.outcomes import LONGEST, Found, Outcome, differing
 
 RIGHT = "as published"
 COMMAND = "python -m studies.who_computes_what"
@@ -23,12 +24,14 @@ Everything here comes from runs ({machine}; {dates}), not from others' reports. 
 same change into our model makes the two agree to rounding. The weights are random and large, so that the caps matter:
 in a trained model the differences are smaller.
 
-    {command} page                                                        # print this page from the recorded runs
-    {command} run --environments FOLDER --only 'litgpt 0.5.13'            # install and run one implementation again
+    {command} page > docs/who-computes-what.md                    # from the recorded runs
+    {command} run --environments FOLDER                           # all of them anew
+    {command} run --environments FOLDER --only 'litgpt 0.5.13'    # one of them
 
 Where it shows: in which use the logits differ from the exact ones by more than rounding, in float32 and in bfloat16.
 Largest logit difference: the largest distance of a logit to the exact one in those runs. Published logits lie between
--{cap_logits:g} and {cap_logits:g}. "Hidden by rounding" means that bfloat16's own rounding is larger than the fault."""
+-{cap_logits:g} and {cap_logits:g}. "Hidden by rounding" means that bfloat16's own rounding is larger than the fault.
+What you can do holds in both dtypes."""
 RUN = """## The runs
 
 The model has the shape of Gemma 2 27B, scaled down: {layers} layers, width {width}, {heads} query heads and {groups}
@@ -66,7 +69,8 @@ def page(found: Mapping[str, Found]) -> str:
     numbers = {key: TINY[name] for key, name in names.items()}
     both = [(one, found[one.name]) for one in IMPLEMENTATIONS if one.name in found]
     texts = {"machine": listed(it.machine for _, it in both), "dates": listed(it.date for _, it in both)}
-    lines = [HEAD.format(command=COMMAND, **texts, **numbers), "", *summary(both), "", RUN.format(**numbers)]
+    head, run = filled(HEAD.format(command=COMMAND, **texts, **numbers)), filled(RUN.format(**numbers))
+    lines = [head, "", *summary(both), "", run]
     for dtype in DTYPES:
         lines += ["", f"### In {dtype}", "", f"| | {' | '.join(RUNS)} |", "|---" * (len(RUNS) + 1) + "|"]
         for one, it in both:
@@ -82,6 +86,12 @@ def page(found: Mapping[str, Found]) -> str:
     if absent:
         lines += ["", "## Not run", "", *(f"- {name}" for name in absent)]
     return "\n".join(lines) + "\n"
+
+
+def filled(text: str) -> str:
+    """The text with its paragraphs in lines of one length; tables and code stay."""
+    pieces = text.split("\n\n")
+    return "\n\n".join(it if it[0] in " |#" else textwrap.fill(it, 120, break_on_hyphens=False) for it in pieces)
 
 
 def listed(values: Iterable[str]) -> str:
@@ -109,7 +119,9 @@ def told(one: Implementation, found: Found) -> tuple[str, str]:
     agree = f"all {again.of}" if not again.left else f"{again.agree} of {again.of}"
     rest = f"; not explained: {', '.join(again.left)}" if again.left else ""
     brief = f"{finding.brief}; and something that is not explained" if again.left else finding.brief
-    return brief, f"{finding.what} With this injected into our model, {agree} traces agree to rounding{rest}."
+    return brief, (
+        f"{finding.what} With this injected into our model, {agree} traces in {one.dtypes[0]} agree to rounding{rest}."
+    )
 
 
 def summary(both: Iterable[tuple[Implementation, Found]]) -> Iterator[str]:
@@ -181,7 +193,8 @@ def cure(one: Implementation) -> str:
 
 
 def about(one: Implementation, found: Found) -> str:
-    parts = [found.system if found.system != one.name else "", "" if one.model == "4 layers" else one.model]
+    same = re.sub(r"\W", "", found.system) == re.sub(r"\W", "", one.name)
+    parts = ["" if same else found.system, "" if one.model == "4 layers" else one.model]
     return f" ({'; '.join([*filter(None, parts), f'run on {found.date}'])})"
 
 
@@ -197,11 +210,11 @@ def details(one: Implementation, found: Found) -> Iterator[str]:
     if finding:
         yield f"\n**Reported.** {finding.report}"
     yield ""
-    lines = [f"- {dtype}, {line}" for dtype, outcomes in found.outcomes.items() for line in where(outcomes)]
+    lines = [f"- {dtype}, run {line}" for dtype, outcomes in found.outcomes.items() for line in where(outcomes)]
     refusals = {it.said: None for outcomes in found.outcomes.values() for it in outcomes if it.verdict == "refuses"}
-    lines += [f"- The error: `{said}`" for said in refusals]
+    lines += [f"- The error: `{short(said)}`" for said in refusals]
     for dtype, verdicts in found.arithmetic.items():
-        compared = ", ".join(f"{run}: {verdict}" for run, verdict in verdicts.items())
+        compared = ", ".join(f"`{run}` {verdict}" for run, verdict in verdicts.items())
         lines.append(f"- {dtype}, compared with our model in `{one.numerics}`'s arithmetic instead of ours: {compared}")
     if lines:
         yield from [*lines, ""]
@@ -211,11 +224,15 @@ def details(one: Implementation, found: Found) -> Iterator[str]:
     yield f"{again(one)}\n```"
 
 
+def short(error: str) -> str:
+    return f"{error} ..." if len(error) >= LONGEST else error
+
+
 def where(outcomes: list[Outcome]) -> Iterator[str]:
     for it in outcomes:
         if it.verdict == "differs":
             size = it.said or f"{it.ratio:.3g} times what rounding explains"
             position = f", visible in logits from position {it.position}" if it.position >= 0 else ""
-            yield f"{it.run}: differs first at `{it.first}`, {size}{position}"
+            yield f"`{it.run}`: differs first at `{it.first}`, {size}{position}"
         elif it.verdict == "fails":
-            yield f"{it.run}: fails with `{it.said}`"
+            yield f"`{it.run}`: fails with `{short(it.said)}`"

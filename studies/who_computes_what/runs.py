@@ -21,7 +21,7 @@ from studies.who_computes_what.changes import Change, changed
 from studies.who_computes_what.findings import ONE_PASS
 from studies.who_computes_what.implementations import BASE, Implementation
 from studies.who_computes_what.models import MODELS, RUNS, random_model, write_model
-from studies.who_computes_what.outcomes import Again, Found, Outcome, differing
+from studies.who_computes_what.outcomes import LONGEST, Again, Found, Outcome, differing
 
 ROOT = Path(__file__).resolve().parents[2]
 VISIBLE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of the largest logit
@@ -68,7 +68,7 @@ def compared(out: Path, model: Gemma2, profile: str | None = None, instead: Chan
             theirs = with_numerics(ours, profile) if profile else None
             yield judged(run, ours, trace.ids, {name: trace[name] for name in trace.names}, theirs)
         else:
-            said = " ".join(error.read_text().split())[:120] if error.exists() else ""
+            said = " ".join(error.read_text().split())[:LONGEST] if error.exists() else ""
             yield Outcome(run, "fails" if said else "not run", said=said)
 
 
@@ -95,7 +95,7 @@ def compared_again(one: Implementation, outcomes: list[Outcome], out: Path, mode
     profile, change = (finding.instead, None) if isinstance(finding.instead, str) else (None, finding.instead)
     again = [it for it in compared(out, model, profile, change) if it.verdict not in ("fails", "not run")]
     left = differing(again)
-    others = tuple(f"{it.run} from position {it.position} on" for it in again if it.run in left)
+    others = tuple(f"`{it.run}` from position {it.position} on" for it in again if it.run in left)
     return Again(finding.key, len(again) - len(left), len(again), others)
 
 
@@ -117,7 +117,7 @@ def look_at(one: Implementation, environments: Path, place: Path) -> Found:
         except RuntimeError as refusal:
             if not one.refuses:
                 raise
-            outcomes[dtype] = [Outcome(run, "refuses", said=str(refusal)[:120]) for run in RUNS]
+            outcomes[dtype] = [Outcome(run, "refuses", said=str(refusal)[:LONGEST]) for run in RUNS]
         else:
             outcomes[dtype] = list(compared(out, ours))
         if dtype == one.dtypes[0]:
