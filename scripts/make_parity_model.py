@@ -131,8 +131,10 @@ def matrices(source: Path) -> dict[str, int]:
 
 def write_files(llama_cpp: Any, place: Path, wanted: tuple[str, ...] | None) -> list[str]:
     """The GGUF files, from llama.cpp's quantizer but for F32. Returns the types that it does not write."""
-    with tempfile.TemporaryDirectory() as folder:
-        convert(parity_model.write_folder(Path(folder), gguf=True), place / "f32.gguf", type="f32", progress=False)
+    with tempfile.TemporaryDirectory() as beside:
+        folder = Path(beside) / "parity-model"  # this name goes into the files
+        folder.mkdir()
+        convert(parity_model.write_folder(folder, gguf=True), place / "f32.gguf", type="f32", progress=False)
     kinds = {name: kind for name, kind in file_types(llama_cpp).items() if wanted is None or name in wanted}
     refused = []
     for name, kind in tqdm(kinds.items(), desc="quantizing", leave=False):
@@ -143,20 +145,22 @@ def write_files(llama_cpp: Any, place: Path, wanted: tuple[str, ...] | None) -> 
     return refused
 
 
-def record_llama_cpp(place: Path, ids: list[int], files: list[str], last: int) -> None:
-    """The logits of every file, and every site of some, for the last positions."""
+def record_llama_cpp(place: Path, ids: list[int], files: list[str]) -> list[str]:
+    """The logits of every file, and every site of some, for the last positions. Returns why files were left out."""
+    unread = []
     logits: dict[str, Tensor] = {}
     made: dict[str, str] = {}
     for name in tqdm(files, desc="llama.cpp", leave=False):
         try:
             peer = open_reference("llama.cpp", place / f"{name}.gguf")
         except BadModelFile as error:
-            print(f"{name}: {error}")
+            unread.append(str(error))
             continue
         found = peer.run(ids, peer.sites if name in SITES else ["logits"])
-        made = {"system": "llama.cpp in llama-cpp-python " + peer.versions["llama-cpp-python"]}
-        made |= {"keys and values": "float32", "flash attention": "off", "ids": json.dumps(ids)}
-        logits[name] = found["logits"][-last:].contiguous()
+        system = "llama.cpp in llama-cpp-python " + peer.versions["llama-cpp-python"]
+        about = {"system": system, "keys and values": "float32", "flash attention": "off", "ids": ids}
+        made = {"made": json.dumps(about)}  # one string: of several, the order in a safetensors file is left to chance
+        logits[name] = found["logits"][-LAST:].contiguous()
         if name in SITES:
             kept = {
                 site: _last_positions(site, value, SITES[name])
@@ -165,6 +169,7 @@ def record_llama_cpp(place: Path, ids: list[int], files: list[str], last: int) -
             }
             save_file(kept, place / f"llama_cpp_sites_{name}.safetensors", metadata=made)
     save_file(logits, place / "llama_cpp_logits.safetensors", metadata=made)
+    return unread
 
 
 def _last_positions(site: str, value: Tensor, count: int) -> Tensor:
@@ -187,10 +192,7 @@ def record_google(source: Path, folder: Path, place: Path, ids: list[int]) -> No
 def print_llama_cpp(place: Path, ids: list[int]) -> None:
     print(f"| file | {' | '.join(STEPS)} | same top token |\n|---|{'---|' * len(STEPS)}---|")
     for name, reference in load_file(place / "llama_cpp_logits.safetensors").items():
-        try:
-            print(row(place / f"{name}.gguf", ids, reference), flush=True)
-        except BadModelFile as error:
-            print(f"| {name} | not read: {error} |{' |' * len(STEPS)}", flush=True)
+        print(row(place / f"{name}.gguf", ids, reference), flush=True)
 
 
 def print_google(place: Path, opened: Checkpoint, ids: list[int]) -> None:
@@ -226,14 +228,16 @@ def main() -> None:
         folder = parity_model.write_folder(Path(beside))
         refused = write_files(llama_cpp, place, RECORDED if args.cut else None)
         written = sorted(path.stem for path in place.glob("*.gguf"))
-        record_llama_cpp(place, ids, written, LAST)
+        unread = record_llama_cpp(place, ids, written)
         if args.gemma_pytorch:
             record_google(args.gemma_pytorch, folder, place, ids)
         print_llama_cpp(place, ids)
         if args.gemma_pytorch:
             print_google(place, open_checkpoint(folder), ids)
-        if refused:
-            print(f"\nllama.cpp does not write: {', '.join(refused)}")
+        for name in refused:
+            print(f"not written by llama.cpp: {name}")
+        for why in unread:
+            print(f"not read here: {why}")
         if args.cut:
             for name in set(written) - set(CUT):
                 (place / f"{name}.gguf").unlink()

@@ -11,7 +11,7 @@ The operations are PyTorch's own functions and none of this project's, so no cha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -29,29 +29,41 @@ def numbers(*shape: int) -> Tensor:
     return ((whole - 2**15).float() / 2**14).view(shape)
 
 
+def factors(rows: int, columns: int, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[rows n] and [columns n] whose products nearly cancel in a sum over n. What is left of it shows how the sum was
+    rounded on the way, even in bfloat16, which would hide it in any other."""
+    half, rest = n // 2, n % 2
+    x, w = numbers(rows, half).to(dtype), numbers(columns, half).to(dtype)
+    pairs = torch.cat((x, x), dim=1), torch.cat((w, -(w + w * 2**-7)), dim=1)
+    return F.pad(pairs[0], (0, rest)), F.pad(pairs[1], (0, rest))
+
+
 @torch.no_grad()
 def fingerprints(config: Gemma2Config, t: int, dtype: torch.dtype) -> dict[str, str]:
     """Operation -> hash of what this machine makes of it, for a prompt of t ids."""
     d, f, v, c = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
     h, g = config.num_attention_heads, config.num_key_value_heads
     linears = {(d, h * c), (d, g * c), (d, (h + 2 * g) * c), (h * c, d), (d, f), (f, d), (d, v)}  # the third: q k v
-    wide = numbers(1, t, d)
-    scores = numbers(1, h, t, t)
-    asked: dict[str, Callable[[], Tensor]] = {
-        "scores": lambda: numbers(1, h, t, c).to(dtype) @ numbers(1, h, t, c).to(dtype).transpose(2, 3),
-        "mix": lambda: scores.to(dtype) @ numbers(1, h, t, c).to(dtype),
-        "mean": lambda: wide.square().mean(-1, keepdim=True),
-        "root": lambda: torch.rsqrt(wide.abs() + 1e-6),
-        "softmax": lambda: F.softmax(scores, dim=-1, dtype=torch.float32),
-        "gelu": lambda: F.gelu(numbers(1, t, f).to(dtype), approximate="tanh"),
-        "tanh": lambda: torch.tanh(scores.to(dtype)),
-        "turn": lambda: torch.polar(torch.ones(t, c // 2), numbers(t, c // 2) * t),
-    }
-    asked |= {
-        f"linear {n} to {m}": lambda n=n, m=m: F.linear(numbers(1, t, n).to(dtype), numbers(m, n).to(dtype))  # type: ignore[misc]
-        for n, m in sorted(linears)
-    }
-    return {name: _hash(compute()) for name, compute in asked.items()}
+
+    def linear(n: int, m: int) -> Tensor:
+        x, w = factors(t, m, n, dtype)
+        return F.linear(x[None], w)
+
+    def by_head(columns: int, n: int) -> Tensor:
+        x, y = factors(h * t, h * columns, n, dtype)
+        return x.view(1, h, t, n) @ y.view(1, h, columns, n).transpose(2, 3)
+
+    wide, scores, gate = numbers(1, t, d), numbers(1, h, t, t), numbers(1, t, f)
+    found = {f"linear {n} to {m}": linear(n, m) for n, m in sorted(linears)}
+    found |= {"scores": by_head(t, c), "mix": by_head(c, t)}
+    found["mean"] = wide.square().mean(-1, keepdim=True)
+    found["root"] = torch.rsqrt(wide.abs() + 1e-6)
+    found["softmax"] = F.softmax(scores, dim=-1, dtype=torch.float32)
+    found["turn"] = torch.view_as_real(torch.polar(torch.ones(t, c // 2), numbers(t, c // 2) * t))
+    for kind in {dtype, torch.float32}:  # narrow ones are computed in float32 inside, and rounding hides much of it
+        found[f"gelu {kind}"] = F.gelu(gate.to(kind), approximate="tanh")
+        found[f"tanh {kind}"] = torch.tanh(scores.to(kind))
+    return {name: _hash(value) for name, value in found.items()}
 
 
 def stated(config: Gemma2Config, t: int, dtype: torch.dtype) -> dict[str, str]:
@@ -73,5 +85,5 @@ def other_bits(versions: Mapping[str, str], config: Gemma2Config, t: int, dtype:
 
 
 def _hash(result: Tensor) -> str:
-    raw = result.resolve_conj().contiguous().view(torch.uint8).numpy().tobytes()
+    raw = result.contiguous().view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(raw).hexdigest()[:16]
