@@ -21,7 +21,30 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for children
 torch.set_num_threads(1)
 
 pytest_plugins = ("tests.hub_server",)  # its fixtures
+# Data that the repository does not hold, in a folder beside it: a test that needs some is marked
+# `@pytest.mark.needs("shared", PATH)`. It skips where they are not, or fails if GEMMA2_EXPECT_DATA names "shared".
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+GOLDEN = Path(__file__).parent / "golden"
+PLACES = {"shared": SHARED, "golden": GOLDEN}
+EXPECTED = set(filter(None, os.environ.get("GEMMA2_EXPECT_DATA", "").split(",")))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(place, path): data outside the code, in a folder of PLACES")
+    if EXPECTED - PLACES.keys():
+        raise pytest.UsageError(f"GEMMA2_EXPECT_DATA is {sorted(EXPECTED)}; it can name {', '.join(PLACES)}")
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures open the data
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        place, path = mark.args
+        if (PLACES[place] / path).exists():
+            continue
+        if place in EXPECTED | {"golden"}:  # what the repository holds is never missing for a reason
+            pytest.fail(f"{place}/{path} is not here, and must be", pytrace=False)
+        pytest.skip(f"{place}/{path} is not here")
+
 
 # Like the three sizes scaled down: q width below (2B), above (9B) and below (27B) the model width, window 16, and for
 # 27B a query scale that is not the head width.

@@ -22,7 +22,7 @@ def test_the_ids_are_those_of_googles_rendered_template(pocket: gemma2.Gemma) ->
     assert chat_ids(talk, words).count(words.special["bos"]) == 1
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the vocabulary in shared/data")
+@pytest.mark.needs("shared", "data/gemma2-tokenizer")
 def test_with_the_real_vocabulary() -> None:
     words = gemma2.Tokenizer.from_file(SHARED / "data" / "gemma2-tokenizer" / "tokenizer.model")
     ids = chat_ids([{"role": "user", "content": "Write me a poem about Machine Learning."}], words)

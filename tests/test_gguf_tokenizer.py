@@ -10,6 +10,7 @@ from typing import Any
 
 import gguf as gguf_py
 import numpy as np
+import parity_model
 import pytest
 import sentencepiece
 
@@ -29,11 +30,10 @@ from gemma2.checkpoints.sentencepiece_proto import (
 from gemma2.load import POCKET
 from gemma2.tokenizer import SPACE
 from tests.conftest import SHARED
+from tests.parity.recordings import PARITY, WRITTEN
 
 REAL = SHARED / "data" / "gemma2-tokenizer"
-PARITY = SHARED / "data" / "parity-model"
-needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the vocabulary in shared/data/gemma2-tokenizer is not here")
-needs_parity = pytest.mark.skipif(not PARITY.is_dir(), reason="the model in shared/data/parity-model is not here")
+needs_real = pytest.mark.needs("shared", "data/gemma2-tokenizer")
 OFFICIAL = ("vocab-official.gguf", "vocab-no-tokenizer-config.gguf")
 POCKET_PROTO = (POCKET / "tokenizer.model").read_bytes()
 SYMBOLS = range(4, 217)  # of Gemma 2's 256,000 pieces and of the pocket model's 4,096: what no merge makes
@@ -226,10 +226,9 @@ def test_the_metadata_of_the_model_file_are_those_of_the_official_file_in_the_sa
         assert made[key].type == value.type and np.array_equal(made[key].value, value.value), key
 
 
-@needs_parity
-@pytest.mark.parametrize("name", ["f32", "bf16", "q8_0", "q4_k_m"])
+@pytest.mark.parametrize("name", WRITTEN)
 def test_a_model_file_with_weights_gives_the_pieces_and_ids_of_its_tokenizer(name: str) -> None:
-    proto = (PARITY / "tokenizer.model").read_bytes()
+    proto = parity_model.tokenizer_model()
     rebuilt = read_header(PARITY / f"{name}.gguf")
     made, given = read_proto(tokenizer_model(rebuilt), "made"), read_proto(proto, "given")
     assert made.pieces == given.pieces and np.array_equal(made.kinds, given.kinds)

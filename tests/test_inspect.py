@@ -182,7 +182,7 @@ def test_text_from_the_file_cannot_steer_a_terminal(tmp_path: Path, capsys: pyte
         assert all(character.isprintable() or character == "\n" for character in out)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the files in shared/data are not here")
+@pytest.mark.needs("shared", "data/gemma2-tokenizer")
 def test_the_official_tokenizer_files_are_2b_without_weights() -> None:
     found = inspect(SHARED / "data" / "gemma2-tokenizer" / "vocab-official.gguf")
     assert found.model == "gemma-2-2b" and found.tokenizer and found.tokenizer["pieces"] == 256000

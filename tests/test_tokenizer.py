@@ -14,7 +14,7 @@ from gemma2.load import POCKET
 from tests.conftest import SHARED
 
 REAL = SHARED / "data" / "gemma2-tokenizer"
-needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the vocabulary in shared/data/gemma2-tokenizer is not here")
+needs_real = pytest.mark.needs("shared", "data/gemma2-tokenizer")
 
 
 @pytest.fixture(scope="module")

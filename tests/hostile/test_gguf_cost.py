@@ -84,7 +84,7 @@ def test_a_vocabulary_without_a_model_is_refused_before_its_tokenizer_is_built(t
     assert attempt["growth"] <= 64e6
 
 
-@pytest.mark.skipif(not OFFICIAL.is_file(), reason="the vocabulary of Gemma 2 is not here")
+@pytest.mark.needs("shared", "data/gemma2-tokenizer")
 def test_the_header_of_the_real_vocabulary_is_read_in_a_second_and_64_megabytes() -> None:
     [(seconds, grown, pieces)] = in_a_child(costs, [str(OFFICIAL)])
     assert pieces == PIECES

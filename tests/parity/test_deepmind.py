@@ -111,9 +111,9 @@ def test_in_bfloat16_no_bit_can_be_left_out(narrow: Trace, missing: tuple[str, .
     assert unequal(narrow, computed(narrow, [change for change in CHANGES if change not in missing]))
 
 
-def test_in_bfloat16_torchs_own_products_leave_a_tenth_of_the_distance_at_most(narrow: Trace) -> None:
-    """0.0054 of 0.093 rms, of logits within 30."""
-    assert rms(narrow, computed(narrow, None, ordered=False)) < 0.1 * rms(narrow, computed(narrow, [], ordered=False))
+def test_in_bfloat16_torchs_own_products_leave_half_of_the_distance_at_most(narrow: Trace) -> None:
+    """Of 0.093 rms, of logits within 30: 0.0054 with the products of AVX-512, 0.030 with those of AMX."""
+    assert rms(narrow, computed(narrow, None, ordered=False)) < 0.5 * rms(narrow, computed(narrow, [], ordered=False))
 
 
 def test_in_float32_the_logits_are_met_within_rounding() -> None:

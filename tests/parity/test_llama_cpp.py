@@ -1,4 +1,4 @@
-"""llama.cpp's logits for every file it wrote of a small random Gemma 2, where the shared data is present.
+"""llama.cpp's recorded logits for every file of a small random Gemma 2, against ours without any profile.
 
 They differ from a correct float32 run by what llama.cpp rounds: activations to 8 bits before they meet quantized
 weights, to 16 before F16 and BF16, and GELU to a table of 16-bit numbers. `scripts/compare_llama_cpp.py` takes the
@@ -8,18 +8,29 @@ distance apart; the limits here are that distance for every file, so that any ot
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import parity_model
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import gemma2
 from tests.conftest import SHARED
+from tests.parity.recordings import FILES, MADE, PARITY, WRITTEN, file, prompt
 
 DATA = SHARED / "data" / "parity-model"
-pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the files in shared/data/parity-model are not here")
-
-DISTANCES = {  # largest and root-mean-square difference of the last 48 positions' logits
+# Largest and root-mean-square difference of the last positions' logits.
+DISTANCES = {
+    "f32": (0.0015, 0.0004),
+    "f16": (0.0091, 0.0023),
+    "bf16": (0.0825, 0.0183),
+    "q8_0": (0.2282, 0.0591),
+    "q4_k_m": (0.7790, 0.1112),
+    "q2_k": (0.2960, 0.0746),
+    "mixed": (0.3394, 0.0797),
+}
+FOUR_LAYERS = {
     "f32": (0.0157, 0.0020),
     "f16": (0.0639, 0.0062),
     "bf16": (0.7321, 0.0605),
@@ -47,25 +58,38 @@ DISTANCES = {  # largest and root-mean-square difference of the last 48 position
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", DISTANCES)
-def test_the_logits_are_as_far_from_llama_cpp_as_its_rounding_takes_them(name: str) -> None:
-    theirs = load_file(DATA / "llama_cpp_logits.safetensors")[name]
-    tokens = torch.tensor([json.loads((DATA / "ids.json").read_text())])
-    ours = gemma2.load(DATA / f"{name}.gguf", dtype="float32", device="cpu").model(tokens)[0, -len(theirs) :]
+def check(path: Path, tokens: torch.Tensor, theirs: torch.Tensor, limits: tuple[float, float]) -> None:
+    ours = gemma2.load(path, dtype="float32", device="cpu").model(tokens)[0, -len(theirs) :]
     apart = (ours - theirs).double()
-    largest, typical = DISTANCES[name]
+    largest, typical = limits
     assert apart.abs().max() <= 1.001 * largest + 1e-4 and apart.pow(2).mean().sqrt() <= 1.001 * typical + 1e-4
     assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
 
 
-def test_every_file_is_among_them() -> None:
-    assert {path.stem for path in DATA.glob("*.gguf")} == set(DISTANCES)
+@pytest.mark.parametrize("name", DISTANCES)
+def test_the_logits_are_as_far_from_llama_cpp_as_its_rounding_takes_them(name: str) -> None:
+    check(file(name), prompt(), load_file(PARITY / "llama_cpp_logits.safetensors")[name], DISTANCES[name])
 
 
-def test_the_f32_file_gives_the_tensors_of_the_safetensors() -> None:
-    """Norms too, although the file holds 1 + w."""
-    ours = dict(gemma2.load(DATA, device="cpu").model.named_parameters())
-    for name, parameter in gemma2.load(DATA / "f32.gguf", device="cpu").model.named_parameters():
-        gain = name.endswith("norm.weight")
-        assert parameter.dtype == torch.float32
-        assert torch.equal(1.0 + parameter, 1.0 + ours[name]) if gain else torch.equal(parameter, ours[name]), name
+@pytest.mark.needs("shared", "data/parity-model")
+@pytest.mark.parametrize("name", FOUR_LAYERS)
+def test_the_logits_of_a_deeper_model_are_as_far_from_llama_cpp_as_its_rounding_takes_them(name: str) -> None:
+    tokens = torch.tensor([json.loads((DATA / "ids.json").read_text())])
+    check(DATA / f"{name}.gguf", tokens, load_file(DATA / "llama_cpp_logits.safetensors")[name], FOUR_LAYERS[name])
+
+
+def test_every_recorded_file_is_among_them_and_all_are_at_most_4_mb() -> None:
+    assert set(DISTANCES) == set(FILES) == load_file(PARITY / "llama_cpp_logits.safetensors").keys()
+    assert {path.stem for path in PARITY.glob("*.gguf")} == set(WRITTEN)
+    assert sum(path.stat().st_size for path in PARITY.iterdir()) <= 4_000_000
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_float_file_gives_the_weights_of_the_seed(name: str) -> None:
+    """Norms too, although the file holds 1 + w; they are float32 in every file."""
+    seeded, dtype = parity_model.weights(), {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[name]
+    for weight, parameter in gemma2.load(file(name), dtype="float32", device="cpu").model.named_parameters():
+        if weight.endswith("norm.weight"):
+            assert torch.equal(1.0 + parameter, 1.0 + seeded[weight]), weight
+        else:
+            assert torch.equal(parameter, seeded[weight].to(dtype).float()), weight

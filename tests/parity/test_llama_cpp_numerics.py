@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import json
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-import gemma2
-from gemma2.checkpoints.checkpoint import open_checkpoint
-from gemma2.model import Block
-from gemma2.numerics import PROFILES, storage_of, with_numerics
-from gemma2.numerics.changes import Storage, Stored
+from gemma2.numerics import PROFILES, with_numerics
+from gemma2.numerics.changes import Stored
 from gemma2.numerics.profiles import ggml_math
 from gemma2.numerics.profiles.ggml_products import rounded, summed
+from gemma2.research.capture import capture
 from tests.conftest import SHARED, ids, tiny
+from tests.parity.recordings import FILES, PARITY, file, opened, prompt
+from tests.parity.test_llama_cpp import FOUR_LAYERS
 
 DATA = SHARED / "data" / "parity-model"
-shared = pytest.mark.skipif(not DATA.is_dir(), reason="the files in shared/data/parity-model are not here")
-
-FILES = sorted(path.stem for path in DATA.glob("*.gguf"))
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -133,29 +129,28 @@ def test_rows_of_padding_stay_finite() -> None:
         assert with_numerics(tiny(), "llama.cpp")(ids(1, 20), positions).isfinite().all()
 
 
-def opened(path: Path) -> tuple[gemma2.Gemma2, Storage | None]:
-    model = gemma2.load(path, dtype="float32", device="cpu").model
-    return model, storage_of(open_checkpoint(path).weights)
-
-
-def prompt() -> Tensor:
-    return torch.tensor([json.loads((DATA / "ids.json").read_text())])
-
-
 @torch.no_grad()
 def apart(name: str, changes: list[str] | None = None) -> Tensor:
-    theirs = load_file(DATA / "llama_cpp_logits.safetensors")[name]
-    model, kinds = opened(DATA / f"{name}.gguf")
+    theirs = load_file(PARITY / "llama_cpp_logits.safetensors")[name]
+    model, kinds = opened(file(name))
     return (with_numerics(model, "llama.cpp", changes, kinds)(prompt())[0, -len(theirs) :] - theirs).double()
 
 
-@shared
 @pytest.mark.parametrize("name", FILES)
 def test_llama_cpps_logits_are_met_to_the_bit_for_every_type(name: str) -> None:
     assert apart(name).abs().max() == 0
 
 
-@shared
+@pytest.mark.needs("shared", "data/parity-model")
+@pytest.mark.parametrize("name", FOUR_LAYERS)
+@torch.no_grad()
+def test_llama_cpps_logits_of_a_deeper_model_are_met_to_the_bit_for_every_type(name: str) -> None:
+    theirs = load_file(DATA / "llama_cpp_logits.safetensors")[name]
+    model, kinds = opened(DATA / f"{name}.gguf")
+    tokens = torch.tensor([json.loads((DATA / "ids.json").read_text())])
+    assert torch.equal(with_numerics(model, "llama.cpp", storage=kinds)(tokens)[0, -len(theirs) :], theirs)
+
+
 @pytest.mark.parametrize("bit", [bit.name for bit in PROFILES["llama.cpp"]])
 def test_no_bit_can_be_left_out_but_those_that_float32_weights_make_void(bit: str) -> None:
     """float32 has nothing to widen, the query scale is a power of two here, and what is hidden weighs nothing."""
@@ -165,33 +160,16 @@ def test_no_bit_can_be_left_out_but_those_that_float32_weights_make_void(bit: st
     assert (left.abs().max() == 0) == (bit in void)
 
 
-@shared
-@pytest.mark.parametrize("name", ["f32", "q8_0"])
+@pytest.mark.parametrize("name", ["f32", "q4_k_m"])
 @torch.no_grad()
-def test_every_recorded_node_of_llama_cpps_graph_is_met_to_the_bit(name: str) -> None:
-    theirs = load_file(DATA / f"llama_cpp_trace_{name}.safetensors")
-    model, kinds = opened(DATA / f"{name}.gguf")
+def test_every_recorded_site_of_llama_cpp_is_met_to_the_bit(name: str) -> None:
+    theirs = load_file(PARITY / f"llama_cpp_sites_{name}.safetensors")
+    assert len(theirs) == 2 * 21 + 5
+    model, kinds = opened(file(name))
     twin = with_numerics(model, "llama.cpp", storage=kinds)
-    places: dict[str, nn.Module] = {"inp_scaled": twin.model.embed_tokens, "result_norm": twin.model.norm}
-    for i, layer in enumerate(twin.model.layers):
-        assert isinstance(layer, Block)
-        attend = layer.self_attn.attend
-        places |= {
-            f"attn_norm-{i}": layer.input_layernorm,
-            f"kq-{i}": attend.hook_scores_raw,
-            f"kq_soft_max-{i}": attend.hook_pattern,
-            f"kqv_out-{i}": attend.hook_z,
-            f"attn_post_norm-{i}": layer.post_attention_layernorm,
-            f"sa_out-{i}": layer.hook_resid_mid,
-            f"ffn_norm-{i}": layer.pre_feedforward_layernorm,
-            f"ffn_geglu-{i}": layer.mlp.hook_post,
-            f"ffn_out-{i}": layer.mlp,
-            f"ffn_post_norm-{i}": layer.post_feedforward_layernorm,
-            f"l_out-{i}": layer,
-        }
-    found: dict[str, Tensor] = {}
-    for node, module in places.items():
-        module.register_forward_hook(lambda m, i, output, node=node: found.__setitem__(node, output[0]))
-    found["result_output"] = twin(prompt())[0, -48:]
-    assert theirs.keys() <= found.keys()
-    assert all(torch.equal(found[node].reshape(recorded.shape), recorded) for node, recorded in theirs.items())
+    with capture(twin, theirs.keys()) as seen:
+        twin(prompt())
+    for site, recorded in theirs.items():
+        by_head = site.endswith(("scores_raw", "pattern"))  # [h t s], and all others [t ...]
+        found = seen[site][0][:, -recorded.shape[1] :] if by_head else seen[site][0][-len(recorded) :]
+        assert torch.equal(found, recorded), site

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import gemma2
@@ -17,10 +14,8 @@ from gemma2.numerics.changes import Stored
 from gemma2.numerics.parts import in_parts
 from gemma2.numerics.profiles import jax, litgpt
 from gemma2.twins import replaced
-from tests.conftest import SHAPES, SHARED, ids, tiny
+from tests.conftest import SHAPES, ids, tiny
 
-DATA = SHARED / "data" / "parity-model"
-shared = pytest.mark.skipif(not DATA.is_dir(), reason="the traces in shared/data/parity-model are not here")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -155,42 +150,6 @@ def test_jaxs_operations_one_by_one_are_met_to_the_bit_in_bfloat16(operation: st
         theirs, ours = a * (1 / 12), jax.scaled_queries(x, 1 / 12)
     assert ours.dtype == torch.bfloat16
     assert ours.float().tolist() == theirs.astype("float32").tolist()
-
-
-@torch.no_grad()
-def google_places(model: gemma2.Gemma2) -> dict[str, Tensor]:
-    """The sites of gemma_pytorch's traces. It computes the logits of the last position alone, which can be another
-    sum than theirs among all."""
-    tokens = torch.tensor([json.loads((DATA / "ids.json").read_text())])
-    places: dict[str, nn.Module] = {"hook_embed": model.model.embed_tokens, "ln_final": model.model.norm}
-    places |= {f"blocks.{i}.hook_resid_post": layer for i, layer in enumerate(model.model.layers)}
-    found: dict[str, Tensor] = {}
-    for name, module in places.items():
-        module.register_forward_hook(lambda m, i, output, name=name: found.__setitem__(name, output[0].float()))
-    found["logits_last"] = model(tokens, last=1)[0, -1:].float()
-    return found
-
-
-@shared
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gemma_pytorch_is_met_to_the_bit_at_every_recorded_place(dtype: str) -> None:
-    theirs = load_file(DATA / f"gemma_pytorch_{dtype}.safetensors")
-    model = gemma2.load(DATA, dtype=dtype, device="cpu").model
-    ours = google_places(with_numerics(model, "gemma_pytorch"))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-@shared
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("missing", ["rope_mul=float32", "rope_turn=polar"])
-def test_gemma_pytorch_is_not_met_without_its_rotation(missing: str, dtype: str) -> None:
-    if (missing, dtype) == ("rope_mul=float32", "float32"):
-        pytest.skip("rotation is in float32 already")
-    theirs = load_file(DATA / f"gemma_pytorch_{dtype}.safetensors")
-    kept = [change.name for change in PROFILES["gemma_pytorch"] if change.name != missing]
-    ours = google_places(with_numerics(gemma2.load(DATA, dtype=dtype, device="cpu").model, "gemma_pytorch", kept))
-    assert not all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize("profile", [name for name, changes in PROFILES.items() if changes])
