@@ -282,7 +282,26 @@ def test_only_an_implementation_that_is_known_to_refuse_is_said_to(
 )
 def test_the_use_in_which_it_shows_is_told_from_the_runs(differs: set[str], fails: set[str], words: str) -> None:
     verdicts = {run: "differs" if run in differs else "fails" if run in fails else "rounding" for run in RUNS}
-    assert shows([Outcome(run, verdict) for run, verdict in verdicts.items()]) == words
+    assert shows([Outcome(run, verdict, position=0) for run, verdict in verdicts.items()]) == words
+
+
+def test_a_difference_that_shows_in_no_logit_is_called_small() -> None:
+    small = Outcome("12", "differs", "logits", 1.1, 1e-5)
+    assert shows([small]) == "small: one pass within the window"
+    assert shows([small, Outcome("12, prefill 6", "differs", position=3)]) == (
+        "any use of its cache; small: one pass within the window"
+    )
+
+
+def test_what_an_injected_change_leaves_over_is_named_with_its_size() -> None:
+    one = next(it for it in IMPLEMENTATIONS if it.finding and it.finding.runs == LONG)
+    outcomes = {"float32": [Outcome(run, "differs", "logits", 2.0, 1.0) for run in RUNS]}
+    again = Again(one.finding.key if one.finding else "", 4, 5, ("`12`, 1.09 times what rounding explains",), 1.09)
+    brief, text = told(one, Found(one.name, "s", "d", "m", outcomes, again))
+    assert brief.endswith("; and something that is not explained, at most 1.1 times what rounding explains")
+    assert text.endswith(
+        "4 of 5 traces in float32 agree to rounding; not explained: `12`, 1.09 times what rounding explains."
+    )
 
 
 def test_implementations_without_a_difference_share_one_section() -> None:

@@ -26,6 +26,11 @@ class Outcome:
     said: str = ""  # the error, or why the site differs
     position: int = -1  # the first whose logits are visibly off
 
+    @property
+    def small(self) -> bool:
+        """Whether no logit is visibly off, though more than rounding is."""
+        return self.verdict == "differs" and self.position < 0
+
     def cell(self) -> str:
         if self.verdict == "differs":
             return f"**differs**, {self.apart:.2g}"
@@ -39,13 +44,15 @@ class Again:
     Attributes:
         finding: its key.
         agree, of: how many traces agree to rounding.
-        left: those that do not, each with the position from which it shows.
+        left: the others, each with how far it is beyond rounding.
+        ratio: of the worst of them, how many times what rounding explains.
     """
 
     finding: str
     agree: int
     of: int
     left: tuple[str, ...] = ()
+    ratio: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -15,23 +15,23 @@ RIGHT = "as published"
 COMMAND = "python -m studies.who_computes_what"
 HEAD = """# Which implementations compute Gemma 2 correctly
 
-This page compares other implementations of Gemma 2 with this project's. Each is built by its own code, with the
-weights of one small random model, and run over the same token ids. The first table says which compute Gemma 2 as
-published, what the others compute instead, and what you can do. Another version than the one named may compute
-otherwise.
+This page compares other implementations of Gemma 2 with this project's. Each is built by its own code, with the weights
+of one small random model, and run over the same token ids. The first table says which compute Gemma 2 as published,
+what the others compute instead, and what you can do. Another version than the one named may compute otherwise.
 
 Everything here comes from runs ({machine}; {dates}), not from others' reports. A cause is stated only if injecting the
-same change into our model makes the two agree to rounding. The weights are random and large, so that the caps matter:
-in a trained model the differences are smaller.
+same change into our model makes the two agree to rounding, and what is left after that is named. The weights are random
+and large, so that the caps matter: in a trained model the differences are smaller.
 
     {command} page > docs/who-computes-what.md                    # from the recorded runs
     {command} run --environments FOLDER                           # all of them anew
     {command} run --environments FOLDER --only 'litgpt 0.5.13'    # one of them
 
-Where it shows: in which use the logits differ from the exact ones by more than rounding, in float32 and in bfloat16.
+Where it shows: in which use the results differ from the exact ones by more than rounding, in float32 and in bfloat16.
 Largest logit difference: the largest distance of a logit to the exact one in those runs. Published logits lie between
--{cap_logits:g} and {cap_logits:g}. "Hidden by rounding" means that bfloat16's own rounding is larger than the fault.
-What you can do holds in both dtypes."""
+-{cap_logits:g} and {cap_logits:g}. "Small" means that no logit is off by more than 0.0001 of the largest in float32, or
+0.1 of it in bfloat16. "Hidden by rounding" means that bfloat16's own rounding is larger than the fault. What you can do
+holds in both dtypes."""
 RUN = """## The runs
 
 The model has the shape of Gemma 2 27B, scaled down: {layers} layers, width {width}, {heads} query heads and {groups}
@@ -108,7 +108,7 @@ def told(one: Implementation, found: Found) -> tuple[str, str]:
         return f"{RIGHT} in one pass; with a cache not run", "Gemma 2 as published, in one pass."
     if not runs:
         return RIGHT, "Gemma 2 as published."
-    if finding is None or finding.runs != runs:
+    if finding is None or not finding.runs <= runs:
         return "something else; not explained", "Something else; not explained."
     if finding.instead is None:
         return finding.brief, finding.what
@@ -117,8 +117,9 @@ def told(one: Implementation, found: Found) -> tuple[str, str]:
     if not again.agree:
         return "something else; not explained", "Something else; not explained."
     agree = f"all {again.of}" if not again.left else f"{again.agree} of {again.of}"
-    rest = f"; not explained: {', '.join(again.left)}" if again.left else ""
-    brief = f"{finding.brief}; and something that is not explained" if again.left else finding.brief
+    rest = f"; not explained: {'; '.join(again.left)}" if again.left else ""
+    size = f"at most {again.ratio:.2g} times what rounding explains"
+    brief = f"{finding.brief}; and something that is not explained, {size}" if again.left else finding.brief
     return brief, (
         f"{finding.what} With this injected into our model, {agree} traces in {one.dtypes[0]} agree to rounding{rest}."
     )
@@ -157,13 +158,13 @@ def anchor(heading: str) -> str:
 
 def shows(outcomes: Iterable[Outcome]) -> str:
     """In which use the results are others, or are refused."""
-    by_verdict: dict[str, set[str]] = {"differs": set(), "fails": set(), "refuses": set()}
+    by_verdict: dict[str, set[str]] = {"differs": set(), "small": set(), "fails": set(), "refuses": set()}
     for it in outcomes:
-        by_verdict.get(it.verdict, set()).add(it.run)
+        by_verdict.get("small" if it.small else it.verdict, set()).add(it.run)
     if by_verdict["refuses"]:
         return "when the model is built"
-    differs, fails = uses(by_verdict["differs"]), uses(by_verdict["fails"])
-    return "; ".join(filter(None, (differs, fails and f"fails: {fails}")))
+    differs, small, fails = (uses(by_verdict[verdict]) for verdict in ("differs", "small", "fails"))
+    return "; ".join(filter(None, (differs, small and f"small: {small}", fails and f"fails: {fails}")))
 
 
 def uses(runs: set[str]) -> str:
@@ -174,7 +175,7 @@ def uses(runs: set[str]) -> str:
     if runs == LONG:
         return "any use beyond the window"
     if "12" in runs:
-        pieces.append("one pass of any length")
+        pieces.append("one pass of any length" if "64" in runs else "one pass within the window")
     elif "64" in runs:
         pieces.append("one pass beyond the window")
     if "12, prefill 6" in runs:

@@ -24,7 +24,7 @@ from studies.who_computes_what.models import MODELS, RUNS, random_model, write_m
 from studies.who_computes_what.outcomes import LONGEST, Again, Found, Outcome, differing
 
 ROOT = Path(__file__).resolve().parents[2]
-VISIBLE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of the largest logit
+VISIBLE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of the largest logit; page.py says so
 
 
 def environment(folder: Path, one: Implementation) -> Path:
@@ -90,13 +90,15 @@ def judged(
 def compared_again(one: Implementation, outcomes: list[Outcome], out: Path, model: Gemma2) -> Again | None:
     """Whether the finding explains what differs: the same traces against our model with its change injected."""
     runs, finding = differing(outcomes), one.finding
-    if not runs or finding is None or finding.runs != runs or finding.instead is None:
+    if not runs or finding is None or not finding.runs <= runs or finding.instead is None:
         return None
     profile, change = (finding.instead, None) if isinstance(finding.instead, str) else (None, finding.instead)
     again = [it for it in compared(out, model, profile, change) if it.verdict not in ("fails", "not run")]
     left = differing(again)
-    others = tuple(f"`{it.run}` from position {it.position} on" for it in again if it.run in left)
-    return Again(finding.key, len(again) - len(left), len(again), others)
+    others = [it for it in again if it.run in left]
+    told = tuple(f"`{it.run}`, {it.ratio:.3g} times what rounding explains at `{it.first}`" for it in others)
+    ratio = max((it.ratio for it in others), default=0.0)
+    return Again(finding.key, len(again) - len(left), len(again), told, ratio)
 
 
 def look_at(one: Implementation, environments: Path, place: Path) -> Found:
