@@ -20,6 +20,7 @@ from gemma2.model import Gemma2
 from gemma2.sampling import Sampling
 from gemma2.stats import Stats
 from gemma2.tokenizer import Tokenizer
+from gemma2.tokens import left_padded
 
 __all__ = [
     "BadModelFile",
@@ -35,6 +36,7 @@ __all__ = [
     "config_dict",
     "convert",
     "inspect",
+    "left_padded",
     "load",
     "published_config",
     "read_config",

@@ -82,7 +82,7 @@ def check_fit(stored: Sequence[Tensor], new: Sequence[Tensor]) -> None:
 
 def check_last(last: int | None, tokens: Tensor) -> None:
     """Raises ValueError unless `last` is None or one of the numbers from 1 to the length of `tokens`."""
-    if last is not None and not 1 <= last <= tokens.shape[1]:
+    if last is not None and not 1 <= last <= tokens.shape[-1]:
         raise ValueError(f"last must be from 1 to {tokens.shape[1]}, the length of the tokens, not {last!r}")
 
 

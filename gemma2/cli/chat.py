@@ -22,7 +22,7 @@ NOT_TUNED = "note: this checkpoint does not say that it was tuned for chat: it c
 
 
 def add(commands: Commands) -> None:
-    parser = add_command(commands, "chat", "talk to a model", __doc__, EXAMPLE)
+    parser = add_command(commands, "chat", __doc__, EXAMPLE)
     add_options(parser)
     parser.set_defaults(run=run)
 
