@@ -73,8 +73,9 @@ def check_positions(positions: Tensor, tokens: Tensor, before: Tensor, column: i
 def check_fit(stored: Sequence[Tensor], new: Sequence[Tensor]) -> None:
     """Refuse keys, values and positions that a cache cannot store beside those it has, before anything is written."""
     for name, old, x in zip(("keys", "values"), stored, new, strict=False):
-        held, computed = (f"{y.dtype} on {y.device}, {[len(y), *y.shape[2:]]} [b g c]" for y in (old, x))
-        if held != computed:
+        same = old.dtype == x.dtype and old.device == x.device
+        if not same or len(old) != len(x) or old.shape[2:] != x.shape[2:]:
+            held, computed = (f"{y.dtype} on {y.device}, {[len(y), *y.shape[2:]]} [b g c]" for y in (old, x))
             raise ValueError(f"the cache holds {name} of {held}, this pass computes {computed}: reset() it first")
     if new[2].shape != new[0].shape[:2]:
         raise ValueError(f"positions {list(new[2].shape)} are not one for each token {list(new[0].shape[:2])}")
