@@ -66,23 +66,26 @@ def xgrammar_processor(tokenizer: gemma2.Tokenizer, schema: dict[str, Any]) -> P
     return constrained(matcher.accept_token, mask)
 
 
+class ForLLGuidance:
+    """The tokenizer as llguidance asks for it: every id's bytes, and which ids have none."""
+
+    def __init__(self, tokenizer: gemma2.Tokenizer) -> None:
+        self.tokenizer, spelled = tokenizer, pieces(tokenizer)
+        self.eos_token_id, self.bos_token_id = tokenizer.special["eos"], tokenizer.special["bos"]
+        self.special_token_ids = [i for i, piece in enumerate(spelled) if re.fullmatch("<[a-z_]+>", piece)]
+        self.tokens = [
+            bytes([int(piece[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", piece) else piece.replace("▁", " ").encode()
+            for piece in spelled
+        ]
+
+    def __call__(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, bos=False)
+
+
 def llguidance_processor(tokenizer: gemma2.Tokenizer, regex: str) -> Processor:
     llguidance, numpy = needs("llguidance"), needs("llguidance.numpy")
 
-    class Vocabulary:
-        eos_token_id, bos_token_id = tokenizer.special["eos"], tokenizer.special["bos"]
-        special_token_ids = [i for i, piece in enumerate(pieces(tokenizer)) if re.fullmatch("<[a-z_]+>", piece)]
-        tokens = [
-            bytes([int(piece[1:-1], 16)])
-            if re.fullmatch("<0x[0-9A-F]{2}>", piece)
-            else piece.replace("▁", " ").encode()
-            for piece in pieces(tokenizer)
-        ]
-
-        def __call__(self, text: str) -> list[int]:
-            return tokenizer.encode(text, bos=False)
-
-    known = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Vocabulary()))
+    known = llguidance.LLTokenizer(llguidance.TokenizerWrapper(ForLLGuidance(tokenizer)))
     matcher = llguidance.LLMatcher(known, llguidance.LLMatcher.grammar_from_regex(regex))
     bits = numpy.allocate_token_bitmask(1, len(tokenizer))
 
