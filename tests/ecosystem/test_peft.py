@@ -72,8 +72,8 @@ def test_generation_and_capture_see_the_adapter_and_switched_off_the_bits_of_bef
     with capture(model, [SITE, "blocks.2.ln1"]) as seen:
         changed = gemma.model(tokens)
     assert not torch.equal(changed, logits) and gemma.generate(PROMPT, 12) != text
-    attention = gemma.model.model.layers[2].self_attn
-    assert torch.equal(seen[SITE].flatten(2), attention.q_proj(seen["blocks.2.ln1"]))
+    q_proj = gemma.model.get_submodule("model.layers.2.self_attn.q_proj")
+    assert torch.equal(seen[SITE].flatten(2), q_proj(seen["blocks.2.ln1"]))
     with model.disable_adapter():
         assert torch.equal(gemma.model(tokens), logits) and gemma.generate(PROMPT, 12) == text
     assert torch.equal(gemma.model(tokens), changed)
