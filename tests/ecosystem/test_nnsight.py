@@ -1,0 +1,72 @@
+"""nnsight: a trace reads and edits what a hook would, by the paths of modules."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import gemma2
+from gemma2.research.capture import capture
+from gemma2.research.sites import chosen
+from tests.conftest import ids, tiny
+from tests.ecosystem.conftest import needs
+
+nnsight = needs("nnsight")
+
+PROMPT = "In the beginning"
+
+
+@torch.no_grad()
+def test_a_trace_reads_what_capture_sees_at_every_site() -> None:
+    model = tiny()
+    tokens = ids(2, 20)
+    with capture(model) as seen:
+        model(tokens)
+    sites = chosen(model.config)
+    wrapped = nnsight.NNsight(model)
+    with wrapped.trace(tokens):
+        found = nnsight.save({name: wrapped.get(site.module).output for name, site in sites.items()})
+    assert found.keys() == seen.keys()
+    for name, value in found.items():
+        assert torch.equal(value, seen[name]), name
+
+
+@torch.no_grad()
+def test_an_edit_in_a_trace_is_that_of_a_hook() -> None:
+    model = tiny()
+    tokens = ids(1, 20)
+    plain = model(tokens)
+    hook = model.model.layers[1].hook_resid_mid.register_forward_hook(lambda module, inputs, output: output * 0.5)
+    hooked = model(tokens)
+    hook.remove()
+    wrapped = nnsight.NNsight(model)
+    with wrapped.trace(tokens):
+        wrapped.model.layers[1].hook_resid_mid.output = wrapped.model.layers[1].hook_resid_mid.output * 0.5
+        logits = wrapped.output.save()
+    assert torch.equal(logits, hooked) and not torch.equal(logits, plain)
+    assert torch.equal(model(tokens), plain)
+
+
+def test_the_root_is_seen_at_every_step_of_generation(pocket: gemma2.Gemma) -> None:
+    expected: list[Tensor] = []
+    hook = pocket.model.register_forward_hook(lambda module, inputs, output: expected.append(output))
+    text = pocket.generate(PROMPT, 6)
+    hook.remove()
+    assert len(expected) == 6
+    wrapped = nnsight.NNsight(pocket.model)
+    with wrapped.trace(PROMPT, fn=pocket.generate, max_new_tokens=6) as tracer:
+        found = nnsight.save([])
+        for _ in tracer.iter[:6]:
+            found.append(wrapped.output)
+    assert len(found) == 6 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert pocket.generate(PROMPT, 6) == text
+
+
+def test_an_edit_of_the_root_during_generation_decides_the_ids(pocket: gemma2.Gemma) -> None:
+    token = pocket.tokenizer.encode(" king", bos=False)[0]
+    wrapped = nnsight.NNsight(pocket.model)
+    with wrapped.trace(PROMPT, fn=pocket.generate, max_new_tokens=6) as tracer:
+        for _ in tracer.iter[:6]:
+            wrapped.output[..., token] = 1000.0
+        text = nnsight.save(tracer.result)
+    assert text == pocket.tokenizer.decode([token] * 6)
