@@ -16,7 +16,7 @@ from gemma2.model import Gemma2
 from gemma2.sampling import Sampling, make_generator, refuse_non_finite, repetition_penalty, sample
 from gemma2.stats import Stats, timed
 from gemma2.tokenizer import parse_ids
-from gemma2.tokens import check_same_device, left_padded
+from gemma2.tokens import left_padded
 
 PREFILL_CHUNK = 512  # positions a forward pass of the prompt takes: bounds the [b h t s] scores in memory
 Feed = Callable[[Tensor, Tensor], Tensor]  # ids [b t], positions [b t] -> logits [b v] of the last column
@@ -64,8 +64,7 @@ def generate_ids(
     rows = [parse_ids(prompt, model.config.vocab_size) for prompt in prompts]
     if not rows or not all(rows):
         raise ValueError("nothing to continue: a prompt needs at least one id (the BOS)")
-    if model.device.type == "meta":  # offloaded as a whole
-        check_same_device(torch.empty(0), model.model.embed_tokens.weight)
+    generator = generator or make_generator(None, model.device)
     ids, positions = left_padded(rows, model.device)
     pads = (positions < 0).sum(dim=1, keepdim=True)
     if cache is None:
@@ -87,7 +86,6 @@ def generate_ids(
     if sampling.repetition_penalty != 1.0:
         processors = [repetition_penalty(sampling.repetition_penalty, pads), *processors]
     feed = feed or (lambda ids, positions: model(ids, positions, cache, last=1)[:, -1])
-    generator = generator or make_generator(None, model.device)
     quiet = ids.shape[1] <= chunk or (None if progress is None else not progress)
     parts = tqdm(ids.split(chunk, dim=1), desc="prompt", unit=" chunks", leave=False, disable=quiet)
     steps = _steps(feed, ids, positions, parts, max_new_tokens, processors, sampling, generator, finished)

@@ -102,6 +102,12 @@ def first_true(wrong: Tensor) -> list[int] | None:
     return list(map(int, wrong.nonzero()[0].tolist())) if found else None
 
 
+OFFLOAD = (
+    "the embedding cannot be offloaded by itself, because the head reads it too; offload the layers instead, as "
+    "accelerate.cpu_offload(model.model.layers)"
+)
+
+
 def check_same_device(x: Tensor, weight: Tensor) -> None:
     """Refuse a weight that is somewhere else: PyTorch answers a product with a meta tensor with uninitialised memory.
 
@@ -110,7 +116,11 @@ def check_same_device(x: Tensor, weight: Tensor) -> None:
     """
     if weight.device != x.device:
         raise RuntimeError(
-            f"the head reads the embedding's weight, which is on {weight.device} while its input is on {x.device}: the "
-            "embedding cannot be offloaded by itself; offload the layers instead, as accelerate.cpu_offload("
-            "model.model.layers)"
+            f"the embedding's weight is on {weight.device} and what the head gets on {x.device}: {OFFLOAD}"
         )
+
+
+def check_here(device: torch.device) -> None:
+    """Raises RuntimeError for the meta device, on which an embedding is that was offloaded."""
+    if device.type == "meta":
+        raise RuntimeError(f"the embedding's weight is on {device}: {OFFLOAD}")
