@@ -114,8 +114,7 @@ def _in_memory(gemma: Gemma, tokenizer: str | Path | Tokenizer | None) -> Checkp
     weights, config = MemoryWeights(gemma.model), gemma.config
     found = parse_tokenizer(tokenizer) or gemma.tokenizer
     check_vocabulary(found, config)
-    template = getattr(gemma, "chat_template", None)
-    return Checkpoint(Path(WHERE), "memory", config, weights, found, gemma.chat_tuned, template, gemma.notes)
+    return Checkpoint(Path(WHERE), "memory", config, weights, found, gemma.chat_tuned, gemma.chat_template, gemma.notes)
 
 
 def _form(target: Path) -> str:

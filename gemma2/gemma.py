@@ -60,12 +60,19 @@ class Gemma:
         tokenizer: text to ids and back.
         chat_tuned: whether the checkpoint says it was tuned for chat; None when it says nothing.
         notes: a line for everything that the checkpoint does not state and that was filled in (GGUF only).
+        chat_template: the text of the checkpoint's chat template, which is passed on by `convert` and never run.
     """
 
     def __init__(
-        self, model: Gemma2, tokenizer: Tokenizer, chat_tuned: bool | None = None, notes: Sequence[str] = ()
+        self,
+        model: Gemma2,
+        tokenizer: Tokenizer,
+        chat_tuned: bool | None = None,
+        notes: Sequence[str] = (),
+        chat_template: str | None = None,
     ) -> None:
         self.model, self.tokenizer, self.chat_tuned, self.notes = model, tokenizer, chat_tuned, tuple(notes)
+        self.chat_template = chat_template
         names = ("eos", "end_of_turn")
         self.stop_ids = frozenset(tokenizer.special[name] for name in names if name in tokenizer.special)
 

@@ -77,7 +77,7 @@ def load(
     model = build(
         opened.weights, opened.config, where, final, make=make, allow_nonfinite=allow_nonfinite, progress=progress
     )
-    return Gemma(model, opened.tokenizer, opened.chat_tuned, opened.notes)
+    return Gemma(model, opened.tokenizer, opened.chat_tuned, opened.notes, opened.chat_template)
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:

@@ -52,32 +52,37 @@ def test_feeding_a_greedy_generation_back_gives_the_log_probabilities_it_was_mad
     assert torch.equal(again.argmax(-1), chosen[:, 0])
 
 
+STEPS = 24  # past the window of 16
+
+
 @pytest.mark.parametrize("rows", [2, 3, 8])
 @torch.no_grad()
 def test_rows_of_a_ragged_batch_equal_solo_runs_token_for_token(rows: int) -> None:
     model = tiny("9b")
     differing = 0
-    for seed in range(20):
+    for seed in range(3):
         prompts = [ids(1, 3 + 7 * row, seed=seed * 10 + row)[0].tolist() for row in range(rows)]
         logits: list[Tensor] = []
         hook = model.softcap.register_forward_hook(lambda m, i, output, logits=logits: logits.append(output))
-        together = continuation(model, prompts, 64)
+        together = continuation(model, prompts, STEPS)
         hook.remove()
         batched = torch.stack(logits, dim=1)  # [b n v]
         for row, prompt in enumerate(prompts):
             solo: list[Tensor] = []
             hook = model.softcap.register_forward_hook(lambda m, i, output, solo=solo: solo.append(output[0]))
-            alone = continuation(model, [prompt], 64)[0]
+            alone = continuation(model, [prompt], STEPS)[0]
             hook.remove()
-            same = next((i for i, (a, b) in enumerate(zip(alone, together[row], strict=True)) if a != b), 64)
-            upto = slice(0, min(same + 1, 64))
+            same = next((i for i, (a, b) in enumerate(zip(alone, together[row], strict=True)) if a != b), STEPS)
+            upto = slice(0, min(same + 1, STEPS))
             apart = (torch.stack(solo)[upto] - batched[row, upto]).abs().max()
             assert apart <= 1e-5 * 30
-            if same < 64:
+            if same < STEPS:
                 differing += 1
                 top = torch.stack(solo)[same].topk(2).values
-                assert top[0] - top[1] < 1e-4, f"row {row} of {rows} parts at {same} by more than a tie"
-    assert differing <= 20 * rows // 4, "ties are rare"
+                assert (top[..., 0] - top[..., 1]).max() < 1e-4, (
+                    f"row {row} of {rows} differs at {same} by more than a tie"
+                )
+    assert differing <= 3 * rows // 4, "ties are rare"
 
 
 @torch.no_grad()
@@ -146,15 +151,15 @@ import hashlib, gemma2
 gemma = gemma2.load(dtype="float32", device="cpu")
 digest = hashlib.sha256()
 gemma.model.softcap.register_forward_hook(lambda m, i, output: digest.update(output.numpy().tobytes()))
-for seed in range(20):
+for seed in range(3):
     print(repr(gemma.generate("And the", 64, temperature=1.0, top_p=0.95, seed=seed)), digest.hexdigest())
 """
 
 
-def test_twenty_seeds_give_the_same_logits_and_text_in_two_processes() -> None:
+def test_three_seeds_give_the_same_logits_and_text_in_two_processes() -> None:
     """Bit-equal logits: their bytes run into the digest printed behind every text."""
     runs = [subprocess.run([sys.executable, "-c", DETERMINISM], capture_output=True, check=True) for _ in range(2)]
-    assert runs[0].stdout == runs[1].stdout and len(set(runs[0].stdout.splitlines())) == 20
+    assert runs[0].stdout == runs[1].stdout and len(set(runs[0].stdout.splitlines())) == 3
 
 
 def test_an_empty_prompt_continues_from_the_bos(pocket: gemma2.Gemma) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+
+from gemma2.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -17,14 +20,33 @@ README = (ROOT / "README.md").read_text()
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", re.DOTALL)
 
 
-def test_readmes_code_runs_and_prints_what_it_shows() -> None:
-    blocks, namespace = BLOCK.findall(README), dict[str, object]()
+def check_code(page: str) -> None:
+    """The Python of a page runs, block after block, and prints what the page shows under each."""
+    blocks, namespace = BLOCK.findall(page), dict[str, object]()
     assert blocks and any(output for _, output in blocks)
     for code, output in blocks:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(compile(code, "README.md", "exec"), namespace)
-        if output:
-            assert printed.getvalue().strip() == output.strip()
+            exec(compile(code, "page", "exec"), namespace)
+        assert printed.getvalue().strip() == output.strip() or not output, code
+
+
+def test_readmes_code_runs_and_prints_what_it_shows() -> None:
+    check_code(README)
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="torch.compile needs a C++ compiler on CPU")
+def test_the_recipes_run_and_print_what_they_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    check_code(page)
+    (command,) = re.findall(r"\$ gemma2 (parity .*)", page)
+    capsys.readouterr()
+    assert main(command.split()) == 1
+    shown = re.findall(r"verdict: difference, first at [\w.]+", page)
+    assert len(shown) == 1 and capsys.readouterr().out.splitlines()[-1].startswith(shown[0])
 
 
 def test_the_reading_order_has_the_true_line_counts() -> None:
