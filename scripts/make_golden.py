@@ -1,4 +1,4 @@
-"""Make tests/golden anew: a small random Gemma 2 and what its peers compute with it.
+"""Make tests/golden anew: a small random Gemma 2 and what other implementations compute with it.
 
     python scripts/make_golden.py [--pocket] [--gemma-pytorch FOLDER]
     python scripts/make_golden.py --deepmind PYTHON
@@ -103,12 +103,12 @@ def run_transformers(model: Gemma2, ids: Tensor) -> tuple[dict[str, Tensor], str
 
     named = {key: value for key, value in RAW.items() if key not in ("model_type", "architectures")}
     config = transformers.Gemma2Config(**named, attn_implementation="eager", attention_dropout=0.0)
-    peer = transformers.Gemma2ForCausalLM._from_config(config, dtype=torch.float32).eval()
+    external = transformers.Gemma2ForCausalLM._from_config(config, dtype=torch.float32).eval()
     state = dict(model.state_dict())
-    peer.load_state_dict({**state, "lm_head.weight": state["model.embed_tokens.weight"]})
-    blocks = {f"blocks.{i}.hook_resid_post": layer for i, layer in enumerate(peer.model.layers)}
-    seen = watch({"hook_embed": peer.model.embed_tokens, **blocks, "ln_final": peer.model.norm})
-    logits = peer(ids[None], use_cache=False).logits[0]
+    external.load_state_dict({**state, "lm_head.weight": state["model.embed_tokens.weight"]})
+    blocks = {f"blocks.{i}.hook_resid_post": layer for i, layer in enumerate(external.model.layers)}
+    seen = watch({"hook_embed": external.model.embed_tokens, **blocks, "ln_final": external.model.norm})
+    logits = external(ids[None], use_cache=False).logits[0]
     return {**seen, "logits": logits}, f"transformers {transformers.__version__}, eager, float32, CPU"
 
 
@@ -144,8 +144,8 @@ def run_google(model: Gemma2, ids: Tensor, source: Path) -> tuple[dict[str, Tens
         fused = [state.pop(f"{stem}{letter}_proj.weight") for letter in "qkv"]
         state[f"{stem}qkv_proj.weight"] = torch.cat(fused)
     embedding = state.pop("embed_tokens.weight")
-    peer = google_model.GemmaModel(config).eval()
-    peer.load_state_dict(state)
+    external = google_model.GemmaModel(config).eval()
+    external.load_state_dict(state)
 
     t = len(ids)
     floor = -2.3819763e38
@@ -154,10 +154,10 @@ def run_google(model: Gemma2, ids: Tensor, source: Path) -> tuple[dict[str, Tens
     table = google_model.precompute_freqs_cis(config.head_dim, 2 * config.max_position_embeddings)[:t]
     empty = (1, t, config.num_key_value_heads, config.head_dim)
     caches = [(torch.zeros(empty), torch.zeros(empty)) for _ in range(config.num_hidden_layers)]
-    blocks = {f"blocks.{i}.hook_resid_post": layer for i, layer in enumerate(peer.layers)}
-    seen = watch({**blocks, "ln_final": peer.norm})
+    blocks = {f"blocks.{i}.hook_resid_post": layer for i, layer in enumerate(external.layers)}
+    seen = watch({**blocks, "ln_final": external.norm})
     x = embedding[ids][None] * torch.tensor(config.hidden_size**0.5)
-    hidden = peer(x, {kind.LOCAL_SLIDING: table, kind.GLOBAL: table}, torch.arange(t), caches, mask, local)
+    hidden = external(x, {kind.LOCAL_SLIDING: table, kind.GLOBAL: table}, torch.arange(t), caches, mask, local)
     sampler = google_model.Sampler(config.vocab_size, config)
     _, last = sampler(embedding, hidden, torch.tensor([t - 1]), None, None, None)
     seen = {"hook_embed": x[0], **seen, "logits_last": last[0]}
@@ -167,16 +167,18 @@ def run_google(model: Gemma2, ids: Tensor, source: Path) -> tuple[dict[str, Tens
 def write_pocket_traces() -> None:
     tokenizer = Tokenizer.from_file(POCKET / "tokenizer.model")
     for dtype in (torch.float32, torch.bfloat16):
-        peer = open_reference("transformers", POCKET, dtype)
+        external = open_reference("transformers", POCKET, dtype)
         named = dtype_name(dtype)
-        about = About(peer.system, named, peer.config, {**peer.versions, "threads": str(torch.get_num_threads())})
+        about = About(
+            external.system, named, external.config, {**external.versions, "threads": str(torch.get_num_threads())}
+        )
         for name, (text, sites) in POCKET_TRACES.items():
             ids, path = tokenizer.encode(text), GOLDEN / f"pocket_{name}_{named}.safetensors"
             with TraceWriter(path, about, ids, sites, dtype, force=True) as trace:
-                for site, value in peer.run(ids, trace.sites).items():
+                for site, value in external.run(ids, trace.sites).items():
                     trace.add(site, value)
             print(
-                f"{path.name}: {peer.system}, {len(trace.sites)} sites of {len(ids)} ids, {path.stat().st_size:,} bytes"
+                f"{path.name}: {about.system}, {len(trace.sites)} sites of {len(ids)} ids, {path.stat().st_size:,} bytes"
             )
 
 
@@ -220,10 +222,12 @@ def main() -> None:
     runs = {"transformers": run_transformers(model, ids)}
     if args.gemma_pytorch:
         runs["gemma_pytorch"] = run_google(model, ids, args.gemma_pytorch)
-    for name, (seen, peer) in runs.items():
+    for name, (seen, external) in runs.items():
         trace = {site: tensor.contiguous() for site, tensor in seen.items()} | {"ids": ids}
-        save_file(trace, GOLDEN / f"{name}.safetensors", metadata={**made, "peer": peer, "torch": torch.__version__})
-        print(f"{name}: {peer}, {len(trace)} tensors")
+        save_file(
+            trace, GOLDEN / f"{name}.safetensors", metadata={**made, "external": external, "torch": torch.__version__}
+        )
+        print(f"{name}: {external}, {len(trace)} tensors")
     size = sum(path.stat().st_size for path in GOLDEN.iterdir())
     print(f"{GOLDEN}: {size:,} bytes")
 

@@ -152,12 +152,12 @@ def record_llama_cpp(place: Path, ids: list[int], files: list[str]) -> list[str]
     made: dict[str, str] = {}
     for name in tqdm(files, desc="llama.cpp", leave=False):
         try:
-            peer = open_reference("llama.cpp", place / f"{name}.gguf")
+            external = open_reference("llama.cpp", place / f"{name}.gguf")
         except BadModelFile as error:
             unread.append(str(error))
             continue
-        found = peer.run(ids, peer.sites if name in SITES else ["logits"])
-        system = "llama.cpp in llama-cpp-python " + peer.versions["llama-cpp-python"]
+        found = external.run(ids, external.sites if name in SITES else ["logits"])
+        system = "llama.cpp in llama-cpp-python " + external.versions["llama-cpp-python"]
         about = {"system": system, "keys and values": "float32", "flash attention": "off", "ids": ids}
         made = {"made": json.dumps(about)}  # one string: of several, the order in a safetensors file is left to chance
         logits[name] = found["logits"][-LAST:].contiguous()
@@ -180,12 +180,12 @@ def _last_positions(site: str, value: Tensor, count: int) -> Tensor:
 
 def record_google(source: Path, folder: Path, place: Path, ids: list[int]) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        peer = open_reference(f"gemma_pytorch:{source}", folder, dtype)
+        external = open_reference(f"gemma_pytorch:{source}", folder, dtype)
         named = str(dtype).removeprefix("torch.")
-        versions = {**peer.versions, **stated(peer.config, len(ids), dtype)}
-        about = About(peer.system, named, peer.config, versions)
+        versions = {**external.versions, **stated(external.config, len(ids), dtype)}
+        about = About(external.system, named, external.config, versions)
         with TraceWriter(place / f"gemma_pytorch_{named}.safetensors", about, ids, GOOGLE, dtype) as trace:
-            for site, value in peer.run(ids, trace.sites).items():
+            for site, value in external.run(ids, trace.sites).items():
                 trace.add(site, value)
 
 
@@ -199,8 +199,8 @@ def print_google(place: Path, opened: Checkpoint, ids: list[int]) -> None:
     print("\n| gemma_pytorch in | numerics | verdict | sites with its bits |\n|---|---|---|---|")
     for dtype in ("float32", "bfloat16"):
         for numerics in (None, "gemma_pytorch"):
-            peer = open_reference(str(place / f"gemma_pytorch_{dtype}.safetensors"), opened.path)
-            found = judge(peer, opened, ids, numerics=numerics, cases=False)
+            external = open_reference(str(place / f"gemma_pytorch_{dtype}.safetensors"), opened.path)
+            found = judge(external, opened, ids, numerics=numerics, cases=False)
             equal = sum(each.bitwise for each in found.rows)
             print(f"| {dtype} | {numerics or 'none'} | {found.verdict} | {equal} of {len(found.rows)} |")
 

@@ -1,4 +1,4 @@
-"""Small models in which every feature of Gemma 2 bites, shared by all tests."""
+"""Small models in which every feature of Gemma 2 changes the logits, shared by all tests."""
 
 from __future__ import annotations
 

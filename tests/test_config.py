@@ -1,15 +1,20 @@
-"""The published sizes, and configs that must not pass. More of the latter in tests/hostile."""
+"""The published sizes, and configs that must not pass; tests/hostile has more of those."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import gemma2
 from gemma2 import BadModelFile, Gemma2
-from gemma2.checkpoints.hf_config import PUBLISHED, config_dict, published_config, read_config
+from gemma2.checkpoints.hf_config import PUBLISHED, config_dict, configs, published_config, read_config
 from gemma2.config import GLOBAL, LOCAL
 from tests.conftest import raw_config
 
@@ -76,3 +81,19 @@ def test_what_transformers_writes_is_read() -> None:
 def test_configs_of_another_model_are_refused_with_the_reason(change: dict[str, object], message: str) -> None:
     with pytest.raises(BadModelFile, match=message):
         read_config({**raw_config(), **change})
+
+
+def test_the_configs_are_found_in_a_checkout_and_in_an_installed_package(tmp_path: Path) -> None:
+    """There is one copy, at the top level; a wheel has it inside the package."""
+    root = Path(gemma2.__file__).parents[1]
+    if (root / "configs").is_dir():
+        assert configs() == root / "configs" and not (root / "gemma2" / "configs").exists()
+    shutil.copytree(root / "gemma2", tmp_path / "gemma2", ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    shutil.copytree(configs(), tmp_path / "gemma2" / "configs")
+    code = (
+        "from gemma2.checkpoints import hf_config; print(hf_config.configs(), hf_config.published_config('gemma-2-9b'))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True)
+    assert done.stdout.decode().startswith(str(tmp_path / "gemma2" / "configs")), done.stderr
+    assert "hidden_size=3584" in done.stdout.decode()

@@ -1,4 +1,4 @@
-"""The traces in tests/golden (made by scripts/make_golden.py): no peer needs to be installed.
+"""The traces in tests/golden (made by scripts/make_golden.py): no other implementation needs to be installed.
 
 The window (8) is a fifth of the prompt, both caps saturate, the query scale is not the head width and the width is not
 heads times head width. A test switches every feature of Gemma 2 off in turn and demands that the trace no longer fits:
@@ -62,9 +62,9 @@ def run(model: Gemma2) -> dict[str, Tensor]:
     return seen
 
 
-def distance(model: Gemma2, peer: str = "transformers") -> dict[str, float]:
+def distance(model: Gemma2, external: str = "transformers") -> dict[str, float]:
     """Largest absolute difference at each site, relative to a scale of 30 (the cap of the logits)."""
-    ours, theirs = run(model), load_file(GOLDEN / f"{peer}.safetensors")
+    ours, theirs = run(model), load_file(GOLDEN / f"{external}.safetensors")
     return {
         site: ((ours[site] - theirs[site]).abs().max() * 30 / theirs[site].abs().max()).item()
         for site in theirs
@@ -72,9 +72,9 @@ def distance(model: Gemma2, peer: str = "transformers") -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("peer", ["transformers", "gemma_pytorch"])
-def test_every_site_of_the_golden_trace_is_met(peer: str) -> None:
-    apart = distance(golden_model(), peer)
+@pytest.mark.parametrize("external", ["transformers", "gemma_pytorch"])
+def test_every_site_of_the_golden_trace_is_met(external: str) -> None:
+    apart = distance(golden_model(), external)
     assert {"hook_embed", "blocks.3.hook_resid_post", "ln_final"} < set(apart)
     assert all(value <= TOLERANCE for value in apart.values()), apart
 

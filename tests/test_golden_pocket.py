@@ -1,4 +1,4 @@
-"""The pocket model's golden traces: what transformers computed with the weights that ship, met with no peer installed.
+"""The pocket model's golden traces, which transformers computed with the weights that ship; it need not be installed.
 
 They are in the format of docs/traces.md, so they also show that another's trace is read. To the bit transformers is met
 where it is installed (tests/parity/test_golden.py): elsewhere another processor may add in another order.

@@ -81,7 +81,9 @@ def at_once(path: Path) -> set[str]:
 
 def test_files_that_import_an_optional_peer_at_once_are_imported_only_when_asked_for() -> None:
     needy = [
-        name for name, peer in NEEDS.items() if peer in {module.split(".")[0] for module in at_once(PACKAGE / name)}
+        name
+        for name, external in NEEDS.items()
+        if external in {module.split(".")[0] for module in at_once(PACKAGE / name)}
     ]
     assert needy == ["parity/references/transformers.py", "parity/references/llama_cpp.py"]
     modules = {f"gemma2.{name.removesuffix('.py').replace('/', '.')}" for name in needy}

@@ -65,7 +65,7 @@ def lie(header: GGUF) -> list[tuple[int, int, str]]:
 
 
 def changes(folder: str, every: bool) -> Iterator[dict[str, int]]:
-    """Bytes of the header changed one at a time: how many files were refused or accepted, and why the latter may be.
+    """Bytes of the header changed one at a time: how many files were refused, how many accepted, and why.
 
     Raises:
         AssertionError: a file was accepted whose tensors are elsewhere, or are other tensors.

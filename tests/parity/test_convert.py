@@ -51,12 +51,12 @@ def source(tmp_path: Path, size: str, dtype: torch.dtype, **changes: Any) -> Pat
 def test_a_folder_has_bit_equal_logits_in_transformers(size: str, dtype: torch.dtype, tmp_path: Path) -> None:
     google = convert(source(tmp_path, size, dtype), tmp_path / "model.ckpt", progress=False).path
     folder = convert(google, tmp_path / "out", progress=False).path
-    peer, found = transformers.AutoModelForCausalLM.from_pretrained(
+    external, found = transformers.AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", dtype="auto", output_loading_info=True
     )
-    assert peer.dtype == dtype and not any(found.values()), found
+    assert external.dtype == dtype and not any(found.values()), found
     tokens = ids(2, 77, vocab=4096)
-    assert torch.equal(gemma2.load(folder, device="cpu").model(tokens), peer(tokens, use_cache=False).logits)
+    assert torch.equal(gemma2.load(folder, device="cpu").model(tokens), external(tokens, use_cache=False).logits)
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -65,13 +65,13 @@ def test_a_gguf_has_bit_equal_logits_in_transformers(kind: str, tmp_path: Path) 
     """transformers dequantises by itself, to float32. Its w of a norm is g - 1, whose 1 + w is g again, as ours is."""
     pytest.importorskip("accelerate", reason="transformers needs it for GGUF")
     path = convert(source(tmp_path, "2b", torch.float32, **WIDE), tmp_path / "x.gguf", type=kind, progress=False).path
-    peer = transformers.AutoModelForCausalLM.from_pretrained(
+    external = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=path.name, attn_implementation="eager", dtype=torch.float32
     )
     model = gemma2.load(path, dtype="float32", device="cpu").model
-    assert peer.config.sliding_window == model.config.sliding_window == 16
+    assert external.config.sliding_window == model.config.sliding_window == 16
     tokens = ids(2, 77, vocab=4096)
-    ours, theirs = model(tokens), peer(tokens, use_cache=False).logits
+    ours, theirs = model(tokens), external(tokens, use_cache=False).logits
     assert torch.equal(ours, theirs), (ours - theirs).abs().max()
 
 
@@ -83,11 +83,11 @@ def test_texts_have_the_same_ids_in_transformers(form: str, tmp_path: Path) -> N
     (place / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0]['content'] }}")
     path = convert(place, tmp_path / ("out" if form == "folder" else "out.gguf"), progress=False).path
     named = {"gguf_file": path.name} if form == "gguf" else {}
-    peer = transformers.AutoTokenizer.from_pretrained(path if form == "folder" else tmp_path, **named)
+    external = transformers.AutoTokenizer.from_pretrained(path if form == "folder" else tmp_path, **named)
     own = gemma2.load(path, device="cpu").tokenizer
     for text in TEXTS:
-        assert peer(text)["input_ids"] == own.encode(text, special=True), text
+        assert external(text)["input_ids"] == own.encode(text, special=True), text
     turns = [{"role": "user", "content": "hi"}]
-    assert peer.apply_chat_template(turns, tokenize=False) == "<bos>hi"
-    special = {name: getattr(peer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")}
+    assert external.apply_chat_template(turns, tokenize=False) == "<bos>hi"
+    special = {name: getattr(external, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")}
     assert special == {name: own.special[name] for name in special}

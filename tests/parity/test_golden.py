@@ -22,9 +22,9 @@ pytest.importorskip("transformers", reason="the live comparison needs the extra 
 def test_every_site_that_transformers_shows_is_met_to_the_bit_and_the_stored_ones_within_rounding(path: Path) -> None:
     trace = Trace(path)
     dtype = DTYPES[trace.about.dtype]
-    peer, model = open_reference("transformers", POCKET, dtype), gemma2.load(dtype=dtype, device="cpu").model
-    theirs = peer.run(trace.ids, peer.sites)
-    with torch.no_grad(), capture(model, peer.sites) as ours:
+    external, model = open_reference("transformers", POCKET, dtype), gemma2.load(dtype=dtype, device="cpu").model
+    theirs = external.run(trace.ids, external.sites)
+    with torch.no_grad(), capture(model, external.sites) as ours:
         model(torch.tensor([trace.ids]))
     assert set(trace.names) < theirs.keys() and len(theirs) > 60
     unequal = [name for name, value in theirs.items() if not torch.equal(ours[name][0], value)]

@@ -1,4 +1,4 @@
-"""Numerics profiles: every change bites, the model they start from is left alone, and the peers are met."""
+"""Numerics profiles: every change shows, the model they start from is left alone, and the other systems are met."""
 
 from __future__ import annotations
 
@@ -132,20 +132,24 @@ def test_litgpt_in_float32_is_transformers_but_for_hidden_scores() -> None:
 
 @pytest.mark.parametrize("operation", ["norm", "softmax", "gelu", "cap", "query scale"])
 def test_jaxs_operations_one_by_one_are_met_to_the_bit_in_bfloat16(operation: str) -> None:
-    peer = pytest.importorskip("jax", reason="the live comparison needs jax")
+    external = pytest.importorskip("jax", reason="the live comparison needs jax")
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(64, 288, generator=generator) * 4).bfloat16()
     w = (torch.randn(288, generator=generator) * 0.3).bfloat16()
-    a, s = (peer.numpy.asarray(t.float().numpy()).astype("bfloat16") for t in (x, w))
+    a, s = (external.numpy.asarray(t.float().numpy()).astype("bfloat16") for t in (x, w))
     if operation == "norm":
-        theirs = a * peer.lax.rsqrt(peer.numpy.mean(peer.numpy.square(a), axis=-1, keepdims=True) + 1e-06) * (1 + s)
+        theirs = (
+            a
+            * external.lax.rsqrt(external.numpy.mean(external.numpy.square(a), axis=-1, keepdims=True) + 1e-06)
+            * (1 + s)
+        )
         ours = jax.normalized(x, jax.inverse_scale(x, 1e-6)) * litgpt.gain(w)
     elif operation == "softmax":
-        theirs, ours = peer.nn.softmax(a, axis=-1), jax.softmaxed(x, x.dtype)
+        theirs, ours = external.nn.softmax(a, axis=-1), jax.softmaxed(x, x.dtype)
     elif operation == "gelu":
-        theirs, ours = peer.nn.gelu(a) * a, jax.gelu(x) * x
+        theirs, ours = external.nn.gelu(a) * a, jax.gelu(x) * x
     elif operation == "cap":
-        theirs, ours = peer.numpy.tanh(a / 5.0) * 5.0, ops.softcap(x, 5.0)
+        theirs, ours = external.numpy.tanh(a / 5.0) * 5.0, ops.softcap(x, 5.0)
     else:
         theirs, ours = a * (1 / 12), jax.scaled_queries(x, 1 / 12)
     assert ours.dtype == torch.bfloat16

@@ -42,61 +42,64 @@ Folder = Callable[..., Path]
 
 
 def llama_cpp(opened: Checkpoint) -> Any:
-    """Imported when it is asked for, as the peer is optional."""
+    """Imported when it is asked for, because the other system is optional."""
     return importlib.import_module("gemma2.parity.references.llama_cpp").LlamaCpp(opened, torch.float32)
 
 
-def check_reference(peer: Reference, config: gemma2.Gemma2Config, within: float = 0.0) -> None:
+def check_reference(external: Reference, config: gemma2.Gemma2Config, within: float = 0.0) -> None:
     """What every reference promises, whatever its arithmetic: names, shapes, and the same logits however they are fed,
     to `within` of the largest."""
-    within = within or WITHIN[peer.dtype]
+    within = within or WITHIN[external.dtype]
 
     def close(found: Tensor, expected: Tensor) -> bool:
         assert found.shape == expected.shape
         return bool((found - expected).abs().max() <= within * 30)
 
     known = sites(config)
-    assert peer.system and peer.versions and peer.sites <= known.keys() and "logits" in peer.sites
-    assert peer.config.sliding_window == config.sliding_window
-    seen = peer.run(ROW, peer.sites)
-    assert seen.keys() == peer.sites
+    assert external.system and external.versions and external.sites <= known.keys() and "logits" in external.sites
+    assert external.config.sliding_window == config.sliding_window
+    seen = external.run(ROW, external.sites)
+    assert seen.keys() == external.sites
     for name, value in seen.items():
         assert value.shape == known[name].sizes(config, len(ROW))[1:], name
         wide = name.endswith(("hook_normalized", "hook_inv_scale"))  # inside a norm
-        assert value.device.type == "cpu" and (wide or value.dtype == peer.dtype), name
+        assert value.device.type == "cpu" and (wide or value.dtype == external.dtype), name
     logits = seen["logits"]
-    assert peer.run(ROW, ["logits"]).keys() == {"logits"} and peer.run(ROW[:1], ["ln_final"])["ln_final"].shape[0] == 1
+    assert (
+        external.run(ROW, ["logits"]).keys() == {"logits"}
+        and external.run(ROW[:1], ["ln_final"])["ln_final"].shape[0] == 1
+    )
     for chunks in ([60], [20, *[1] * 10, 30]):
-        assert close(peer.cached(ROW, chunks), logits), chunks
-    for row, found in zip(ROWS, peer.batched(ROWS), strict=True):
-        assert close(found, peer.run(row, ["logits"])["logits"])
-    narrow = peer.with_window(WINDOW)
-    assert narrow.config.sliding_window == WINDOW and peer.config.sliding_window == config.sliding_window
+        assert close(external.cached(ROW, chunks), logits), chunks
+    for row, found in zip(ROWS, external.batched(ROWS), strict=True):
+        assert close(found, external.run(row, ["logits"])["logits"])
+    narrow = external.with_window(WINDOW)
+    assert narrow.config.sliding_window == WINDOW and external.config.sliding_window == config.sliding_window
     found = narrow.run(ROW, ["logits"])["logits"]
     assert torch.allclose(found[:WINDOW], logits[:WINDOW], atol=1e-3) and not close(found[WINDOW:], logits[WINDOW:])
     assert close(narrow.cached(ROW, [20, 1, 1, 38]), found)
-    assert torch.equal(peer.run(ROW, ["logits"])["logits"], logits), "the wider one has changed"
+    assert torch.equal(external.run(ROW, ["logits"])["logits"], logits), "the wider one has changed"
     with pytest.raises(ValueError, match="do not add up to 60 token ids"):
-        peer.cached(ROW, [30, 31])
+        external.cached(ROW, [30, 31])
     with pytest.raises(ValueError, match="outside the vocabulary"):
-        peer.run([config.vocab_size], ["logits"])
+        external.run([config.vocab_size], ["logits"])
     with pytest.raises(ValueError, match="at least one token id"):
-        peer.run([], ["logits"])
+        external.run([], ["logits"])
     for ask in (
-        lambda row: peer.run(row, ["logits"]),
-        lambda row: peer.cached(row, [257]),
-        lambda row: peer.batched([row]),
+        lambda row: external.run(row, ["logits"]),
+        lambda row: external.cached(row, [257]),
+        lambda row: external.batched([row]),
     ):
         with pytest.raises(ContextOverflow, match="takes at most 256 token ids, not 257"):
             ask([5] * 257)
     with pytest.raises(CannotDo, match=r"does not show hook_everything"):
-        peer.run(ROW, ["hook_everything"])
+        external.run(ROW, ["hook_everything"])
 
 
-def check_equal(peer: Reference, ours: Reference) -> None:
-    for theirs, own in ((peer, ours), (peer.with_window(WINDOW), ours.with_window(WINDOW))):
-        expected, found = own.run(ROW, peer.sites), theirs.run(ROW, peer.sites)
-        unequal = [name for name in peer.sites if not torch.equal(found[name], expected[name])]
+def check_equal(external: Reference, ours: Reference) -> None:
+    for theirs, own in ((external, ours), (external.with_window(WINDOW), ours.with_window(WINDOW))):
+        expected, found = own.run(ROW, external.sites), theirs.run(ROW, external.sites)
+        unequal = [name for name in external.sites if not torch.equal(found[name], expected[name])]
         assert not unequal, unequal
 
 
@@ -105,10 +108,10 @@ def check_equal(peer: Reference, ours: Reference) -> None:
 def test_every_site_of_transformers_is_ours_to_the_bit(size: str, dtype: torch.dtype, folder: Folder) -> None:
     pytest.importorskip("transformers", reason="the live comparison needs the extra gemma2[transformers]")
     path = folder(query_pre_attn_scalar=36, **SHAPES[size])
-    peer, ours = open_reference("transformers", path, dtype), open_reference("self", path, dtype)
-    assert len(peer.sites) == 4 * 17 + 4
-    check_reference(peer, ours.config)
-    check_equal(peer, ours)
+    external, ours = open_reference("transformers", path, dtype), open_reference("self", path, dtype)
+    assert len(external.sites) == 4 * 17 + 4
+    check_reference(external, ours.config)
+    check_equal(external, ours)
 
 
 @pytest.mark.parametrize("form", ["x.gguf", "x.ckpt", "out/model.safetensors"])
@@ -136,10 +139,10 @@ def test_every_site_of_gemma_pytorch_is_ours_to_the_bit_with_its_numerics(
     size: str, dtype: torch.dtype, folder: Folder
 ) -> None:
     path = folder(query_pre_attn_scalar=36, **SHAPES[size])
-    peer = open_reference(f"gemma_pytorch:{GOOGLE}", path, dtype)
-    assert len(peer.sites) == 4 * 15 + 3 and peer.system.startswith("gemma_pytorch ")
-    check_reference(peer, read_config(path / "config.json"))
-    check_equal(peer, open_reference("self:numerics=gemma_pytorch", path, dtype))
+    external = open_reference(f"gemma_pytorch:{GOOGLE}", path, dtype)
+    assert len(external.sites) == 4 * 15 + 3 and external.system.startswith("gemma_pytorch ")
+    check_reference(external, read_config(path / "config.json"))
+    check_equal(external, open_reference("self:numerics=gemma_pytorch", path, dtype))
 
 
 @google
@@ -178,10 +181,10 @@ def test_llama_cpp_shows_its_nodes_as_sites_and_keeps_what_is_promised(dtype: to
     """F32 and BF16 files made for it; the distances are its 16-bit GELU and, for BF16, rounded activations."""
     pytest.importorskip("llama_cpp", reason="the live comparison needs the extra gemma2[llama-cpp]")
     path = folder(query_pre_attn_scalar=16, **SHAPES["9b"])
-    peer, ours = open_reference("llama.cpp", path, dtype), open_reference("self", path, torch.float32)
-    assert len(peer.sites) == 4 * 22 + 5 and peer.dtype == torch.float32
-    check_reference(peer, ours.config, within=1e-3 if dtype == torch.float32 else 0.05)
-    found, expected = peer.run(ROW, peer.sites), ours.run(ROW, peer.sites)
+    external, ours = open_reference("llama.cpp", path, dtype), open_reference("self", path, torch.float32)
+    assert len(external.sites) == 4 * 22 + 5 and external.dtype == torch.float32
+    check_reference(external, ours.config, within=1e-3 if dtype == torch.float32 else 0.05)
+    found, expected = external.run(ROW, external.sites), ours.run(ROW, external.sites)
     for name, value in found.items():
         apart = (value - expected[name]).norm() / expected[name].norm()
         assert apart < (5e-3 if dtype == torch.float32 else 0.3), name
@@ -199,9 +202,9 @@ def live_llama_cpp(name: str) -> Any:
 @pytest.mark.parametrize("name", ["f32", "q4_k_m"])
 def test_llama_cpp_computes_at_every_site_what_was_recorded_of_it(name: str) -> None:
     """To the bit on a processor like the one that they were recorded on; on another one its sums may differ."""
-    peer = live_llama_cpp(name)
+    external = live_llama_cpp(name)
     recorded = load_file(PARITY / f"llama_cpp_sites_{name}.safetensors")
-    found = peer.run(parity_model.ids(), recorded)
+    found = external.run(parity_model.ids(), recorded)
     for site, value in recorded.items():
         by_head = site.endswith(("scores_raw", "pattern"))  # [h t s], and all others [t ...]
         last = found[site][:, -value.shape[1] :] if by_head else found[site][-len(value) :]
@@ -212,21 +215,21 @@ def test_llama_cpp_computes_at_every_site_what_was_recorded_of_it(name: str) -> 
 def test_llama_cpps_numerics_are_its_bits_for_prompts_of_any_length(name: str) -> None:
     """One row of activations, fewer than a tile, a number that is no multiple of four: each has kernels of its own.
     Those of IQ1_S, IQ2_S, IQ2_XXS and IQ3_XXS for fewer than eight rows are not followed; the mixed file has them."""
-    peer, row = live_llama_cpp(name), [token % 512 for token in ROW]
+    external, row = live_llama_cpp(name), [token % 512 for token in ROW]
     ours = Ourselves(open_checkpoint(parity_file(name)), torch.float32, numerics="llama.cpp")
     for length in (8, 11, 60) if name == "mixed" else (1, 2, 5, 7, 8, 11, 60):
-        theirs, found = (system.run(row[:length], peer.sites) for system in (peer, ours))
+        theirs, found = (system.run(row[:length], external.sites) for system in (external, ours))
         assert [site for site in found if not torch.equal(found[site], theirs[site])] == [], length
     for chunks in (
         () if name == "mixed" else ([5, *[1] * 3], [3, 5])
     ):  # with its cache, as long as no local layer has left its window of 8
-        theirs, found = (system.cached(row[:8], chunks) for system in (peer, ours))
+        theirs, found = (system.cached(row[:8], chunks) for system in (external, ours))
         assert torch.equal(found, theirs), chunks
 
 
 def test_every_site_of_llama_cpp_is_the_node_of_its_name() -> None:
-    peer, row = live_llama_cpp("q8_0"), [token % 512 for token in ROW]
-    nodes, sited = peer.nodes(row), peer.run(row, peer.sites)
+    external, row = live_llama_cpp("q8_0"), [token % 512 for token in ROW]
+    nodes, sited = external.nodes(row), external.run(row, external.sites)
     pairs = {
         "hook_embed": "SCALE inp_scaled",
         "blocks.0.hook_resid_pre": "SCALE inp_scaled",
@@ -255,9 +258,9 @@ def test_llama_cpp_refuses_what_a_gguf_cannot_state_a_cut_file_and_too_many_rows
         open_reference("llama.cpp", folder("scale", query_pre_attn_scalar=36))
     path = gemma2.convert(folder(query_pre_attn_scalar=16), tmp_path / "x.gguf").path
     opened = open_checkpoint(path)
-    peer = llama_cpp(opened)
+    external = llama_cpp(opened)
     with pytest.raises(CannotDo, match="takes 256 rows, not 257"):
-        peer.batched([[5]] * 257)
+        external.batched([[5]] * 257)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(BadModelFile, match=r"x\.gguf: llama\.cpp does not load it: .*corrupted or incomplete"):
         llama_cpp(opened)
@@ -266,21 +269,21 @@ def test_llama_cpp_refuses_what_a_gguf_cannot_state_a_cut_file_and_too_many_rows
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_we_ourselves_show_every_site_and_keep_what_is_promised(dtype: torch.dtype, folder: Folder) -> None:
     path = folder(**SHAPES["9b"])
-    peer = open_reference("self", path, dtype)
-    assert peer.sites == sites(peer.config).keys()
-    check_reference(peer, read_config(path / "config.json"))
+    external = open_reference("self", path, dtype)
+    assert external.sites == sites(external.config).keys()
+    check_reference(external, read_config(path / "config.json"))
 
 
 @pytest.mark.parametrize("numerics", ["transformers", "gemma_pytorch", "llama.cpp"])
 def test_we_ourselves_with_other_numerics_keep_what_is_promised(numerics: str, folder: Folder) -> None:
     path = folder(**SHAPES["9b"])
-    peer = open_reference(f"self:dtype=float32,device=cpu,numerics={numerics}", path)
-    assert numerics in peer.system
+    external = open_reference(f"self:dtype=float32,device=cpu,numerics={numerics}", path)
+    assert numerics in external.system
     # llama.cpp's GELU is looked up by a 16-bit number, so an ulp of its input can become 2**-11 of its output.
     within = 1e-3 if numerics == "llama.cpp" else 0.0
-    check_reference(peer, read_config(path / "config.json"), within)
+    check_reference(external, read_config(path / "config.json"), within)
     plain = open_reference("self", path).run(ROW, ["logits"])["logits"]
-    assert torch.equal(peer.run(ROW, ["logits"])["logits"], plain) == (numerics == "transformers")
+    assert torch.equal(external.run(ROW, ["logits"])["logits"], plain) == (numerics == "transformers")
 
 
 def test_our_own_dtype_and_checkpoint_are_those_asked_for(folder: Folder) -> None:
@@ -299,7 +302,7 @@ def test_llama_cpp_numerics_round_by_the_types_in_the_file() -> None:
     assert as_file.dtype == torch.float32 and "weights in" not in as_file.system
     dequantized = open_reference("self:dtype=float32", path)
     first = "blocks.0.mlp.hook_pre"
-    found, expected = (peer.run(ROW[:20], [first])[first] for peer in (as_file, dequantized))
+    found, expected = (external.run(ROW[:20], [first])[first] for external in (as_file, dequantized))
     assert 1e-3 < (found - expected).norm() / expected.norm() < 0.1
 
 
@@ -319,22 +322,22 @@ def test_a_trace_answers_for_its_own_ids_alone(trace: tuple[Path, Path]) -> None
     path, file = trace
     ours = open_reference("self", path)
     for spec in (str(file), f"trace:{file}"):
-        peer = open_reference(spec, path)
-        assert (peer.system, peer.dtype, peer.longest) == ("another program 1.0", torch.float32, len(ROW))
-        assert peer.config == ours.config and len(peer.sites) == 5
-        found, expected = (each.run(ROW, peer.sites) for each in (peer, ours))
-        assert all(torch.equal(found[name], expected[name]) for name in peer.sites)
+        external = open_reference(spec, path)
+        assert (external.system, external.dtype, external.longest) == ("another program 1.0", torch.float32, len(ROW))
+        assert external.config == ours.config and len(external.sites) == 5
+        found, expected = (each.run(ROW, external.sites) for each in (external, ours))
+        assert all(torch.equal(found[name], expected[name]) for name in external.sites)
     asked: list[Callable[[], Any]] = [
-        lambda: peer.run(ROW[:-1], ["logits"]),
-        lambda: peer.with_window(WINDOW),
-        lambda: peer.cached(ROW, [60]),
-        lambda: peer.batched(ROWS),
+        lambda: external.run(ROW[:-1], ["logits"]),
+        lambda: external.with_window(WINDOW),
+        lambda: external.cached(ROW, [60]),
+        lambda: external.batched(ROWS),
     ]
     for ask in asked:
         with pytest.raises(CannotDo, match=r"trace\.safetensors: a trace is a record: "):
             ask()
     with pytest.raises(CannotDo, match=r"another program 1\.0 does not show hook_embed"):
-        peer.run(ROW, ["hook_embed"])
+        external.run(ROW, ["hook_embed"])
 
 
 def test_a_trace_of_another_model_or_dtype_or_cut_short_is_refused(trace: tuple[Path, Path], folder: Folder) -> None:
@@ -388,18 +391,18 @@ def test_specs_that_name_nothing_are_refused_with_the_cure(folder: Folder) -> No
 
 
 @pytest.mark.parametrize(
-    "spec, peer, extra", [("transformers", "transformers", "transformers"), ("llama.cpp", "llama_cpp", "llama-cpp")]
+    "spec, external, extra", [("transformers", "transformers", "transformers"), ("llama.cpp", "llama_cpp", "llama-cpp")]
 )
 def test_a_peer_that_is_not_installed_is_named_with_its_extra(
-    spec: str, peer: str, extra: str, folder: Folder, monkeypatch: pytest.MonkeyPatch
+    spec: str, external: str, extra: str, folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == peer]:
+    for name in [name for name in sys.modules if name.split(".")[0] == external]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, f"gemma2.parity.references.{peer}", raising=False)
+    monkeypatch.delitem(sys.modules, f"gemma2.parity.references.{external}", raising=False)
     importing = builtins.__import__
 
     def without(name: str, *args: Any, **named: Any) -> Any:
-        if name.split(".")[0] == peer:
+        if name.split(".")[0] == external:
             raise ImportError(f"No module named {name!r}")
         return importing(name, *args, **named)
 

@@ -17,10 +17,10 @@ def reference(model: gemma2.Gemma2, raw: dict[str, Any], dtype: torch.dtype) -> 
     """transformers' model with the same weights, built in `dtype` so that its rotary table stays float32."""
     named = {key: value for key, value in raw.items() if key != "model_type"}
     config = transformers.Gemma2Config(**named, attn_implementation="eager", attention_dropout=0.0)
-    peer = transformers.Gemma2ForCausalLM._from_config(config, dtype=dtype).eval()
-    peer.load_state_dict({**tensors_of(model), "lm_head.weight": model.state_dict()["model.embed_tokens.weight"]})
-    assert peer.model.rotary_emb.inv_freq.dtype == torch.float32
-    return peer
+    external = transformers.Gemma2ForCausalLM._from_config(config, dtype=dtype).eval()
+    external.load_state_dict({**tensors_of(model), "lm_head.weight": model.state_dict()["model.embed_tokens.weight"]})
+    assert external.model.rotary_emb.inv_freq.dtype == torch.float32
+    return external
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -31,12 +31,12 @@ def test_logits_are_bit_equal_to_transformers_on_prompts_longer_than_the_window(
     size: str, dtype: torch.dtype, threads: int
 ) -> None:
     model = tiny(size).to(dtype)
-    peer = reference(model, raw_config(size), dtype)
+    external = reference(model, raw_config(size), dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     for batch, length in ((1, 1), (1, 15), (1, 16), (1, 17), (2, 77), (1, 200)):
         tokens = ids(batch, length, seed=length)
-        ours, theirs = model(tokens), peer(tokens, use_cache=False).logits
+        ours, theirs = model(tokens), external(tokens, use_cache=False).logits
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs), f"{size} {dtype} {batch}x{length}: {(ours - theirs).abs().max()}"
     torch.set_num_threads(before)
@@ -63,12 +63,12 @@ def test_the_comparison_is_not_vacuous() -> None:
 @torch.no_grad()
 def test_cached_decoding_agrees_with_transformers_past_the_window() -> None:
     model = tiny("9b")
-    peer = reference(model, raw_config("9b"), torch.float32)
+    external = reference(model, raw_config("9b"), torch.float32)
     tokens = ids(1, 60)
     cache, past, worst = gemma2.HybridCache(model.config, 1, 60), None, 0.0
     for start, stop in [(0, 30), *((i, i + 1) for i in range(30, 60))]:
         ours = model(tokens[:, start:stop], cache=cache)
-        out = peer(tokens[:, start:stop], past_key_values=past, use_cache=True)
+        out = external(tokens[:, start:stop], past_key_values=past, use_cache=True)
         past = out.past_key_values
         worst = max(worst, (ours - out.logits).abs().max().item())
     assert worst < 1e-5 * 30
