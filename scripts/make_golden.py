@@ -177,9 +177,8 @@ def write_pocket_traces() -> None:
             with TraceWriter(path, about, ids, sites, dtype, force=True) as trace:
                 for site, value in external.run(ids, trace.sites).items():
                     trace.add(site, value)
-            print(
-                f"{path.name}: {about.system}, {len(trace.sites)} sites of {len(ids)} ids, {path.stat().st_size:,} bytes"
-            )
+            size = path.stat().st_size
+            print(f"{path.name}: {about.system}, {len(trace.sites)} sites of {len(ids)} token ids, {size:,} bytes")
 
 
 def write_deepmind_traces(python: Path) -> None:
