@@ -112,6 +112,7 @@ def _steps(
         done += part.shape[1]
     for step in range(max_new_tokens):
         logits = ops.upcast(logits)
+        logits = logits.clone() if processors else logits  # some write into it, and a hook may hold it
         for process in processors:
             logits = process(ids, logits)
         if finished:  # whatever a row computes that has ended, it stops no other
