@@ -16,7 +16,7 @@ from gemma2.model import Gemma2
 from gemma2.sampling import Sampling, make_generator, refuse_non_finite, repetition_penalty, sample
 from gemma2.stats import Stats, timed
 from gemma2.tokenizer import parse_ids
-from gemma2.tokens import check_same_device, left_padded
+from gemma2.tokens import left_padded
 
 PREFILL_CHUNK = 512  # positions a forward pass of the prompt takes: bounds the [b h t s] scores in memory
 Feed = Callable[[Tensor, Tensor], Tensor]  # ids [b t], positions [b t] -> logits [b v] of the last column
@@ -64,8 +64,6 @@ def generate_ids(
     rows = [parse_ids(prompt, model.config.vocab_size) for prompt in prompts]
     if not rows or not all(rows):
         raise ValueError("nothing to continue: a prompt needs at least one id (the BOS)")
-    if model.device.type == "meta":  # offloaded as a whole
-        check_same_device(torch.empty(0), model.model.embed_tokens.weight)
     ids, positions = left_padded(rows, model.device)
     pads = (positions < 0).sum(dim=1, keepdim=True)
     if cache is None:
@@ -111,8 +109,7 @@ def _steps(
         logits = feed(part, positions[:, done : done + part.shape[1]])
         done += part.shape[1]
     for step in range(max_new_tokens):
-        logits = ops.upcast(logits)
-        logits = logits.clone() if processors else logits  # some write into it, and a hook may hold it
+        logits = ops.upcast(logits).clone() if processors else logits  # some write into it, and a hook may hold it
         for process in processors:
             logits = process(ids, logits)
         if finished:  # whatever a row computes that has ended, it stops no other
