@@ -1,4 +1,4 @@
-"""Where the `gemma2` command starts. It answers --version and --help at once, and Ctrl-C while PyTorch is imported.
+"""Where the `gemma2` command starts. --version, --help and Ctrl-C are answered at once, before PyTorch is imported.
 
 PyTorch takes seconds to import, and every module in the package imports it, so this module stands beside the package.
 """
@@ -20,22 +20,22 @@ COMMANDS = {
     "generate": "continue a text",
     "chat": "talk to a model",
     "convert": "write a model in another format or type",
-    "inspect": "say what a checkpoint is, and if it is whole",
-    "parity": "hold a model against another system",
-    "trace": "write what a model computes at named places",
-    "verify": "certify that a model agrees with itself here",
+    "inspect": "show a checkpoint's config, tensors and errors",
+    "parity": "find where another implementation differs",
+    "trace": "write what a model computes at named sites to a file",
+    "verify": "check batch, cache, compile, device and save against one plain pass",
 }
 
 
 def main() -> int:
     """Run the command line of this process and return its exit code."""
     end_quietly()
-    if len(sys.argv) == 2 and sys.argv[1] in ("--version", "--help", "-h"):
+    if sys.argv[1:] in ([], ["--version"], ["--help"], ["-h"]):
         parser = top_parser()
         commands = parser.add_subparsers(metavar="COMMAND")
         for name, line in COMMANDS.items():
             commands.add_parser(name, help=line)
-        parser.parse_args()
+        parser.parse_args(sys.argv[1:] or ["--help"])
     from gemma2.cli import main as run
 
     code = run()

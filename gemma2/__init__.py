@@ -19,7 +19,9 @@ from gemma2.load import load
 from gemma2.model import Gemma2
 from gemma2.sampling import Sampling
 from gemma2.stats import Stats
+from gemma2.talk import Talk
 from gemma2.tokenizer import Tokenizer
+from gemma2.tokens import left_padded
 
 __all__ = [
     "BadModelFile",
@@ -31,10 +33,12 @@ __all__ = [
     "NonFiniteError",
     "Sampling",
     "Stats",
+    "Talk",
     "Tokenizer",
     "config_dict",
     "convert",
     "inspect",
+    "left_padded",
     "load",
     "published_config",
     "read_config",

@@ -84,8 +84,9 @@ class LayerCache:
         return k, v, p
 
     def last_positions(self) -> Tensor | None:
-        """The position [b] in the last column, or None in an empty cache."""
-        return self.positions[:, (self.length - 1) % self.slots] if self.length else None
+        """The positions [b 1] in the last column, or None in an empty cache."""
+        column = torch.arange(self.length - 1, self.length, device=self.positions.device)  # no number to compile in
+        return self.positions.index_select(1, column % self.slots) if self.length else None
 
     def can_forget(self, length: int) -> bool:
         """Whether all that a query in column `length` sees is still held."""
@@ -154,7 +155,7 @@ class HybridCache:
                 f"cache full: {start} columns held and {t} new exceed its capacity of {self.capacity}"
             )
         last = self.layers[0].last_positions()
-        before = torch.full((batch, 1), EMPTY, device=tokens.device) if last is None else last[:, None].long()
+        before = torch.full((batch, 1), EMPTY, device=tokens.device) if last is None else last.long()
         if given is None:
             return before.to(tokens.device) + 1 + torch.arange(t, device=tokens.device)
         check_positions(given, tokens, before, start)

@@ -46,6 +46,6 @@ def check_config(config: Any, layer_types: tuple[str, ...]) -> None:
             f"{layers:,} layers of {config.parameter_count:,} parameters are too many: "
             f"at most {MOST_LAYERS:,} and {MOST_PARAMETERS:,} are taken"
         )
-    if not isinstance(types, tuple) or len(types) != layers or not set(types) <= set(layer_types):
+    if not isinstance(types, tuple) or len(types) != layers or not all(kind in layer_types for kind in types):
         named = " or ".join(map(repr, layer_types))
         raise ValueError(f"layer_types must name {layers} layers, each {named}")

@@ -18,7 +18,6 @@ from gemma2.model import Gemma2
 from gemma2.sampling import Sampling, make_generator
 from gemma2.stats import Stats
 from gemma2.tokenizer import Tokenizer
-from gemma2.tokens import check_same_device
 
 MAX_NEW_TOKENS = 256
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -135,8 +134,6 @@ class Gemma:
         check_options(options)
         check_count("max_new_tokens", max_new_tokens)
         sampling = Sampling(**{name: options[name] for name in SAMPLING if name in options})  # type: ignore[literal-required]
-        if self.model.device.type == "meta":  # offloaded as a whole
-            check_same_device(torch.empty(0), self.model.model.embed_tokens.weight)
         generator = make_generator(options.get("seed"), self.model.device)
         stops = parse_stops(options.get("stop", ()))
         cache, stats, finished = options.get("cache"), options.get("stats") or Stats(), set[int]()

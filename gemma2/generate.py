@@ -64,6 +64,7 @@ def generate_ids(
     rows = [parse_ids(prompt, model.config.vocab_size) for prompt in prompts]
     if not rows or not all(rows):
         raise ValueError("nothing to continue: a prompt needs at least one id (the BOS)")
+    generator = generator or make_generator(None, model.device)
     ids, positions = left_padded(rows, model.device)
     pads = (positions < 0).sum(dim=1, keepdim=True)
     if cache is None:
@@ -85,7 +86,6 @@ def generate_ids(
     if sampling.repetition_penalty != 1.0:
         processors = [repetition_penalty(sampling.repetition_penalty, pads), *processors]
     feed = feed or (lambda ids, positions: model(ids, positions, cache, last=1)[:, -1])
-    generator = generator or make_generator(None, model.device)
     quiet = ids.shape[1] <= chunk or (None if progress is None else not progress)
     parts = tqdm(ids.split(chunk, dim=1), desc="prompt", unit=" chunks", leave=False, disable=quiet)
     steps = _steps(feed, ids, positions, parts, max_new_tokens, processors, sampling, generator, finished)

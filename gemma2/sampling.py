@@ -12,6 +12,7 @@ from torch import Tensor
 from gemma2.checks import check_count, check_number
 from gemma2.errors import NonFiniteError
 from gemma2.ops import upcast
+from gemma2.tokens import check_here
 
 GREEDY_BELOW = 1e-6  # a temperature this small is the greedy limit, not a division
 FIRST_SLICE = 256  # how many top logits a top-p search sorts before it looks further
@@ -53,7 +54,13 @@ class Sampling:
 
 
 def make_generator(seed: int | torch.Generator | None, device: torch.device) -> torch.Generator:
-    """The one source of randomness: seeded, given, or freshly seeded when `seed` is None."""
+    """The one source of randomness: seeded, given, or freshly seeded when `seed` is None.
+
+    Raises:
+        RuntimeError: the model's embedding was offloaded, so it is on the meta device.
+        ValueError: a seed that is none, or a generator for another device.
+    """
+    check_here(device)
     if isinstance(seed, torch.Generator):
         if seed.device.type != device.type:
             raise ValueError(f"the generator is for {seed.device.type}, the model is on {device.type}")

@@ -73,8 +73,9 @@ def check_positions(positions: Tensor, tokens: Tensor, before: Tensor, column: i
 def check_fit(stored: Sequence[Tensor], new: Sequence[Tensor]) -> None:
     """Refuse keys, values and positions that a cache cannot store beside those it has, before anything is written."""
     for name, old, x in zip(("keys", "values"), stored, new, strict=False):
-        held, computed = (f"{y.dtype} on {y.device}, {[len(y), *y.shape[2:]]} [b g c]" for y in (old, x))
-        if held != computed:
+        same = old.dtype == x.dtype and old.device == x.device
+        if not same or len(old) != len(x) or old.shape[2:] != x.shape[2:]:
+            held, computed = (f"{y.dtype} on {y.device}, {[len(y), *y.shape[2:]]} [b g c]" for y in (old, x))
             raise ValueError(f"the cache holds {name} of {held}, this pass computes {computed}: reset() it first")
     if new[2].shape != new[0].shape[:2]:
         raise ValueError(f"positions {list(new[2].shape)} are not one for each token {list(new[0].shape[:2])}")
@@ -82,7 +83,7 @@ def check_fit(stored: Sequence[Tensor], new: Sequence[Tensor]) -> None:
 
 def check_last(last: int | None, tokens: Tensor) -> None:
     """Raises ValueError unless `last` is None or one of the numbers from 1 to the length of `tokens`."""
-    if last is not None and not 1 <= last <= tokens.shape[1]:
+    if last is not None and not 1 <= last <= tokens.shape[-1]:
         raise ValueError(f"last must be from 1 to {tokens.shape[1]}, the length of the tokens, not {last!r}")
 
 
@@ -101,6 +102,12 @@ def first_true(wrong: Tensor) -> list[int] | None:
     return list(map(int, wrong.nonzero()[0].tolist())) if found else None
 
 
+OFFLOAD = (
+    "the embedding cannot be offloaded by itself, because the head reads it too; offload the layers instead, as "
+    "accelerate.cpu_offload(model.model.layers)"
+)
+
+
 def check_same_device(x: Tensor, weight: Tensor) -> None:
     """Refuse a weight that is somewhere else: PyTorch answers a product with a meta tensor with uninitialised memory.
 
@@ -109,7 +116,11 @@ def check_same_device(x: Tensor, weight: Tensor) -> None:
     """
     if weight.device != x.device:
         raise RuntimeError(
-            f"the head reads the embedding's weight, which is on {weight.device} while its input is on {x.device}: the "
-            "embedding cannot be offloaded by itself; offload the layers instead, as accelerate.cpu_offload("
-            "model.model.layers)"
+            f"the embedding's weight is on {weight.device} and what the head gets on {x.device}: {OFFLOAD}"
         )
+
+
+def check_here(device: torch.device) -> None:
+    """Raises RuntimeError for the meta device, on which an embedding is that was offloaded."""
+    if device.type == "meta":
+        raise RuntimeError(f"the embedding's weight is on {device}: {OFFLOAD}")

@@ -115,4 +115,4 @@ def _check_taps(path: str, module: nn.Module, twin: nn.Module) -> None:
 
 
 def _taps(module: nn.Module) -> set[str]:
-    return {name for name, inner in module.named_modules() if isinstance(inner, Tap)}
+    return {name for name, inner in module.named_modules() if name and isinstance(inner, Tap)}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemma2 import ContextOverflow, Gemma2, Gemma2Config, HybridCache
+from gemma2 import ContextOverflow, Gemma2, Gemma2Config, HybridCache, left_padded
 from gemma2.checkpoints.hf_config import published_config
 from tests.conftest import ids, tiny
 
@@ -201,3 +201,135 @@ def test_a_cache_of_another_dtype_or_misshapen_positions_are_refused_before_anyt
     cache.reset()
     model.bfloat16()(ids(2, 3), cache=cache)
     assert cache.layers[0].keys.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_a_ragged_batch_goes_on_by_default_from_each_rows_own_position() -> None:
+    model = tiny().double()
+    rows, more = [ids(1, n, seed=n)[0].tolist() for n in (30, 11)], ids(2, 25, seed=5)
+    cache = cache_for(model, 2, 60)
+    model(*left_padded(rows), cache)
+    parts = torch.cat([model(part, cache=cache) for part in more.split([1, 1, 20, 3], dim=1)], dim=1)
+    for row, prompt in enumerate(rows):
+        solo = model(torch.tensor([prompt + more[row].tolist()]))[0, len(prompt) :]
+        assert (parts[row] - solo).abs().max() <= 1e-10
+
+
+WRONG = {
+    "padding after tokens": ([[0, 1, 2, -1]], "row 0 goes from 2 to -1 at column 3"),
+    "a jump": ([[0, 1, 5, 6]], "row 0 goes from 1 to 5 at column 2"),
+    "a step back": ([[3, 4, 5, 5]], "row 0 goes from 5 to 5 at column 3"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+@torch.no_grad()
+def test_positions_that_a_ring_would_get_wrong_are_refused_before_anything_is_written(case: str) -> None:
+    positions, message = WRONG[case]
+    model, tokens = tiny(), ids(1, 4)
+    cache = cache_for(model, 1, 20)
+    with pytest.raises(ValueError, match=message):
+        model(tokens, torch.tensor(positions), cache)
+    assert cache.length == 0
+    model(tokens, torch.arange(4)[None], cache)
+    with pytest.raises(ValueError, match="row 0 goes from 3 to 6 at column 4"):
+        model(tokens, torch.arange(6, 10)[None], cache)
+    model(tokens, torch.tensor(positions))  # one pass holds all it sees
+
+
+@torch.no_grad()
+def test_rows_may_begin_anywhere_and_padding_may_have_any_negative_positions() -> None:
+    model, tokens = tiny().double(), ids(1, 40)
+    cache = cache_for(model, 1, 60)
+    positions = torch.tensor([[-1] * 5 + list(range(100, 135))])
+    parts = [model(tokens[:, s], positions[:, s], cache) for s in (slice(0, 3), slice(3, 30), slice(30, 40))]
+    assert (torch.cat(parts, 1)[:, 5:] - model(tokens[:, 5:], positions[:, 5:])).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("slack", [0, 4, 40])
+@torch.no_grad()
+def test_a_ring_with_slack_gives_the_uncached_logits_in_chunks_of_any_size(slack: int) -> None:
+    model, tokens = tiny("27b").double(), ids(1, 120)
+    whole = model(tokens)
+    for sizes in ([7] * 17 + [1], [1] * 120, [16, 1, 20, 3, 3, 40, 1, 1, 5, 30], [100, 5, 5, 5, 5]):
+        parts = fed(model, tokens, sizes, HybridCache(model.config, 1, 120, slack))
+        assert (parts - whole).abs().max() <= 1e-10
+
+
+@torch.no_grad()
+def test_with_slack_rolling_back_across_the_wrap_equals_never_having_fed() -> None:
+    """Speculation: four wrong tokens are fed and taken back before each three right ones, over six wraps."""
+    model, tokens = tiny("2b").double(), ids(1, 110)
+    cache = HybridCache(model.config, 1, 120, slack=4)
+    parts = [model(tokens[:, :50], cache=cache)]
+    for start in range(50, 110, 3):
+        model(ids(1, 5, seed=start), cache=cache)
+        cache.rollback(start)
+        parts.append(model(tokens[:, start : start + 3], cache=cache))
+    assert (torch.cat(parts, 1) - model(tokens)).abs().max() <= 1e-10
+    with pytest.raises(ValueError, match=r"which can take back 4 \(slack\)"):
+        cache.rollback(100)
+    assert cache.length == 110
+
+
+@pytest.mark.parametrize("t", [1, 2, 20])
+def test_gradients_reach_keys_and_values_of_a_pass_with_a_cache(t: int) -> None:
+    model, tokens = tiny().double(), ids(1, 20 + t)
+    cache = cache_for(model, 1, 60)
+    with torch.no_grad():
+        model(tokens[:, :20], cache=cache)
+    model(tokens[:, 20:], cache=cache)[:, -1].square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+    assert not any(layer.keys.requires_grad for layer in cache.layers)
+
+
+def test_the_gradient_with_a_cache_is_that_of_a_pass_whose_past_is_detached() -> None:
+    """For one token past the window: the value projection's gradient is that of one pass in which only the last token's
+    values depend on it."""
+    model, tokens = tiny(num_hidden_layers=1).double(), ids(1, 30)
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    cache = cache_for(model, 1, 60)
+    with torch.no_grad():
+        model(tokens[:, :29], cache=cache)
+    model(tokens[:, 29:], cache=cache)[0, -1].sum().backward()
+    found, weight.grad = weight.grad, None
+    tap = model.model.layers[0].self_attn.hook_v
+    hook = tap.register_forward_hook(lambda m, i, v: torch.cat((v[:, :-1].detach(), v[:, -1:]), dim=1))
+    model(tokens)[0, -1].sum().backward()
+    hook.remove()
+    assert found is not None and weight.grad is not None
+    assert (found - weight.grad).abs().max() <= 1e-9 * weight.grad.abs().max()
+
+
+class Sized(HybridCache):
+    """A cache of a user's own, which is false while it is empty."""
+
+    def __len__(self) -> int:
+        return self.length
+
+
+@torch.no_grad()
+def test_a_cache_that_has_a_length_of_0_is_used() -> None:
+    model = tiny()
+    cache = Sized(model.config, 1, 20)
+    model(ids(1, 7), cache=cache)
+    assert len(cache) == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@torch.no_grad()
+def test_autocast_decodes_with_a_cache_as_in_one_pass(dtype: torch.dtype) -> None:
+    model, tokens = tiny().to(dtype), ids(1, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = model(tokens)
+        parts = fed(model, tokens, [20, *[1] * 20], cache_for(model, 1, 40))
+    assert (parts - whole).abs().max() <= 0.0625 * whole.abs().max()
+
+
+def test_a_cache_fits_in_whatever_is_computed_first() -> None:
+    """Heads, dtype and device are those of the keys: half of the heads, say, as with tensor parallelism."""
+    model = tiny()
+    layer = HybridCache(model.config, 2, 20).layers[0]
+    layer.update(torch.ones(2, 3, 2, 16).half(), torch.ones(2, 3, 2, 16).double(), torch.arange(3).expand(2, 3))
+    assert layer.keys.shape == (2, 16, 2, 16) and (layer.keys.dtype, layer.values.dtype) == (torch.half, torch.double)

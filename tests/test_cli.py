@@ -12,6 +12,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -155,13 +156,13 @@ def test_chat_keeps_the_history_until_reset(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[int] = []
-    original = gemma2.Gemma.stream_chat
+    original = gemma2.Talk.say
 
-    def spy(self: gemma2.Gemma, messages: list[dict[str, str]], **options: object) -> object:
-        seen.append(len(messages))
-        return original(self, messages, **options)  # type: ignore[arg-type]
+    def spy(self: gemma2.Talk, content: str, *rest: Any) -> object:
+        seen.append(len(self.messages) + 1)
+        return original(self, content, *rest)
 
-    monkeypatch.setattr(gemma2.Gemma, "stream_chat", spy)
+    monkeypatch.setattr(gemma2.Talk, "say", spy)
     out, err = talk("hello\n\nagain\n/reset\nafresh\n/unknown\n/quit\nnever\n", monkeypatch, capsys)
     assert seen == [1, 3, 1]
     assert out.count("\n") >= 3

@@ -8,18 +8,33 @@ otherwise the trace would prove nothing about it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from gemma2 import Gemma2, ops
+from gemma2 import Gemma2
 from gemma2.checkpoints.hf_config import read_config
 from gemma2.config import GLOBAL, LOCAL
+from gemma2.model import ApplyRotary, GELUTanh, SoftcapAttention
+from gemma2.numerics.parts import ApplyRotaryInParts, ScoresInParts
+from gemma2.twins import on
+from tests.parity.injected import (
+    Inject,
+    at,
+    cap_after_mask,
+    changed,
+    erf_gelu,
+    interleaved_rotary,
+    layers_swapped,
+    no_final_cap,
+    no_score_cap,
+    post_norms_swapped,
+    twins,
+    unscaled_embedding,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 # On the machine that made the traces transformers' is met to the bit. Elsewhere the order of float32 sums may differ:
@@ -64,25 +79,18 @@ def test_every_site_of_the_golden_trace_is_met(peer: str) -> None:
     assert all(value <= TOLERANCE for value in apart.values()), apart
 
 
-def without_norm(name: str) -> Callable[[Gemma2], None]:
-    def change(model: Gemma2) -> None:
-        for layer in model.model.layers:
-            setattr(layer, name, nn.Identity())
-
-    return change
+# Where a weight, a scale or a window is switched, the module computes as before and needs no twin.
 
 
-def without_final_norm(model: Gemma2) -> None:
-    model.model.norm = nn.Identity()  # type: ignore[assignment]
+class NoNorm(nn.Identity):
+    hides = ("hook_inv_scale", "hook_normalized")
 
 
-def without_score_cap(model: Gemma2) -> None:
-    for layer in model.model.layers:
-        layer.self_attn.attend.softcap = nn.Identity()
+def without_norm(name: str) -> Inject:
+    return twins(at(f"model.layers.*.{name}", NoNorm))
 
 
-def without_logit_cap(model: Gemma2) -> None:
-    model.softcap = nn.Identity()  # type: ignore[assignment]
+without_final_norm = twins(at("model.norm", NoNorm))
 
 
 def without_one_plus(model: Gemma2) -> None:
@@ -92,16 +100,12 @@ def without_one_plus(model: Gemma2) -> None:
                 parameter.sub_(1)
 
 
-def without_embedding_scale(model: Gemma2) -> None:
-    model.model.embed_tokens.scale = 1.0
-
-
 def with_head_width_as_query_scale(model: Gemma2) -> None:
     for layer in model.model.layers:
         layer.self_attn.attend.scale = model.config.head_dim**-0.5
 
 
-def with_window(window: int | None) -> Callable[[Gemma2], None]:
+def with_window(window: int | None) -> Inject:
     def change(model: Gemma2) -> None:
         for layer in model.model.layers[::2]:
             layer.self_attn.attend.window = window
@@ -109,70 +113,33 @@ def with_window(window: int | None) -> Callable[[Gemma2], None]:
     return change
 
 
-def with_swapped_layers(model: Gemma2) -> None:
-    for layer, window in zip(model.model.layers, [None, 8, None, 8], strict=True):
-        layer.self_attn.attend.window = window
-
-
-def with_swapped_post_norms(model: Gemma2) -> None:
-    for layer in model.model.layers:
-        a, b = layer.post_attention_layernorm, layer.post_feedforward_layernorm
-        layer.post_attention_layernorm, layer.post_feedforward_layernorm = b, a
-
-
-def with_tiled_instead_of_grouped_heads(model: Gemma2) -> None:
+class Tiled(ScoresInParts):
     """Query head i reads key/value head i % g instead of i // group."""
-    for layer in model.model.layers:
-        attend = layer.self_attn.attend
-        original = attend.forward
 
-        def forward(q: Tensor, k: Tensor, v: Tensor, *positions: Tensor, original=original) -> Tensor:
-            order = torch.arange(q.shape[2]).view(2, 2).T.flatten()
-            z: Tensor = original(q[:, :, order], k, v, *positions)
-            return z[:, :, order.argsort()]
-
-        attend.forward = forward
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, key_positions: Tensor) -> Tensor:
+        order = torch.arange(q.shape[2]).view(self.group, -1).T.flatten()
+        z = super().forward(q[:, :, order], k, v, positions, key_positions)
+        return z[:, :, order.argsort()]
 
 
-def with_another_function(
-    name: str, replacement: Callable[..., object]
-) -> Callable[[Gemma2, pytest.MonkeyPatch], None]:
-    return lambda model, patch: patch.setattr(ops, name, replacement)
+class Ones(nn.Module):
+    """A linear layer that gives 1 whatever it reads: the product with it is gone."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__()
+        self.weight = plain.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_ones(*x.shape[:-1], len(self.weight))
 
 
-def interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary pairs (2i, 2i+1) instead of (i, i + c/2)."""
-    c = x.shape[-1] // 2
-    cos, sin = cos[:, :, None, :c], sin[:, :, None, :c]
-    even, odd = x[..., ::2], x[..., 1::2]
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+with_tiled_heads = twins(on(SoftcapAttention, Tiled))
+without_rotation = twins(on(ApplyRotary, changed(ApplyRotaryInParts, apply_rotary=lambda x, cos, sin: x)))
+with_relu = twins(on(GELUTanh, lambda plain: nn.ReLU()))
+without_gate = twins(at("*.up_proj", Ones))
 
 
-def capped_after_the_mask(model: Gemma2) -> None:
-    for layer in model.model.layers:
-        cap = layer.self_attn.attend.softcap.cap
-        layer.self_attn.attend.softcap = nn.Identity()
-        layer.self_attn.attend.hook_attn_scores.register_forward_hook(lambda m, i, o, cap=cap: ops.softcap(o, cap))
-
-
-def with_relu(model: Gemma2) -> None:
-    """GeGLU becomes ReGLU: relu(x) = gelu(100 x) / 100, very nearly."""
-    for layer in model.model.layers:
-        layer.mlp.gate_proj.register_forward_hook(lambda m, i, o: o * 100)
-        layer.mlp.hook_post.register_forward_hook(lambda m, i, o: o / 100)
-
-
-def without_gate(model: Gemma2) -> None:
-    for layer in model.model.layers:
-        layer.mlp.up_proj.register_forward_hook(lambda m, i, o: torch.ones_like(o))
-
-
-def with_erf_gelu(model: Gemma2, patch: pytest.MonkeyPatch) -> None:
-    exact = F.gelu
-    patch.setattr(F, "gelu", lambda x, approximate: exact(x))
-
-
-SWITCHED: dict[str, Callable[..., None]] = {
+SWITCHED: dict[str, Inject] = {
     **{
         f"{name} left out": without_norm(name)
         for name in (
@@ -184,29 +151,29 @@ SWITCHED: dict[str, Callable[..., None]] = {
     },
     "final norm left out": without_final_norm,
     "gain w instead of 1 + w": without_one_plus,
-    "post-norms swapped": with_swapped_post_norms,
-    "scores not capped": without_score_cap,
-    "scores capped after the mask": capped_after_the_mask,
-    "logits not capped": without_logit_cap,
-    "embedding not scaled": without_embedding_scale,
+    "post-norms swapped": post_norms_swapped,
+    "scores not capped": no_score_cap,
+    "scores capped after the mask": cap_after_mask,
+    "logits not capped": no_final_cap,
+    "embedding not scaled": unscaled_embedding,
     "query scale from the head width": with_head_width_as_query_scale,
     "window off": with_window(None),
     "window one wider": with_window(9),
     "window one narrower": with_window(7),
-    "local and global layers swapped": with_swapped_layers,
-    "heads tiled instead of grouped": with_tiled_instead_of_grouped_heads,
-    "no rotation": with_another_function("apply_rotary", lambda x, cos, sin: x),
-    "rotary pairs interleaved": with_another_function("apply_rotary", interleaved),
+    "local and global layers swapped": layers_swapped,
+    "heads tiled instead of grouped": with_tiled_heads,
+    "no rotation": without_rotation,
+    "rotary pairs interleaved": interleaved_rotary,
     "relu instead of gelu": with_relu,
-    "erf gelu": with_erf_gelu,
+    "erf gelu": erf_gelu,
     "no gate": without_gate,
 }
 
 
 @pytest.mark.parametrize("name", SWITCHED)
-def test_each_feature_switched_off_breaks_the_golden_trace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, change = golden_model(), SWITCHED[name]
-    change(model, monkeypatch) if change.__code__.co_argcount == 2 else change(model)
+def test_each_feature_switched_off_breaks_the_golden_trace(name: str) -> None:
+    model = golden_model()
+    SWITCHED[name](model)
     assert distance(model)["logits"] > 20 * TOLERANCE
 
 

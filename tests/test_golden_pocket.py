@@ -9,7 +9,6 @@ scale is that of the head width, and its scores stay so far below the cap that a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,25 +19,27 @@ import gemma2
 from gemma2.parity.tolerances import TOLERANCES
 from gemma2.parity.trace import Trace
 from gemma2.research.capture import capture
+from tests.parity.injected import (
+    Inject,
+    erf_gelu,
+    interleaved_rotary,
+    no_final_cap,
+    no_score_cap,
+    unscaled_embedding,
+)
 from tests.test_golden import (
-    interleaved,
-    with_another_function,
-    with_erf_gelu,
     with_relu,
     with_window,
-    without_embedding_scale,
     without_final_norm,
     without_gate,
-    without_logit_cap,
     without_norm,
     without_one_plus,
-    without_score_cap,
+    without_rotation,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TRACES = sorted(GOLDEN.glob("pocket_*.safetensors"))
-Change = Callable[..., None]
 
 
 def distances(model: gemma2.Gemma2, trace: Trace) -> dict[str, float]:
@@ -100,7 +101,7 @@ def with_untied_head(model: gemma2.Gemma2) -> None:
     model.lm_head.register_forward_hook(lambda m, i, o: o.roll(1, dims=-1))
 
 
-SWITCHED: dict[str, tuple[str, Change]] = {
+SWITCHED: dict[str, tuple[str, Inject]] = {
     **{
         f"{name} left out": ("short", without_norm(name))
         for name in (
@@ -112,17 +113,17 @@ SWITCHED: dict[str, tuple[str, Change]] = {
     },
     "final norm left out": ("short", without_final_norm),
     "gain w instead of 1 + w": ("short", without_one_plus),
-    "scores not capped": ("short", without_score_cap),
-    "logits not capped": ("short", without_logit_cap),
-    "embedding not scaled": ("short", without_embedding_scale),
+    "scores not capped": ("short", no_score_cap),
+    "logits not capped": ("short", no_final_cap),
+    "embedding not scaled": ("short", unscaled_embedding),
     "scores not scaled": ("short", without_scale),
     "another token's query": ("short", without_positions_of_the_first_block),
     "another group's keys": ("short", with_heads_of_another_group),
     "another head": ("short", with_untied_head),
-    "no rotation": ("short", with_another_function("apply_rotary", lambda x, cos, sin: x)),
-    "rotary pairs interleaved": ("short", with_another_function("apply_rotary", interleaved)),
+    "no rotation": ("short", without_rotation),
+    "rotary pairs interleaved": ("short", interleaved_rotary),
     "relu instead of gelu": ("short", with_relu),
-    "erf gelu": ("short", with_erf_gelu),
+    "erf gelu": ("short", erf_gelu),
     "no gate": ("short", without_gate),
     "window off": ("long", with_window(None)),
     "window one wider": ("long", with_window(129)),
@@ -132,9 +133,9 @@ SWITCHED: dict[str, tuple[str, Change]] = {
 
 
 @pytest.mark.parametrize("name", SWITCHED)
-def test_each_feature_switched_off_breaks_a_golden_trace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_feature_switched_off_breaks_a_golden_trace(name: str) -> None:
     which, change = SWITCHED[name]
     model = gemma2.load(dtype="float32", device="cpu").model
-    change(model, monkeypatch) if change.__code__.co_argcount == 2 else change(model)
+    change(model)
     found = distances(model, Trace(GOLDEN / f"pocket_{which}_float32.safetensors"))
     assert max(found.values()) > 5 * TOLERANCES[torch.float32].bound, found

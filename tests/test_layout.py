@@ -18,7 +18,7 @@ ROWS = [
     ["model", "chat", "detokenizer"],
     ["twins", "generate"],
     ["gemma", "checkpoints", "research", "fast"],
-    ["hub", "numerics"],
+    ["talk", "hub", "numerics"],
     ["load"],
     ["parity"],
     ["convert", "inspect"],

@@ -7,10 +7,12 @@ import shutil
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gemma2 import Gemma2, HybridCache
 from gemma2.model import RMSNorm, ScaledEmbedding, Tap
 from tests.conftest import ids, tiny
+from tests.test_static import Counting
 
 # TransformerLens's name -> our module below a block or at the top, and the shape with b=2, t=20 in tiny("27b"):
 # d=288, h=8, g=4, c=16, f=2304.
@@ -188,3 +190,87 @@ def test_the_compiled_model_computes_what_the_eager_one_does() -> None:
     model = tiny(num_hidden_layers=2).double()
     tokens = ids(1, 40)
     assert (torch.compile(model.model)(tokens) - model.model(tokens)).abs().max() <= 1e-10
+
+
+def test_a_full_graph_is_compiled_of_a_pass_and_of_a_decode_step() -> None:
+    torch.compiler.reset()
+    model, tokens, backend = tiny().double(), ids(2, 60), Counting()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        assert (compiled(tokens) - model(tokens)).abs().max() <= 1e-10
+        assert backend.graphs == 1
+        cache, whole = HybridCache(model.config, 2, 60), model(tokens)
+        steps = [compiled(tokens[:, i : i + 1], cache=cache) for i in range(60)]
+        assert (torch.cat(steps, 1) - whole).abs().max() <= 1e-10
+    assert backend.graphs <= 6, "columns are numbers that may change, not constants: else every step is a graph"
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+@torch.no_grad()
+def test_the_model_is_exported_for_any_length(strict: bool) -> None:
+    model, tokens = tiny(num_hidden_layers=2), ids(1, 20)
+    shapes = ({1: torch.export.Dim("t", min=2, max=200)},)
+    program = torch.export.export(model, (tokens,), dynamic_shapes=shapes, strict=strict).module()
+    for t in (20, 37):
+        assert torch.equal(program(ids(1, t, seed=t)), model(ids(1, t, seed=t)))
+
+
+@torch.no_grad()
+def test_vmap_over_rows_and_gradients_of_each_sample() -> None:
+    model, tokens = tiny(num_hidden_layers=2).double(), ids(3, 12)
+    rows = torch.vmap(lambda row: model(row[None])[0])(tokens)
+    assert (rows - model(tokens)).abs().max() <= 1e-10
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (row[None],))[0, -1].square().sum()
+
+    each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, tokens)
+    name = "model.layers.1.mlp.down_proj.weight"
+    for row, found in zip(tokens, each[name], strict=True):
+        expected = torch.func.grad(loss)(parameters, row)[name]
+        assert (found - expected).abs().max() <= 1e-9 * expected.abs().max()
+
+
+def test_meta_and_fake_tensors_pass_through() -> None:
+    with torch.device("meta"):
+        model = Gemma2(tiny().config)
+    assert model(torch.empty(2, 7, dtype=torch.int64, device="meta"), last=3).shape == (2, 3, 512)
+    with FakeTensorMode():
+        fake = Gemma2(tiny().config)
+        cache = HybridCache(fake.config, 2, 20)
+        assert fake(torch.ones(2, 7, dtype=torch.int64), cache=cache).shape == (2, 7, 512)
+        assert fake(torch.ones(2, 1, dtype=torch.int64), cache=cache).shape == (2, 1, 512)
+
+
+@torch.no_grad()
+def test_the_last_logits_alone_are_those_of_all_positions() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model, tokens = tiny().to(dtype), ids(2, 40)
+        assert torch.allclose(
+            model(tokens, last=3), model(tokens)[:, -3:], atol=1e-4 if dtype == torch.float32 else 0.5
+        )
+        assert model(tokens, last=40).shape == (2, 40, 512)
+
+
+def test_rotary_frequencies_move_with_the_model_and_keep_their_dtype() -> None:
+    """Rounded to bfloat16 they would put position 8,191 more than a radian off."""
+    model = tiny(head_dim=64)
+    expected = model.model.rotary_emb.inv_freq.clone()
+    for moved in (model.bfloat16(), model.double(), model.float(), model.to(torch.float16)):
+        assert torch.equal(moved.model.rotary_emb.inv_freq, expected)
+    assert model.to("meta").model.rotary_emb.inv_freq.device.type == "meta"
+
+
+@torch.no_grad()
+def test_a_head_whose_weight_was_moved_away_is_refused_with_the_cure() -> None:
+    """As accelerate's offload of the whole model does: PyTorch itself would answer with uninitialised memory."""
+    accelerate = pytest.importorskip("accelerate")
+    plain = tiny()(ids(1, 9))
+    with pytest.raises(
+        RuntimeError, match="cannot be offloaded by itself, because the head reads it too; offload the layers"
+    ):
+        accelerate.cpu_offload(tiny(), "cpu")(ids(1, 9))
+    model = tiny()
+    accelerate.cpu_offload(model.model.layers, "cpu")
+    assert torch.equal(model(ids(1, 9)), plain)

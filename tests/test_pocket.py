@@ -106,7 +106,7 @@ def test_it_writes_words_of_the_language_it_was_trained_on(pocket: gemma2.Gemma)
 @pytest.mark.needs("shared", "data/early-modern-english")
 def test_the_reported_held_out_loss_is_that_of_the_shipped_weights(pocket: gemma2.Gemma) -> None:
     card = (POCKET / "README.md").read_text()
-    reported = re.search(r"\*\*([\d.]+) nats a token\*\*", card)
+    reported = re.search(r"\*\*([\d.]+) nats per token\*\*", card)
     script = load_script("train_pocket")
     _, held = script.documents(SHARED / "data" / "early-modern-english")
     random.Random(0).shuffle(held)

@@ -221,7 +221,8 @@ def test_an_empty_slot_is_a_key_and_a_value_of_zeros_and_sums_are_on_capped_scor
     injected = with_cache(one_empty)(model, (6,))
     attend = injected.model.layers[0].get_submodule("self_attn.attend")
     q, k, v = torch.randn(1, 6, 8, 16), torch.randn(1, 6, 4, 16), torch.randn(1, 6, 4, 16)
-    z = attend(q, k, v, torch.ones(1, 1, 6, 6, dtype=torch.bool))
+    positions = torch.arange(6)[None]
+    z = attend(q, k, v, positions, positions)
     scores = 50 * torch.tanh(q[0, 2, 5] @ k[0, :3, 2].T * 36**-0.5 / 50) + torch.tensor([0.0, 2.0, 0.0])
     weights = torch.cat((scores, torch.zeros(1))).softmax(-1)
     torch.testing.assert_close(z[0, 2, 5], weights[:3] @ v[0, :3, 2])

@@ -1,9 +1,11 @@
 """Talk to a model. It remembers the conversation; /reset forgets it, /quit (or
-Ctrl-D) ends."""
+Ctrl-D) ends. Ctrl-C ends a reply and keeps the conversation; at the prompt it
+ends the program."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import warnings
 from typing import TYPE_CHECKING
@@ -12,6 +14,7 @@ from gemma2.chat import chat_ids
 from gemma2.cli.options import add_command, add_options, load_model, report, sampling_options
 from gemma2.errors import ContextOverflow
 from gemma2.stats import Stats
+from gemma2.talk import Talk
 from gemma2.tokenizer import check_text
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ NOT_TUNED = "note: this checkpoint does not say that it was tuned for chat: it c
 
 
 def add(commands: Commands) -> None:
-    parser = add_command(commands, "chat", "talk to a model", __doc__, EXAMPLE)
+    parser = add_command(commands, "chat", __doc__, EXAMPLE)
     add_options(parser)
     parser.set_defaults(run=run)
 
@@ -40,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if not gemma.chat_tuned:
         print(NOT_TUNED, file=sys.stderr)
         warnings.filterwarnings("ignore", message="this checkpoint does not say")
-    history: list[dict[str, str]] = []
+    talk = Talk(gemma, **options)
     while True:
         try:
             line = input("> " if terminal else "").strip()
@@ -52,20 +55,20 @@ def run(args: argparse.Namespace) -> int:
         if line == "/quit":
             return 0
         if line == "/reset":
-            history = []
+            talk.reset()
         elif line.startswith("/"):
             print(f"no command {line.split()[0]}; there are /reset and /quit", file=sys.stderr)
         elif line:
-            stats, reply = Stats(), ""
-            turn = [*history, {"role": "user", "content": line}]
+            stats = Stats()
             try:
-                for piece in gemma.stream_chat(turn, stats=stats, **options):
-                    print(piece, end="", flush=True)
-                    reply += piece
+                with contextlib.closing(talk.say(line, stats)) as reply:
+                    for piece in reply:
+                        print(piece, end="", flush=True)
             except ContextOverflow as error:
-                print(f"gemma2: error: {error}; /reset forgets the history", file=sys.stderr)
+                print(f"gemma2: error: {error}; /reset forgets the conversation", file=sys.stderr)
                 continue
+            except KeyboardInterrupt:  # what was said so far stays part of the talk
+                pass
             print()
-            history = [*turn, {"role": "assistant", "content": reply}]
             if args.verbose:
                 report(stats)

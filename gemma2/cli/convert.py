@@ -18,7 +18,7 @@ EXAMPLE = "example:\n  gemma2 convert pocket pocket-q8.gguf --type q8_0"
 
 
 def add(commands: Commands) -> None:
-    parser = add_command(commands, "convert", "write a model in another format or type", __doc__, EXAMPLE)
+    parser = add_command(commands, "convert", __doc__, EXAMPLE)
     add_model(parser)
     parser.add_argument("target", metavar="TARGET", help="NAME.gguf, NAME.ckpt, or a folder")
     parser.add_argument("--type", metavar="T", help=f"{', '.join(TYPES)}; default: that of MODEL, bf16 if quantized")

@@ -17,7 +17,7 @@ EXAMPLE = 'example:\n  gemma2 generate "In the beginning" -n 20 --temperature 0.
 
 
 def add(commands: Commands) -> None:
-    parser = add_command(commands, "generate", "continue a text", __doc__, EXAMPLE)
+    parser = add_command(commands, "generate", __doc__, EXAMPLE)
     parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
     parser.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
     parser.add_argument(

@@ -21,7 +21,7 @@ WIDEST = 76  # characters of a stated value
 
 
 def add(commands: Commands) -> None:
-    parser = add_command(commands, "inspect", "show a checkpoint's config, tensors and errors", __doc__, EXAMPLE)
+    parser = add_command(commands, "inspect", __doc__, EXAMPLE)
     add_model(parser)
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--values", action="store_true", help="read every weight and count those that are not finite")

@@ -17,6 +17,7 @@ from gemma2.gemma import MAX_NEW_TOKENS, Gemma
 from gemma2.load import load, parse_device, parse_dtype
 from gemma2.sampling import Sampling
 from gemma2.stats import Stats
+from gemma2_command import COMMANDS
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -30,10 +31,10 @@ REVISION = "branch, tag or commit of a hub name; default: main"
 NOT_IN_GREEDY = {"seed": None, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # options without effect there -> their defaults
 
 
-def add_command(commands: Commands, name: str, short: str, about: str | None, more: str) -> argparse.ArgumentParser:
-    """A command's parser: `short` stands in `gemma2 --help`, `about` and `more` (an example, at least) in its own."""
+def add_command(commands: Commands, name: str, about: str | None, more: str) -> argparse.ArgumentParser:
+    """A command's parser. Its line in `gemma2 --help` is in COMMANDS; `about` and `more` are its own."""
     kind = argparse.RawDescriptionHelpFormatter
-    return commands.add_parser(name, help=short, description=about, epilog=more, formatter_class=kind)
+    return commands.add_parser(name, help=COMMANDS[name], description=about, epilog=more, formatter_class=kind)
 
 
 def add_options(parser: argparse.ArgumentParser, new_tokens: int = MAX_NEW_TOKENS) -> None:

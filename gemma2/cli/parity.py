@@ -30,7 +30,6 @@ from gemma2.parity.report import COLUMNS, cells, check_page, write_report
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-SHORT = "find where another implementation differs"
 MORE = """REF is one of
   transformers            Hugging Face's, eager attention (gemma2[transformers])
   llama.cpp               through llama-cpp-python (gemma2[llama-cpp])
@@ -55,7 +54,7 @@ LEGEND = (
 
 
 def add(commands: Commands) -> None:
-    parser = add_command(commands, "parity", SHORT, __doc__, MORE)
+    parser = add_command(commands, "parity", __doc__, MORE)
     add_model(parser)
     parser.add_argument(
         "--against", required=True, metavar="REF", help="the other implementation; required; listed below"

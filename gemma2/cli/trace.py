@@ -40,7 +40,7 @@ USAGE = """gemma2 trace MODEL (--prompt TEXT | --file FILE | --ids IDS) -o FILE 
 
 
 def add(commands: Commands) -> None:
-    parser = add_command(commands, "trace", "write what a model computes at named sites to a file", __doc__, EXAMPLE)
+    parser = add_command(commands, "trace", __doc__, EXAMPLE)
     parser.usage = USAGE
     add_model(parser, nargs="?")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="the .safetensors file to write; required")

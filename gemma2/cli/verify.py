@@ -37,12 +37,11 @@ if TYPE_CHECKING:
 
 TYPES = {"bfloat16": "bf16", "float16": "f16"}  # dtype -> what is saved so that it loads again to the bit; else f32
 VERDICT = {True: "passed", False: "FAILED", None: "not run"}
-SHORT = "check batch, cache, compile, device and save against one plain pass"
 EXAMPLE = "example:\n  gemma2 verify pocket --dtype float32 --no-compile"
 
 
 def add(commands: Commands) -> None:
-    parser = add_command(commands, "verify", SHORT, __doc__, EXAMPLE)
+    parser = add_command(commands, "verify", __doc__, EXAMPLE)
     add_model(parser)
     parser.add_argument(
         "--no-compile", action="store_true", help="leave out torch.compile, which takes a minute or more"

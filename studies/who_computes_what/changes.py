@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,9 @@ from torch.nn import functional as F
 
 from gemma2 import Gemma2, ops
 from gemma2.config import GLOBAL, LOCAL
-from gemma2.model import Attention, ScaledEmbedding, SoftCap, SoftcapAttention, TiedHead
+from gemma2.model import SoftCap, SoftcapAttention, TiedHead
+from gemma2.numerics.parts import HeadInParts, ScoresInParts, masked
+from gemma2.twins import Make, on, replaced, sharing
 from studies.who_computes_what.models import CAPACITY
 
 Chunks = Sequence[int]  # none: one pass without a cache
@@ -32,37 +35,43 @@ class Change(Protocol):
     def __call__(self, model: Gemma2, chunks: Chunks = (), /) -> Gemma2: ...
 
 
-class CappedHiddenHead(TiedHead):
-    def forward(self, x: Tensor, embedding: ScaledEmbedding) -> Tensor:
-        return F.linear(ops.softcap(x, 50.0), embedding.weight)
-
-
-class NoCap(SoftCap):
-    def forward(self, x: Tensor) -> Tensor:
-        return x
+class CappedHiddenHead(HeadInParts):
+    def __init__(self, plain: TiedHead) -> None:
+        super().__init__(plain)
+        self.received = lambda x: ops.softcap(x, 50.0)
 
 
 class AddingCap(SoftCap):
     """The cap, and then a sum on the capped scores."""
 
-    addend: Tensor
+    def __init__(self, plain: SoftCap, addend: Tensor) -> None:
+        super().__init__(plain.cap)
+        self.addend = addend
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.addend.to(x.dtype)
 
 
-class CacheAttention(SoftcapAttention):
-    """Attention over the run's keys and, after them, empty slots."""
+class CacheAttention(ScoresInParts):
+    """Attention over the run's keys and, after them, empty slots.
 
-    addend: Tensor  # [t s+EMPTY], HIDDEN where a key is not seen
+    Args:
+        addend: [t s+EMPTY], HIDDEN where a key is not seen; that alone says what is seen.
+    """
+
+    def __init__(self, plain: SoftcapAttention, addend: Tensor) -> None:
+        super().__init__(plain)
+        self.softcap = AddingCap(plain.softcap, addend)
+        self.masked = lambda scores, visible: masked(scores, addend > HIDDEN)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, key_positions: Tensor) -> Tensor:
         k, v = (F.pad(x, (0, 0, 0, 0, 0, EMPTY)) for x in (k, v))
-        q, k, v = (x.transpose(1, 2) for x in (q, *(x.repeat_interleave(self.group, dim=2) for x in (k, v))))
-        scores = self.softcap(self.hook_scores_raw(q @ k.transpose(2, 3) * self.scale))
-        scores = scores.masked_fill(self.addend <= HIDDEN, torch.finfo(scores.dtype).min)
-        pattern = ops.upcast(self.hook_attn_scores(scores)).softmax(dim=-1).to(q.dtype)
-        return self.hook_z((self.hook_pattern(pattern) @ v).transpose(1, 2).contiguous())
+        return super().forward(q, k, v, positions, key_positions)
+
+
+def without(paths: str) -> Make:
+    """The modules whose paths fit this pattern give back what they are given."""
+    return lambda path, module: nn.Identity() if fnmatch(path, paths) else None
 
 
 @dataclass(frozen=True)
@@ -113,15 +122,14 @@ def cached(rule: Rule, model: Gemma2, chunks: Chunks) -> Gemma2:
     if not chunks:
         return other
     run = fed(chunks)
-    for layer in other.model.layers:
-        attention = layer.get_submodule("self_attn")
-        assert isinstance(attention, Attention)
-        addend = rule(run, attention.attend.window)
+
+    def twin(plain: SoftcapAttention) -> CacheAttention:
+        addend = rule(run, plain.window)
         if addend.dtype == torch.bool:
             addend = torch.zeros(addend.shape).masked_fill(~addend, HIDDEN)
-        attention.attend.__class__, attention.attend.softcap.__class__ = CacheAttention, AddingCap
-        attention.attend.addend = attention.attend.softcap.addend = addend
-    return other
+        return CacheAttention(plain, addend)
+
+    return replaced(other, on(SoftcapAttention, twin)).model
 
 
 def with_cache(rule: Rule) -> Change:
@@ -135,10 +143,7 @@ def changed(**numbers: Any) -> Change:
     """The same parameters under a config in which these numbers are others."""
 
     def change(model: Gemma2, chunks: Chunks = ()) -> Gemma2:
-        with torch.device("meta"):
-            other = Gemma2(replace(model.config, **numbers))
-        other.load_state_dict(dict(model.named_parameters()), strict=True, assign=True)
-        return other.eval()
+        return sharing(model, replace(model.config, **numbers)).eval()
 
     return change
 
@@ -149,17 +154,14 @@ def swapped(model: Gemma2, chunks: Chunks = ()) -> Gemma2:
 
 
 def without_score_cap(model: Gemma2, chunks: Chunks = ()) -> Gemma2:
-    other = changed()(model, chunks)
-    for layer in other.model.layers:
-        cap: nn.Module = layer.get_submodule("self_attn.attend.softcap")
-        cap.__class__ = NoCap
-    return other
+    return replaced(changed()(model, chunks), without("*.attend.softcap")).model
 
 
 def as_torchtune(model: Gemma2, chunks: Chunks = ()) -> Gemma2:
     other = cached(first_keys, changed(attn_logit_softcapping=30.0)(model, chunks), chunks)
-    other.lm_head.__class__, other.softcap.__class__ = CappedHiddenHead, NoCap
-    for layer in other.model.layers:
+    replaced(other, on(TiedHead, CappedHiddenHead))
+    replaced(other, without("softcap"))
+    for layer in other.model.layers:  # their weights alone are others, so they need no twins
         before = layer.get_submodule("pre_feedforward_layernorm")
         after = layer.get_submodule("post_feedforward_layernorm")
         before.weight, after.weight = after.weight, before.weight

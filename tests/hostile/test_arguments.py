@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,7 +123,7 @@ def test_failed_runs_exit_with_1(
     finite = tensors_of(tiny(vocab_size=4096, **SMALL))
     finite["model.norm.weight"] = torch.full((8,), 3e38)  # the head's sums are infinity minus infinity
     save_file(finite, shell(tmp_path / "overflow") / SINGLE)
-    assert "step 0: the logits of row 0 are not finite" in run("x", "--model", tmp_path / "overflow", "--device", "cpu")
+    assert "step 0: the logits are not finite in row 0" in run("x", "--model", tmp_path / "overflow", "--device", "cpu")
 
     def crash(*_: object, **__: object) -> None:
         raise MemoryError
@@ -186,10 +187,32 @@ CALLS: dict[str, tuple[Call, type[Exception], str]] = {
     "stop bytes": (lambda g: g.stream("x", stop=[b"a"]), ValueError, "text must be a string, not bytes"),
     "stop not UTF-8": (lambda g: g.stream("x", stop=["\udcff"]), ValueError, f"{SURROGATE} 0"),
     # text
-    "no prompts": (lambda g: g.generate([]), ValueError, "nothing to continue"),
-    "prompt None": (lambda g: g.generate([None]), ValueError, "token ids must be a sequence of integers, not "),
-    "prompt bytes": (lambda g: g.stream(b"x"), ValueError, "token ids must be a sequence of integers, not "),
-    "prompt 5": (lambda g: g.stream(5), ValueError, "token ids must be a sequence of integers, not "),
+    "no prompts": (lambda g: g.generate([]), ValueError, "there is no prompt: give a text, or a list with at least"),
+    "prompts None": (lambda g: g.generate(None), ValueError, "prompts must be a text or a list of texts, not NoneType"),
+    "prompts 5": (lambda g: g.generate(5), ValueError, "prompts must be a text or a list of texts, not int"),
+    "prompt None": (
+        lambda g: g.generate([None]),
+        ValueError,
+        "a prompt must be a text or a list of token ids, not None",
+    ),
+    "prompt bytes": (lambda g: g.stream(b"x"), ValueError, "must be a text or a list of token ids, not b'x'"),
+    "prompt 5": (lambda g: g.stream(5), ValueError, "a prompt must be a text or a list of token ids, not 5"),
+    "option foo": (
+        lambda g: g.generate("x", foo=3),
+        TypeError,
+        "generation has no option 'foo': there are temp",
+    ),
+    "option do_sample": (lambda g: g.chat(CONTENT, do_sample=True), TypeError, "temperature above 0 samples"),
+    "stop 5": (lambda g: g.stream("x", stop=5), ValueError, "stop must be a string or several, not int"),
+    "tokens a list": (lambda g: g.model([[2, 5]]), ValueError, "tokens must be a tensor [batch, length], not list"),
+    "last 0": (lambda g: g.model(torch.ones(1, 2).long(), last=0), ValueError, "last must be from 1 to 2"),
+    "last 3": (lambda g: g.model(torch.ones(1, 2).long(), last=3), ValueError, "last must be from 1 to 2"),
+    "window 0": (
+        lambda g: dataclasses.replace(g.config, sliding_window=0),
+        ValueError,
+        "sliding_window must be a positive integer",
+    ),
+    "published pocket": (lambda g: published_config("pocket"), ValueError, "no published config 'pocket'"),
     "prompt not UTF-8": (lambda g: g.stream("a\ud800"), ValueError, f"{SURROGATE} 1"),
     "one prompt not UTF-8": (lambda g: g.generate(["x", "\udcff"]), ValueError, f"{SURROGATE} 0"),
     "encode None": (lambda g: g.tokenizer.encode(None), ValueError, "text must be a string, not NoneType"),
@@ -253,7 +276,7 @@ def idle(pocket: Gemma, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gemma]:
     def explode(*_: object, **__: object) -> None:
         raise AssertionError("computed before the arguments were checked")
 
-    monkeypatch.setattr(pocket.model.model, "forward", explode)
+    monkeypatch.setattr(pocket.model.model.layers[0], "forward", explode)
     yield pocket
 
 
@@ -272,7 +295,7 @@ def test_what_is_not_finite_while_generating_is_an_error_of_its_own(pocket: Gemm
     with torch.no_grad():
         model = tiny(vocab_size=4096, **SMALL)
         model.model.norm.weight.fill_(3e38)
-    with pytest.raises(NonFiniteError, match="step 0: the logits of row 0 are not finite; generation stops here"):
+    with pytest.raises(NonFiniteError, match="step 0: the logits are not finite in row 0; generation stops here"):
         Gemma(model, pocket.tokenizer).generate("x", 3)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +18,11 @@ from torch.nn import functional as F
 
 import gemma2
 from gemma2 import ops
-from gemma2.model import (
-    ApplyRotary,
-    GELUTanh,
-    Gemma2,
-    RMSNorm,
-    ScaledEmbedding,
-    SoftCap,
-    SoftcapAttention,
-    TiedHead,
-)
-from gemma2.numerics import with_numerics
+from gemma2.model import ApplyRotary, GELUTanh, Gemma2, RMSNorm, SoftcapAttention, TiedHead
+from gemma2.numerics import parts, with_numerics
 from gemma2.parity.compare import Row, compare, first_difference, observed
 from gemma2.research.sites import chosen, sites
+from gemma2.twins import Make, on, replaced, sharing
 from tests.conftest import SHAPES, tiny
 
 TEXT = (
@@ -36,86 +30,88 @@ TEXT = (
     "upon the face of the deep. And the Spirit of God moved upon the face of the waters. "
 ) * 4
 
-
-def as_class(kind: type[nn.Module], twin: type[nn.Module]) -> Callable[[Gemma2], None]:
-    """Every module of `kind` computes as `twin`, a subclass with another forward."""
-
-    def inject(model: Gemma2) -> None:
-        for module in model.modules():
-            if type(module) is kind:
-                module.__class__ = twin
-
-    return inject
+Inject = Callable[[Gemma2], object]  # changes the model it is given
 
 
-class UnscaledEmbedding(ScaledEmbedding):
-    def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight)
+def twins(make: Make) -> Inject:
+    """Put twins in the place of modules, and leave them there."""
+    return lambda model: replaced(model, make)
 
 
-class NarrowNorm(RMSNorm):
+def at(paths: str, twin: Callable[[Any], nn.Module]) -> Make:
+    """`twin(module)` for every module whose path fits this pattern."""
+    return lambda path, module: twin(module) if fnmatch(path, paths) else None
+
+
+def changed(twin: Callable[[Any], nn.Module], **others: Any) -> Callable[[Any], nn.Module]:
+    """A twin in parts (see `gemma2/numerics/parts.py`) in which these functions are replaced."""
+
+    def made(plain: nn.Module) -> nn.Module:
+        new = twin(plain)
+        for name, other in others.items():
+            assert hasattr(new, name), f"{type(new).__name__} has no {name}"
+            setattr(new, name, other)
+        return new
+
+    return made
+
+
+class CapAfterMask(parts.ScoresInParts):
+    def __init__(self, plain: SoftcapAttention) -> None:
+        super().__init__(plain)
+        self.softcap = nn.Identity()  # type: ignore[assignment]
+        self.masked = lambda scores, visible: plain.softcap(parts.masked(scores, visible))
+
+
+def narrow_gain(weight: Tensor) -> Tensor:
     """1 + weight in the parameter's dtype, as in litgpt."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = ops.upcast(x)
-        normalized = self.hook_normalized(wide * self.hook_inv_scale(ops.inverse_rms(wide, self.eps)))
-        return (normalized * ops.upcast(1.0 + self.weight)).to(x.dtype)
+    return ops.upcast(1.0 + weight)
 
 
-class CapAfterMask(SoftcapAttention):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, key_positions: Tensor) -> Tensor:
-        visible = ops.visible(positions, key_positions, self.window)
-        q, k, v = (x.transpose(1, 2) for x in (q, *(x.repeat_interleave(self.group, dim=2) for x in (k, v))))
-        scores = self.hook_scores_raw(q @ k.transpose(2, 3) * self.scale)
-        scores = self.softcap(scores.masked_fill(~visible, torch.finfo(scores.dtype).min))
-        pattern = ops.upcast(self.hook_attn_scores(scores)).softmax(dim=-1).to(q.dtype)
-        return self.hook_z((self.hook_pattern(pattern) @ v).transpose(1, 2).contiguous())
-
-
-class Interleaved(ApplyRotary):
+def interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary pairs (2i, 2i + 1), as Llama's original code has them, instead of (i, i + c/2)."""
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        half = x.shape[-1] // 2
-        cos, sin = (part[..., :half].repeat_interleave(2, -1)[:, :, None] for part in (cos, sin))
-        return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin
+    half = x.shape[-1] // 2
+    cos, sin = (each[..., :half].repeat_interleave(2, -1)[:, :, None] for each in (cos, sin))
+    return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin
 
 
-class ErfGELU(GELUTanh):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(x)
+cap_after_mask = twins(on(SoftcapAttention, CapAfterMask))
+interleaved_rotary = twins(on(ApplyRotary, changed(parts.ApplyRotaryInParts, apply_rotary=interleaved)))
+erf_gelu = twins(on(GELUTanh, changed(parts.ActivationInParts, gelu=F.gelu)))
 
 
-class CappedHiddenHead(TiedHead):
+def no_final_cap(model: Gemma2) -> None:
+    replaced(model, at("softcap", nn.Identity))
+
+
+def no_score_cap(model: Gemma2) -> None:
+    replaced(model, at("*.attend.softcap", nn.Identity))
+
+
+def cap_on_hidden(model: Gemma2) -> None:
     """The cap on what the head reads instead of on the logits, as in torchtune."""
-
-    def forward(self, x: Tensor, embedding: ScaledEmbedding) -> Tensor:
-        return F.linear(ops.softcap(x, 30.0), embedding.weight)
-
-
-class NoCap(SoftCap):
-    def forward(self, x: Tensor) -> Tensor:
-        return x
+    replaced(model, on(TiedHead, changed(parts.HeadInParts, received=lambda x: ops.softcap(x, 30.0))))
+    no_final_cap(model)
 
 
-class WideLinear(nn.Linear):
-    """No mistake: a product summed in float32 and rounded once, as by another kernel."""
+def other_kernels(model: Gemma2) -> None:
+    """No mistake: products summed in float32, and every result rounded to bfloat16, as other kernels do it."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.float(), self.weight.float()).to(x.dtype)
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x.float(), weight.float())  # the twin rounds it
+
+    wide = changed(
+        parts.ScoresInParts,
+        product=lambda q, k: parts.matched(q.float(), k.float()),
+        scaled_scores=lambda scores, scale: (scores * scale).bfloat16(),
+        mixed=lambda pattern, v: (pattern.float() @ v.float()).bfloat16(),
+    )
+    replaced(model, on(nn.Linear, changed(parts.LinearInParts, product=product)))
+    replaced(model, on(SoftcapAttention, wide))
 
 
-class WideAttention(SoftcapAttention):
-    """No mistake either: products summed in float32, every result rounded."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, key_positions: Tensor) -> Tensor:
-        visible = ops.visible(positions, key_positions, self.window)
-        dtype = q.dtype
-        q, k, v = (x.transpose(1, 2).float() for x in (q, *(x.repeat_interleave(self.group, dim=2) for x in (k, v))))
-        scores = self.hook_scores_raw((q @ k.transpose(2, 3) * self.scale).to(dtype))
-        scores = self.softcap(scores).masked_fill(~visible, torch.finfo(dtype).min)
-        pattern = self.hook_pattern(ops.upcast(self.hook_attn_scores(scores)).softmax(dim=-1).to(dtype))
-        return self.hook_z((pattern.float() @ v).to(dtype).transpose(1, 2).contiguous())
+# From here on a number or a weight is changed where it stands, in a copy: the module computes as before, so it needs no
+# twin.
 
 
 def window_one_wider(model: Gemma2) -> None:
@@ -141,31 +137,21 @@ def scaled_by_width(model: Gemma2) -> None:
         layer.self_attn.attend.scale = (model.config.hidden_size / model.config.num_attention_heads) ** -0.5
 
 
-def cap_on_hidden(model: Gemma2) -> None:
-    model.lm_head.__class__ = CappedHiddenHead
-    model.softcap.__class__ = NoCap
-
-
-def no_final_cap(model: Gemma2) -> None:
-    model.softcap.__class__ = NoCap
-
-
-def no_score_cap(model: Gemma2) -> None:
-    for layer in model.model.layers:
-        layer.get_submodule("self_attn.attend.softcap").__class__ = NoCap
+def unscaled_embedding(model: Gemma2) -> None:
+    model.model.embed_tokens.scale = 1.0
 
 
 def norm_read_twice(model: Gemma2) -> None:
     """A norm weight that already holds 1 + w, as a GGUF has it, with 1 added once more."""
-    with torch.no_grad():
-        model.get_parameter("model.layers.2.pre_feedforward_layernorm.weight").add_(1)
+    norm = model.get_submodule("model.layers.2.pre_feedforward_layernorm")
+    norm.weight = nn.Parameter(norm.get_parameter("weight").detach() + 1)  # the old one may be another model's too
 
 
 @dataclass(frozen=True)
 class Bug:
     """A mistake, the site at which it must be found first, and the least that shows it."""
 
-    inject: Callable[[Gemma2], None]
+    inject: Inject
     first: str
     dtype: torch.dtype = torch.float32
     length: int = 64
@@ -174,19 +160,19 @@ class Bug:
 BUGS = {
     "window off by one": Bug(window_one_wider, "blocks.0.attn.hook_attn_scores", length=160),
     "layers swapped": Bug(layers_swapped, "blocks.0.attn.hook_attn_scores", length=160),
-    "cap after mask": Bug(as_class(SoftcapAttention, CapAfterMask), "blocks.0.attn.hook_attn_scores"),
+    "cap after mask": Bug(cap_after_mask, "blocks.0.attn.hook_attn_scores"),
     "cap on the hidden state": Bug(cap_on_hidden, "logits_raw"),
     "cap on logits left out": Bug(no_final_cap, "logits"),
     "cap on scores left out": Bug(no_score_cap, "blocks.0.attn.hook_attn_scores"),
     "1 + w in the parameter's dtype": Bug(
-        as_class(RMSNorm, NarrowNorm), "blocks.0.hook_attn_out", dtype=torch.bfloat16
+        twins(on(RMSNorm, changed(parts.NormInParts, gain=narrow_gain))), "blocks.0.hook_attn_out", dtype=torch.bfloat16
     ),
     "1 added to a norm twice": Bug(norm_read_twice, "blocks.2.ln2"),
     "wrong query scale": Bug(scaled_by_width, "blocks.0.attn.hook_scores_raw"),
-    "interleaved rotary": Bug(as_class(ApplyRotary, Interleaved), "blocks.0.attn.hook_rot_q"),
+    "interleaved rotary": Bug(interleaved_rotary, "blocks.0.attn.hook_rot_q"),
     "swapped post-norms": Bug(post_norms_swapped, "blocks.0.hook_attn_out"),
-    "unscaled embedding": Bug(as_class(ScaledEmbedding, UnscaledEmbedding), "hook_embed"),
-    "erf GELU": Bug(as_class(GELUTanh, ErfGELU), "blocks.0.mlp.hook_post"),
+    "unscaled embedding": Bug(unscaled_embedding, "hook_embed"),
+    "erf GELU": Bug(erf_gelu, "blocks.0.mlp.hook_post"),
 }
 
 
@@ -212,7 +198,7 @@ def injected_rows(bug: Bug, gemma: gemma2.Gemma, shown: tuple[str, ...] = ("*",)
     """What parity says of the pocket model with one mistake in it, of which these sites are shown."""
     model = copy.deepcopy(gemma.model).to(bug.dtype)
     ids = gemma.tokenizer.encode(TEXT)[: bug.length]
-    broken = copy.deepcopy(model)
+    broken = sharing(model)
     bug.inject(broken)
     return compare(model, ids, observed(broken, ids, chosen(model.config, shown)))
 
@@ -227,9 +213,8 @@ def sound_rows(models: int = 54, length: int = 24) -> Iterator[tuple[str, list[R
         if number % 2:
             other = with_numerics(model, "gemma_pytorch")
         else:
-            other = copy.deepcopy(model)
-            as_class(nn.Linear, WideLinear)(other)
-            as_class(SoftcapAttention, WideAttention)(other)
+            other = sharing(model)
+            other_kernels(other)
         yield f"{size}, seed {seed}", compare(model, ids, observed(other, ids, sites(model.config)))
 
 

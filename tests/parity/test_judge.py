@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -18,13 +18,25 @@ from gemma2.errors import BadModelFile, ContextOverflow, NonFiniteError
 from gemma2.load import POCKET
 from gemma2.model import Gemma2
 from gemma2.numerics import PROFILES
+from gemma2.numerics.parts import LinearInParts
 from gemma2.parity.cases import AGREES, DIFFERS, NOT_RUN, Case, run_cases
 from gemma2.parity.judge import DIFFERENCE, EQUAL, ROUNDING, explain, judge
 from gemma2.parity.references import CannotDo, Reference, open_reference, spans
 from gemma2.parity.references.ourselves import Ourselves
 from gemma2.tokens import left_padded
+from gemma2.twins import replaced
 from tests.conftest import COMMON, SHAPES, ids, tensors_of, tiny
-from tests.parity.injected import BUGS, layers_swapped, no_final_cap, no_score_cap, scaled_by_width, window_one_wider
+from tests.parity.injected import (
+    BUGS,
+    Inject,
+    at,
+    changed,
+    layers_swapped,
+    no_final_cap,
+    no_score_cap,
+    scaled_by_width,
+    window_one_wider,
+)
 
 SMALL = {**SHAPES["2b"], "num_hidden_layers": 2}
 BOS = 2
@@ -72,7 +84,7 @@ def written(place: Path, change: Callable[[Gemma2], object] = lambda model: None
 class Injected(Ourselves):
     """Ourselves with a mistake, which another window leaves in."""
 
-    def __init__(self, opened: Checkpoint, bug: Callable[[Gemma2], None], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, opened: Checkpoint, bug: Inject, dtype: torch.dtype = torch.float32) -> None:
         self.inject = bug
         super().__init__(opened, dtype)
 
@@ -86,12 +98,10 @@ def nothing(model: Gemma2) -> None:
     """The sound one."""
 
 
-class Halved(nn.Linear):
-    """Products summed in two halves."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        half = x.shape[-1] // 2
-        return F.linear(x[..., :half], self.weight[:, :half]) + F.linear(x[..., half:], self.weight[:, half:])
+def in_halves(x: Tensor, weight: Tensor) -> Tensor:
+    """A product summed in two halves."""
+    half = x.shape[-1] // 2
+    return F.linear(x[..., :half], weight[:, :half]) + F.linear(x[..., half:], weight[:, half:])
 
 
 class WideCache(Ourselves):
@@ -199,7 +209,7 @@ def test_a_case_in_which_a_system_fails_is_not_run_and_says_with_what(ours: Ours
     ],
 )
 def test_a_case_differs_where_the_system_is_broken_in_its_way(
-    inject: Callable[[Gemma2], None], case: str, detail: str, ours: Ourselves, opened: Checkpoint
+    inject: Inject, case: str, detail: str, ours: Ourselves, opened: Checkpoint
 ) -> None:
     found = outcomes(Injected(opened, inject), ours)
     # These four judge all sites or the logits, which any mistake moves.
@@ -235,7 +245,7 @@ def test_the_scale_is_measured_from_patterns_where_scores_are_not_shown(ours: Ou
 WITHOUT_SCORES = ("scores_raw", "attn_scores")
 
 
-def without_scores(opened: Checkpoint, inject: Callable[[Gemma2], None], dtype: torch.dtype) -> Injected:
+def without_scores(opened: Checkpoint, inject: Inject, dtype: torch.dtype) -> Injected:
     theirs = Injected(opened, inject, dtype)
     theirs.sites = frozenset(name for name in theirs.sites if not name.endswith(WITHOUT_SCORES))
     return theirs
@@ -310,9 +320,8 @@ def test_float64_is_judged_by_what_float64_leaves(opened: Checkpoint, path: Path
     assert found.verdict == EQUAL and CACHED not in differing({case.name: case for case in found.cases})
 
     def halved(model: Gemma2) -> None:
-        for layer in model.model.layers:
-            for name in ("self_attn.q_proj", "mlp.down_proj"):
-                layer.get_submodule(name).__class__ = Halved
+        for paths in ("*.self_attn.q_proj", "*.mlp.down_proj"):
+            replaced(model, at(paths, changed(LinearInParts, product=in_halves)))
 
     assert judge(Injected(opened, halved, torch.float64), opened, ROW[:8]).verdict == ROUNDING
     erf = judge(Injected(opened, BUGS["erf GELU"].inject, torch.float64), opened, ROW[:8])

@@ -1,0 +1,120 @@
+"""A conversation that keeps its cache: each turn computes only what is new."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Iterator
+from itertools import takewhile
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from gemma2.cache import HybridCache
+from gemma2.chat import chat_ids
+from gemma2.checks import check_count
+from gemma2.gemma import MAX_NEW_TOKENS, Gemma, Options
+from gemma2.generate import Processor
+from gemma2.sampling import repetition_penalty
+from gemma2.stats import Stats
+
+
+class Talk:
+    """Turns of a user and the model, with everything computed so far kept in a cache.
+
+    The replies are those of `Gemma.stream_chat` on the whole conversation, but for rounding. A turn rolls the cache
+    back to the ids that the new prompt has in common with what was fed, and feeds the rest.
+
+        talk = Talk(gemma, max_new_tokens=200, temperature=0.7)
+        for piece in talk.say("Who made the world?"):
+            print(piece, end="", flush=True)
+
+    Args:
+        gemma: a model tuned for chat.
+        max_new_tokens: of each reply.
+        options: as `Gemma.generate`; the cache is the talk's own.
+
+    Attributes:
+        messages: the turns so far, as `Gemma.chat` takes them. A reply that was broken off is kept as far as it went.
+    """
+
+    def __init__(self, gemma: Gemma, max_new_tokens: int = MAX_NEW_TOKENS, **options: Unpack[Options]) -> None:
+        check_count("max_new_tokens", max_new_tokens)
+        if options.get("cache") is not None or options.get("feed") is not None:
+            raise ValueError("a talk has a cache of its own: leave cache and feed out")
+        if not gemma.chat_tuned:
+            warnings.warn("this checkpoint does not say that it was tuned for chat: it may ramble", stacklevel=2)
+        self.gemma, self.max_new_tokens, self.options = gemma, max_new_tokens, options
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        context = self.gemma.config.max_position_embeddings
+        self.messages: list[dict[str, str]] = []
+        self.cache = HybridCache(self.gemma.config, 1, context, slack=min(self.max_new_tokens, context))
+        self._fed: list[int] = []
+
+    def say(self, content: str, stats: Stats | None = None) -> Generator[str, None, None]:
+        """The reply, piece by piece. Closing the iterator, or Ctrl-C inside it, ends the reply and keeps the talk.
+
+        Args:
+            stats: filled in while the reply is made.
+        Raises:
+            ContextOverflow, ValueError: as `Gemma.generate`, before anything is computed; the turn is then not kept.
+        """
+        messages = [*self.messages, {"role": "user", "content": content}]
+        ids = chat_ids(messages, self.gemma.tokenizer)
+        kept = self._rolled_back(ids)
+        options: Options = {**self.options, "cache": self.cache, "processors": self._processors(ids[:kept])}
+        options["repetition_penalty"] = 1.0  # it is among the processors, which know the whole conversation
+        options["stats"] = stats
+        pieces = self.gemma.stream(ids[kept:], self.max_new_tokens, **options)
+        return self._kept(messages, pieces)
+
+    def _kept(self, messages: list[dict[str, str]], pieces: Iterator[str]) -> Generator[str, None, None]:
+        reply, failed = "", False
+        try:
+            for piece in pieces:
+                reply += piece
+                yield piece
+        except Exception:  # Ctrl-C and an iterator that is closed are none
+            failed = True
+            self.reset_cache()
+            raise
+        finally:
+            if not failed:
+                self.messages = [*messages, {"role": "assistant", "content": reply}]
+
+    def reset_cache(self) -> None:
+        """Compute the whole conversation anew in the next turn."""
+        self.cache.reset()
+        self._fed = []
+
+    def _rolled_back(self, ids: list[int]) -> int:
+        """How many ids of the new prompt the cache holds, after forgetting the others; one at least is to be fed."""
+        pairs = zip(self._fed, ids[:-1], strict=False)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        try:
+            self.cache.rollback(common)
+        except (ValueError, RuntimeError):  # beyond the slack, or broken off in the middle of a pass
+            self.reset_cache()
+            return 0
+        self._fed = self._fed[:common]
+        return common
+
+    def _processors(self, held: list[int]) -> list[Processor]:
+        """The options' processors, given the whole conversation; the first notes what has been fed."""
+        before = torch.tensor([held], dtype=torch.int64, device=self.gemma.model.device)
+        penalty = self.options.get("repetition_penalty", 1.0)
+        asked = list(self.options.get("processors", ()))
+        if penalty != 1.0:
+            asked.insert(0, repetition_penalty(penalty, torch.zeros(1, 1, device=before.device)))
+
+        def process(ids: Tensor, logits: Tensor) -> Tensor:
+            whole = torch.cat((before, ids), dim=1)
+            self._fed = whole[0].tolist()
+            for processor in asked:
+                logits = processor(whole, logits)
+            return logits
+
+        return [process]

@@ -1,0 +1,136 @@
+"""A talk gives the replies of whole conversations, computes only what is new, and outlives a broken reply."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from gemma2 import ContextOverflow, Gemma, NonFiniteError, Talk
+from tests.children import signals_restored
+
+SAID = ["Who made the heaven and the earth?", "And what said he unto Moses in the wilderness?", "Why?"]
+
+
+@pytest.fixture
+def gemma(pocket: Gemma) -> Iterator[Gemma]:
+    """The pocket model with its window of 128, taken for one that was tuned for chat."""
+    before, pocket.chat_tuned = pocket.chat_tuned, True
+    yield pocket
+    pocket.chat_tuned = before
+
+
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.3}], ids=["greedy", "repetition penalty"])
+def test_the_replies_are_those_of_the_whole_conversation_computed_anew(
+    gemma: Gemma, settings: dict[str, float]
+) -> None:
+    """Past the window of 128."""
+    talk = Talk(gemma, 60, **settings)  # type: ignore[arg-type]
+    messages: list[dict[str, str]] = []
+    for content in SAID:
+        messages.append({"role": "user", "content": content})
+        whole = "".join(gemma.stream_chat(messages, 60, **settings))  # type: ignore[arg-type]
+        assert "".join(talk.say(content)) == whole
+        messages.append({"role": "assistant", "content": whole})
+    assert talk.messages == messages and talk.cache.length > gemma.config.sliding_window
+
+
+def test_a_turn_computes_only_what_is_new(gemma: Gemma) -> None:
+    talk, fed = Talk(gemma, 40), list[int]()
+    hook = gemma.model.register_forward_pre_hook(lambda m, inputs: fed.append(inputs[0].shape[1]))
+    counts = []
+    for content in SAID:
+        "".join(talk.say(content))
+        counts.append(sum(fed))
+        fed.clear()
+    hook.remove()
+    assert talk.cache.length > 150 and counts[2] < 70, counts
+
+
+def test_a_reply_that_is_closed_is_kept_as_far_as_it_went_and_the_talk_goes_on(gemma: Gemma) -> None:
+    talk = Talk(gemma, 60)
+    reply = talk.say(SAID[0])
+    said = "".join(next(reply) for _ in range(6))
+    reply.close()
+    assert talk.messages[1] == {"role": "assistant", "content": said}
+    messages = [*talk.messages, {"role": "user", "content": SAID[1]}]
+    assert "".join(talk.say(SAID[1])) == "".join(gemma.stream_chat(messages, 60))
+
+
+def test_a_pass_that_is_broken_off_in_the_middle_costs_the_cache_and_not_the_talk(gemma: Gemma) -> None:
+    talk = Talk(gemma, 20)
+    reply = talk.say(SAID[0])
+    said = "".join(next(reply) for _ in range(4))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = gemma.model.model.layers[3].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(reply)
+    hook.remove()
+    messages = [*talk.messages, {"role": "user", "content": SAID[1]}]
+    assert talk.messages[1]["content"] == said
+    assert "".join(talk.say(SAID[1])) == "".join(gemma.stream_chat(messages, 20))
+
+
+def test_a_turn_that_does_not_fit_or_fails_is_not_kept(gemma: Gemma) -> None:
+    talk = Talk(gemma, 900)
+    with pytest.raises(ContextOverflow):
+        talk.say("word " * 300)
+    assert talk.messages == []
+
+    def poison(module: object, inputs: object, output: Tensor) -> Tensor:
+        return output * torch.nan
+
+    hook = gemma.model.softcap.register_forward_hook(poison)
+    with pytest.raises(NonFiniteError):
+        list(talk.say("Who?"))
+    hook.remove()
+    assert talk.messages == []
+    assert next(talk.say("Who?"))
+
+
+def test_reset_forgets_and_a_foreign_cache_is_refused(gemma: Gemma) -> None:
+    talk = Talk(gemma, 10)
+    first = "".join(talk.say(SAID[0]))
+    "".join(talk.say(SAID[1]))
+    talk.reset()
+    assert "".join(talk.say(SAID[0])) == first and len(talk.messages) == 2
+    with pytest.raises(ValueError, match="a talk has a cache of its own"):
+        Talk(gemma, 10, cache=talk.cache)
+
+
+def test_without_chat_tuning_it_warns_once(pocket: Gemma) -> None:
+    with pytest.warns(UserWarning, match="does not say that it was tuned for chat"):
+        Talk(pocket, 5)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_in_a_reply_ends_the_reply_and_keeps_the_talk() -> None:
+    command = [sys.executable, "-m", "gemma2", "chat", "-n", "400", "--device", "cpu"]
+    with signals_restored():
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert child.stdin and child.stdout
+        child.stdin.write((SAID[0] + "\n").encode())
+        child.stdin.flush()
+        first = os.read(child.stdout.fileno(), 1)  # the reply has begun
+        child.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        child.stdin.write(b"And then?\n/quit\n")
+        child.stdin.flush()
+        out, err = child.communicate(timeout=120)
+    finally:
+        child.kill()
+    text = (first + out).decode(errors="replace")
+    assert child.returncode == 0, err
+    assert text.count("\n") >= 2 and len(text) > 20, json.dumps(text)
