@@ -109,7 +109,7 @@ def _steps(
         logits = feed(part, positions[:, done : done + part.shape[1]])
         done += part.shape[1]
     for step in range(max_new_tokens):
-        logits = ops.upcast(logits)
+        logits = ops.upcast(logits).clone() if processors else logits  # some write into it, and a hook may hold it
         for process in processors:
             logits = process(ids, logits)
         if finished:  # whatever a row computes that has ended, it stops no other

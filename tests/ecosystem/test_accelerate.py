@@ -20,7 +20,7 @@ from tests.ecosystem.conftest import needs
 accelerate = needs("accelerate")
 
 PROMPT = "In the beginning"
-CURE = r"embedding's weight, which is on meta.*offload the layers instead.*cpu_offload\(model\.model\.layers\)"
+CURE = r"embedding's weight is on meta.*offload the layers instead.*cpu_offload\(model\.model\.layers\)"
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import gemma2
 from gemma2.generate import Processor, generate_ids
+from gemma2.research.capture import capture
 from tests.ecosystem.conftest import needs
 
 SCHEMA = {
@@ -43,7 +44,7 @@ def constrained(accept: Callable[[int], object], mask: Callable[[Tensor], None])
         nonlocal prompt
         if prompt:
             accept(int(ids[0, -1]))
-        prompt, logits = prompt or ids.shape[1], logits.clone()
+        prompt = prompt or ids.shape[1]
         mask(logits)
         return logits
 
@@ -122,3 +123,12 @@ def test_a_grammar_bans_with_minus_infinity_and_that_is_no_fault(pocket: gemma2.
     made = [row[0] for row in generate_ids(pocket.model, [prompt], 8, processors=[processor, see])]
     assert pocket.tokenizer.decode(made).startswith('{"name"')
     assert all(bool(torch.isneginf(logits).any()) for logits in seen)
+
+
+def test_a_mask_written_in_place_leaves_the_logits_that_a_hook_has_seen(pocket: gemma2.Gemma) -> None:
+    prompt = pocket.tokenizer.encode(PROMPT)
+    with capture(pocket, "logits") as plain:
+        list(generate_ids(pocket.model, [prompt], 1))
+    with capture(pocket, "logits") as seen:
+        list(generate_ids(pocket.model, [prompt], 1, processors=[xgrammar_processor(pocket.tokenizer, SCHEMA)]))
+    assert torch.equal(seen["logits"], plain["logits"])
