@@ -13,7 +13,8 @@ from gemma2.chat import chat_ids
 from gemma2.checks import check_count
 from gemma2.config import Gemma2Config
 from gemma2.detokenizer import Detokenizer, parse_stops
-from gemma2.generate import Feed, Processor, generate_ids
+from gemma2.feed import Feed, Processor
+from gemma2.generate import generate_ids
 from gemma2.model import Gemma2
 from gemma2.sampling import Sampling, make_generator
 from gemma2.stats import Stats

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from gemma2 import ops
 from gemma2.cache import Cache, HybridCache
 from gemma2.checks import check_count
 from gemma2.errors import ContextOverflow
+from gemma2.feed import Feed, Processor, model_feed
 from gemma2.model import Gemma2
 from gemma2.sampling import Sampling, make_generator, refuse_non_finite, repetition_penalty, sample
 from gemma2.stats import Stats, timed
@@ -19,8 +20,6 @@ from gemma2.tokenizer import parse_ids
 from gemma2.tokens import left_padded
 
 PREFILL_CHUNK = 512  # positions a forward pass of the prompt takes: bounds the [b h t s] scores in memory
-Feed = Callable[[Tensor, Tensor], Tensor]  # ids [b t], positions [b t] -> logits [b v] of the last column
-Processor = Callable[[Tensor, Tensor], Tensor]  # ids so far [b n], logits [b v] -> logits; -inf bans an id
 
 
 def generate_ids(
@@ -85,7 +84,7 @@ def generate_ids(
         )
     if sampling.repetition_penalty != 1.0:
         processors = [repetition_penalty(sampling.repetition_penalty, pads), *processors]
-    feed = feed or (lambda ids, positions: model(ids, positions, cache, last=1)[:, -1])
+    feed = feed or model_feed(model, cache)
     quiet = ids.shape[1] <= chunk or (None if progress is None else not progress)
     parts = tqdm(ids.split(chunk, dim=1), desc="prompt", unit=" chunks", leave=False, disable=quiet)
     steps = _steps(feed, ids, positions, parts, max_new_tokens, processors, sampling, generator, finished)

@@ -13,8 +13,8 @@ from torch import Tensor
 from gemma2.cache import HybridCache
 from gemma2.chat import chat_ids
 from gemma2.checks import check_count
+from gemma2.feed import Processor
 from gemma2.gemma import MAX_NEW_TOKENS, Gemma, Options
-from gemma2.generate import Processor
 from gemma2.sampling import repetition_penalty
 from gemma2.stats import Stats
 

@@ -15,7 +15,7 @@ ROWS = [
     ["errors", "atomic", "checks", "stats", "tokens"],
     ["config", "ops"],
     ["cache", "tokenizer", "sampling"],
-    ["model", "chat", "detokenizer"],
+    ["model", "chat", "detokenizer", "feed"],
     ["twins", "generate"],
     ["gemma", "checkpoints", "research", "fast"],
     ["talk", "hub", "numerics"],

@@ -47,6 +47,17 @@ def test_a_compiled_model_is_compiled_in_generation_and_writes_the_same() -> Non
     assert backend.graphs == before, "nothing new to compile"
 
 
+def test_hooks_in_a_compiled_model_fire_while_it_generates() -> None:
+    torch.compiler.reset()
+    model, fired = tiny(), list[int]()
+    compiled = torch.compile(model, backend=Counting())
+    plain = made(compiled, steps=4)
+    hook = model.model.layers[2].hook_resid_mid.register_forward_hook(lambda m, i, output: fired.append(1))
+    assert made(compiled, steps=4) == plain and len(fired) == 4
+    hook.remove()
+    assert made(compiled, steps=4) == plain and len(fired) == 4
+
+
 def test_a_wrapper_around_the_model_is_what_is_called() -> None:
     class Wrapper(torch.nn.Module):
         def __init__(self, model: gemma2.Gemma2) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import gemma2
-from gemma2.generate import Processor, generate_ids
+from gemma2.feed import Processor
+from gemma2.generate import generate_ids
 
 transformers = pytest.importorskip("transformers")
 

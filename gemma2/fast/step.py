@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gemma2.fast.static import StaticCache
-from gemma2.generate import Feed
+from gemma2.feed import Feed, hooked
 from gemma2.model import Gemma2
 
 
@@ -31,14 +31,7 @@ def compiled_step(model: Gemma2, cache: StaticCache, **options: Any) -> Feed:
     compiled = torch.compile(step, fullgraph=True, dynamic=False, **options)
 
     def feed(ids: Tensor, positions: Tensor) -> Tensor:
-        single = ids.shape[1] == 1 and not any(hooked(module) for module in model.modules())
+        single = ids.shape[1] == 1 and not any(map(hooked, model.modules()))
         return compiled(ids, positions) if single else step(ids, positions)
 
     return feed
-
-
-def hooked(module: torch.nn.Module) -> bool:
-    """Whether a forward or backward hook is set on this module itself."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import gemma2
-from gemma2.generate import Processor, generate_ids
+from gemma2.feed import Processor
+from gemma2.generate import generate_ids
 from gemma2.research.capture import capture
 from tests.ecosystem.conftest import needs
 
