@@ -20,7 +20,6 @@ from gemma2.errors import ContextOverflow
 from gemma2.tokens import check_fit, check_positions
 
 EMPTY = -1  # the position of a slot that holds nothing; padding has negative positions too
-
 Held = tuple[Tensor, Tensor, Tensor]  # keys [b s g c], values [b s g c], positions [b s]
 
 
@@ -55,7 +54,7 @@ class LayerCache:
         self.reset()
 
     def reset(self) -> None:
-        self.length = 0  # columns written so far
+        self.length = self.most = 0  # columns written so far, and the most there were before a rollback
         self.broken = False  # while a write is under way, and after one that was interrupted
         self.keys, self.values, self.positions = torch.empty(3, 0)  # until the first pass: [b s g c] twice, [b s]
 
@@ -63,8 +62,9 @@ class LayerCache:
         new = (keys, values, positions.to(torch.int32))
         if not len(self.keys):
             shape = (len(keys), self.slots)
-            self.keys, self.values = (x.new_zeros(*shape, *x.shape[2:]) for x in (keys, values))
-            self.positions = new[2].new_full(shape, EMPTY)
+            with torch.inference_mode(False):  # else nothing could be written into them outside of it
+                self.keys, self.values = (x.new_zeros(*shape, *x.shape[2:]) for x in (keys, values))
+                self.positions = new[2].new_full(shape, EMPTY)
         stored = (self.keys, self.values, self.positions)
         check_fit(stored, new)
         start, t = self.length, positions.shape[1]
@@ -80,22 +80,23 @@ class LayerCache:
         for old, x in zip(stored, new, strict=True):
             old.index_copy_(1, where, x[:, -kept:].detach())
         self.length, self.broken = start + t, False
+        self.most = max(self.most, self.length)
         k, v, p = joined or [old[:, : self.length] for old in stored]  # beyond the slots a slice ends with them
         return k, v, p
 
     def last_positions(self) -> Tensor | None:
         """The positions [b 1] in the last column, or None in an empty cache."""
-        column = torch.arange(self.length - 1, self.length, device=self.positions.device)  # no number to compile in
+        column = torch.arange(self.length - 1, self.length, device=self.positions.device)
         return self.positions.index_select(1, column % self.slots) if self.length else None
 
     def can_forget(self, length: int) -> bool:
         """Whether all that a query in column `length` sees is still held."""
-        return self.length <= self.slots or length - self.window + 1 >= self.length - self.slots
+        return max(0, length - self.window + 1) >= self.most - self.slots
 
     def forget(self, length: int) -> None:
         """Empty the slots of all columns from `length` on."""
         for column in range(max(length, self.length - self.slots), self.length):
-            self.positions[:, column % self.slots] = EMPTY
+            self.positions[:, column % self.slots], self.values[:, column % self.slots] = EMPTY, 0.0
         self.length = length
 
 
@@ -151,13 +152,11 @@ class HybridCache:
         if batch != self.batch:
             raise ValueError(f"the cache holds {self.batch} rows, the tokens have {batch}")
         if start + t > self.capacity:
-            raise ContextOverflow(
-                f"cache full: {start} columns held and {t} new exceed its capacity of {self.capacity}"
-            )
+            raise ContextOverflow(f"cache full: {start} columns held and {t} new exceed {self.capacity}, its capacity")
         last = self.layers[0].last_positions()
         before = torch.full((batch, 1), EMPTY, device=tokens.device) if last is None else last.long()
         if given is None:
-            return before.to(tokens.device) + 1 + torch.arange(t, device=tokens.device)
+            return before.clamp(min=EMPTY).to(tokens.device) + 1 + torch.arange(t, device=tokens.device)
         check_positions(given, tokens, before, start)
         return given
 
@@ -171,6 +170,8 @@ class HybridCache:
         held = self.length
         if not 0 <= length <= held:
             raise ValueError(f"cannot roll back to {length}: the cache holds {held} columns")
+        if length == 0:
+            return self.reset()
         if length < held and not all(layer.can_forget(length) for layer in self.layers):
             raise ValueError(
                 f"cannot roll back to {length}: {held} columns have wrapped the local layers' rings, which can take "

@@ -73,7 +73,7 @@ def convert(
         FileExistsError: the target is there, and not to be replaced.
         OSError: it cannot be written, or there is too little space for it.
         BadModelFile: the source is not exactly a Gemma 2, or the target's format cannot state what it is.
-        ValueError: a type that the target's format does not have, a name that is none, or a source that is neither a
+        ValueError: a type that the target's format does not have, an empty name, or a source that is neither a
             path nor a `Gemma`.
     """
     target = Path(target).expanduser()

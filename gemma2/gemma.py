@@ -22,7 +22,8 @@ from gemma2.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 256
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-# What transformers calls otherwise, for whoever tries it here.
+IDLE = ("top_k", "top_p", "min_p")  # without effect in greedy decoding; so is a seed
+# Options of transformers that have another name here, or that are not here.
 ELSEWHERE = {
     "do_sample": "temperature above 0 samples",
     "max_length": "max_new_tokens counts the new tokens",
@@ -105,7 +106,8 @@ class Gemma:
             seed: an integer or a torch.Generator, for sampling; the same seed gives the same tokens for the same batch.
             stop: a string or several at which a row ends, not part of the text. `<eos>` and `<end_of_turn>` always do.
             special: let control tokens spelled in a prompt be control tokens, see `Tokenizer.encode`.
-            processors, cache, feed: see `generate_ids`. A text that continues a filled cache gets no BOS.
+            processors, cache, feed: see `generate_ids`. A text that continues a filled cache gets no BOS; processors
+                and the repetition penalty then know this text alone, not what the cache holds.
             stats: a `Stats` to fill in.
         Raises:
             TypeError: an unknown option.
@@ -141,7 +143,7 @@ class Gemma:
         """Check everything, then return the iterator over each step's new text, one piece a row."""
         check_options(options)
         check_count("max_new_tokens", max_new_tokens)
-        sampling = Sampling(**{name: options[name] for name in SAMPLING if name in options})  # type: ignore[literal-required]
+        sampling = sampling_of(options)
         generator = make_generator(options.get("seed"), self.model.device)
         stops = parse_stops(options.get("stop", ()))
         cache, stats, finished = options.get("cache"), options.get("stats") or Stats(), set[int]()
@@ -172,8 +174,19 @@ class Gemma:
         return prompt
 
 
+def sampling_of(options: Options) -> Sampling:
+    """The options' sampling. Raises ValueError for a value out of its range; warns of one that has no effect."""
+    given = {name: options[name] for name in SAMPLING if name in options}  # type: ignore[literal-required]
+    sampling, plain = Sampling(**given), Sampling()
+    idle = [name for name in IDLE if name in given and given[name] != getattr(plain, name)]
+    idle += ["seed"] if options.get("seed") is not None else []
+    if sampling.greedy and idle:
+        warnings.warn(f"{' and '.join(idle)} have no effect without a temperature: decoding is greedy", stacklevel=4)
+    return sampling
+
+
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raises TypeError for an option that there is not, and says what is meant where transformers has it."""
+    """Raises TypeError for an unknown option, and says what to use where transformers has that option."""
     for name in options:
         if name not in Options.__annotations__:
             hint = ELSEWHERE.get(name, f"there are {', '.join(Options.__annotations__)}")

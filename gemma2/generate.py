@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gemma2 import ops
 from gemma2.cache import Cache, HybridCache
 from gemma2.checks import check_count
 from gemma2.errors import ContextOverflow
-from gemma2.feed import Feed, Processor, model_feed
+from gemma2.feed import Feed, Processor, model_feed, parse_processors, processed
 from gemma2.model import Gemma2
 from gemma2.sampling import Sampling, make_generator, refuse_non_finite, repetition_penalty, sample
 from gemma2.stats import Stats, timed
@@ -45,7 +44,8 @@ def generate_ids(
         processors: change the logits before an id is chosen, in this order, after the repetition penalty. They have the
             signature of transformers' `LogitsProcessor`. Padding in the ids is id 0, on the left.
         cache: what these prompts continue, with room for them and the new tokens; default a new one. It then holds all
-            ids but the last one chosen. Rows that continue it must be of equal length.
+            ids but the last one chosen, and of a row that ended earlier also ids that mean nothing. Rows that continue
+            it must be of equal length. Processors and the penalty know this call's ids alone.
         feed: computes the logits instead of `model(ids, positions, cache, last=1)`, as a compiled step does.
         finished: rows that have ended. The caller adds to it between steps; such a row keeps its place in the batch,
             but its further ids mean nothing. The loop ends when all rows are in it.
@@ -60,6 +60,7 @@ def generate_ids(
     sampling, finished = sampling or Sampling(), set() if finished is None else finished
     check_count("max_new_tokens", max_new_tokens)
     check_count("chunk", chunk, least=1)
+    processors = parse_processors(processors)
     rows = [parse_ids(prompt, model.config.vocab_size) for prompt in prompts]
     if not rows or not all(rows):
         raise ValueError("nothing to continue: a prompt needs at least one id (the BOS)")
@@ -68,10 +69,9 @@ def generate_ids(
     pads = (positions < 0).sum(dim=1, keepdim=True)
     if cache is None:
         cache = HybridCache(model.config, len(rows), ids.shape[1] + max_new_tokens)
-    elif cache.length:
-        if pads.any():
-            raise ValueError("rows that continue a cache must be of equal length: padding cannot follow their tokens")
-        positions = cache.next_positions(ids)
+    elif cache.length and pads.any():
+        raise ValueError("rows that continue a cache must be of equal length: padding cannot follow their tokens")
+    positions = cache.next_positions(ids, None if cache.length else positions)
     end, context = int(positions[:, -1].max()) + 1 + max_new_tokens, model.config.max_position_embeddings
     if end > context:
         raise ContextOverflow(
@@ -108,9 +108,7 @@ def _steps(
         logits = feed(part, positions[:, done : done + part.shape[1]])
         done += part.shape[1]
     for step in range(max_new_tokens):
-        logits = ops.upcast(logits).clone() if processors else logits  # some write into it, and a hook may hold it
-        for process in processors:
-            logits = process(ids, logits)
+        logits = processed(processors, ids, logits)
         if finished:  # whatever a row computes that has ended, it stops no other
             logits = logits.index_fill(0, torch.tensor(sorted(finished), device=logits.device), 0.0)
         refuse_non_finite(logits, step)

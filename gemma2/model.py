@@ -81,7 +81,7 @@ class RotaryEmbedding(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         # The frequencies move with the model but keep their dtype: bfloat16 would put far positions a radian off.
-        return super()._apply(lambda buffer: buffer.to(fn(buffer).device), recurse)
+        return super()._apply(lambda x: ops.frequencies(self.width, self.theta, x.dtype).to(fn(x).device), recurse)
 
 
 class ApplyRotary(nn.Module):

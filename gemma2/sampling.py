@@ -58,7 +58,7 @@ def make_generator(seed: int | torch.Generator | None, device: torch.device) -> 
 
     Raises:
         RuntimeError: the model's embedding was offloaded, so it is on the meta device.
-        ValueError: a seed that is none, or a generator for another device.
+        ValueError: a seed that is no integer, or a generator for another device.
     """
     check_here(device)
     if isinstance(seed, torch.Generator):

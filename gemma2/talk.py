@@ -14,7 +14,7 @@ from gemma2.cache import HybridCache
 from gemma2.chat import chat_ids
 from gemma2.checks import check_count
 from gemma2.feed import Processor
-from gemma2.gemma import MAX_NEW_TOKENS, Gemma, Options
+from gemma2.gemma import MAX_NEW_TOKENS, Gemma, Options, check_options, sampling_of
 from gemma2.sampling import repetition_penalty
 from gemma2.stats import Stats
 
@@ -40,8 +40,10 @@ class Talk:
 
     def __init__(self, gemma: Gemma, max_new_tokens: int = MAX_NEW_TOKENS, **options: Unpack[Options]) -> None:
         check_count("max_new_tokens", max_new_tokens)
-        if options.get("cache") is not None or options.get("feed") is not None:
-            raise ValueError("a talk has a cache of its own: leave cache and feed out")
+        check_options(options)
+        sampling_of(options)
+        if any(options.get(name) is not None for name in ("cache", "feed", "stats")):
+            raise ValueError("a talk has a cache of its own: leave cache and feed out, and give stats to say()")
         if not gemma.chat_tuned:
             warnings.warn("this checkpoint does not say that it was tuned for chat: it may ramble", stacklevel=2)
         self.gemma, self.max_new_tokens, self.options = gemma, max_new_tokens, options
@@ -77,7 +79,7 @@ class Talk:
             for piece in pieces:
                 reply += piece
                 yield piece
-        except Exception:  # Ctrl-C and an iterator that is closed are none
+        except Exception:  # not Ctrl-C, nor an iterator that is closed
             failed = True
             self.reset_cache()
             raise

@@ -83,8 +83,10 @@ def check_fit(stored: Sequence[Tensor], new: Sequence[Tensor]) -> None:
 
 def check_last(last: int | None, tokens: Tensor) -> None:
     """Raises ValueError unless `last` is None or one of the numbers from 1 to the length of `tokens`."""
-    if last is not None and not 1 <= last <= tokens.shape[-1]:
-        raise ValueError(f"last must be from 1 to {tokens.shape[1]}, the length of the tokens, not {last!r}")
+    if last is None or not isinstance(tokens, Tensor):  # the embedding refuses what is no tensor
+        return
+    if isinstance(last, bool) or not isinstance(last, int | torch.SymInt) or not 1 <= last <= tokens.shape[-1]:
+        raise ValueError(f"last must be from 1 to {tokens.shape[-1]}, the length of the tokens, not {last!r}")
 
 
 def first_true(wrong: Tensor) -> list[int] | None:
@@ -121,6 +123,6 @@ def check_same_device(x: Tensor, weight: Tensor) -> None:
 
 
 def check_here(device: torch.device) -> None:
-    """Raises RuntimeError for the meta device, on which an embedding is that was offloaded."""
+    """Raises RuntimeError for the meta device: an embedding that was offloaded is there."""
     if device.type == "meta":
         raise RuntimeError(f"the embedding's weight is on {device}: {OFFLOAD}")

@@ -57,7 +57,14 @@ class replaced(Generic[M]):  # noqa: N801  (it is used as a function)
             raise
 
     def restore(self) -> None:
-        """Put back the modules that were replaced."""
+        """Put back the modules that were replaced.
+
+        Raises:
+            RuntimeError: something else was put in one of these places since, and must be taken out first.
+        """
+        for path, twin in self.twins.items():
+            if self.model.get_submodule(path) is not twin:
+                raise RuntimeError(f"{path} was replaced once more since: restore() that first")
         for path, module in self._old.items():
             self.model.set_submodule(path, module)
         self._old, self.twins = {}, {}
@@ -84,12 +91,15 @@ def sharing(model: Gemma2, config: Gemma2Config | None = None) -> Gemma2:
     """
     config = config or model.config
     parameters = dict(model.named_parameters())
+    frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
     with torch.device("meta"):
         new = Gemma2(config)
     try:
         new.load_state_dict(parameters, strict=True, assign=True)
     except RuntimeError as error:
         raise ValueError(f"these are not a Gemma 2's own parameters: {' '.join(str(error).split())[:300]}") from None
+    for parameter in frozen:  # which loading would thaw, here and in `model`: they are the same
+        parameter.requires_grad_(False)
     new.model.rotary_emb.to(model.device)
     return new.train(model.training)
 

@@ -41,10 +41,10 @@ FIGURES = {"load": "load, s", "prefill": "prefill, tok/s", "decode": "decode, to
 
 def make_2b(folder: Path, layers: int) -> Path:
     """A Hugging Face folder with random weights in 2B shapes; kept if it is already there."""
-    place = folder / f"random-2b-{layers}-layers"
-    if (place / "model.safetensors").is_file():
-        return place
-    place.mkdir(parents=True, exist_ok=True)
+    target = folder / f"random-2b-{layers}-layers"
+    if (target / "model.safetensors").is_file():
+        return target
+    target.mkdir(parents=True, exist_ok=True)
     whole = published_config("gemma-2-2b")
     config = dataclasses.replace(whole, num_hidden_layers=layers, layer_types=whole.layer_types[:layers])
     with torch.device("meta"):
@@ -54,9 +54,9 @@ def make_2b(folder: Path, layers: int) -> Path:
         name: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
         for name, shape in tqdm(shapes.items(), desc="random weights", disable=None)
     }
-    (place / "config.json").write_text(json.dumps({**config_dict(config), "dtype": "bfloat16"}))
-    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
-    return place
+    (target / "config.json").write_text(json.dumps({**config_dict(config), "dtype": "bfloat16"}))
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
 
 
 def run_gemma2(folder: Path, ids: list[int], new: int, device: str) -> dict[str, float]:

@@ -39,6 +39,7 @@ from tqdm import tqdm
 from gemma2 import convert
 from gemma2.atomic import replacing
 from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from gemma2.checkpoints.dtypes import dtype_name
 from gemma2.checkpoints.ggml import TYPES
 from gemma2.checkpoints.gguf import read_header
 from gemma2.errors import BadModelFile
@@ -181,7 +182,7 @@ def _last_positions(site: str, value: Tensor, count: int) -> Tensor:
 def record_google(source: Path, folder: Path, place: Path, ids: list[int]) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         external = open_reference(f"gemma_pytorch:{source}", folder, dtype)
-        named = str(dtype).removeprefix("torch.")
+        named = dtype_name(dtype)
         versions = {**external.versions, **stated(external.config, len(ids), dtype)}
         about = About(external.system, named, external.config, versions)
         with TraceWriter(place / f"gemma_pytorch_{named}.safetensors", about, ids, GOOGLE, dtype) as trace:

@@ -124,7 +124,7 @@ def test_writing_past_the_capacity_raises_before_anything_changes() -> None:
     cache = cache_for(model, 1, 20)
     model(ids(1, 18), cache=cache)
     before = [layer.keys.clone() for layer in cache.layers]
-    with pytest.raises(ContextOverflow, match="18 columns held and 3 new exceed its capacity of 20"):
+    with pytest.raises(ContextOverflow, match="18 columns held and 3 new exceed 20, its capacity"):
         model(ids(1, 3), cache=cache)
     assert cache.length == 18
     assert all(torch.equal(a, layer.keys) for a, layer in zip(before, cache.layers, strict=True))
@@ -333,3 +333,53 @@ def test_a_cache_fits_in_whatever_is_computed_first() -> None:
     layer = HybridCache(model.config, 2, 20).layers[0]
     layer.update(torch.ones(2, 3, 2, 16).half(), torch.ones(2, 3, 2, 16).double(), torch.arange(3).expand(2, 3))
     assert layer.keys.shape == (2, 16, 2, 16) and (layer.keys.dtype, layer.values.dtype) == (torch.half, torch.double)
+
+
+@pytest.mark.parametrize("again", [(47, 43), (46, 44)], ids=str)
+@torch.no_grad()
+def test_a_second_rollback_knows_what_the_first_did_not_bring_back(again: tuple[int, int]) -> None:
+    """50 columns through a ring of 20: columns 0 to 29 are overwritten for good, however far it is rolled back."""
+    model, tokens = tiny("2b").double(), ids(1, 60)
+    cache = HybridCache(model.config, 1, 80, slack=4)
+    model(tokens[:, :50], cache=cache)
+    cache.rollback(again[0])
+    with pytest.raises(ValueError, match="cannot roll back"):
+        cache.rollback(again[1])
+    model(tokens[:, again[0] : again[0] + 1], cache=cache)
+    with pytest.raises(ValueError, match="cannot roll back"):
+        cache.rollback(again[1])
+    rest = model(tokens[:, again[0] + 1 :], cache=cache)
+    assert (rest - model(tokens)[:, again[0] + 1 :]).abs().max() <= 1e-10
+    cache.rollback(0)
+    assert cache.length == 0
+    assert torch.equal(model(tokens, cache=cache), model(tokens, cache=HybridCache(model.config, 1, 80)))
+
+
+@torch.no_grad()
+def test_what_was_not_finite_is_gone_after_a_rollback() -> None:
+    model, tokens = tiny("2b").double(), ids(1, 40)
+    cache = HybridCache(model.config, 1, 60, slack=4)
+    model(tokens[:, :30], cache=cache)
+    hook = model.model.layers[0].self_attn.hook_v.register_forward_hook(lambda m, i, v: v * torch.nan)
+    model(tokens[:, 30:33], cache=cache)
+    hook.remove()
+    cache.rollback(30)
+    assert (model(tokens[:, 30:], cache=cache) - model(tokens)[:, 30:]).abs().max() <= 1e-10
+
+
+@torch.no_grad()
+def test_after_a_part_that_is_only_padding_default_positions_begin_at_0() -> None:
+    model, tokens = tiny().double(), ids(1, 20)
+    cache = cache_for(model, 1, 60)
+    model(tokens[:, :5], torch.arange(-100, -95)[None], cache)
+    assert (model(tokens[:, 5:], cache=cache) - model(tokens[:, 5:])).abs().max() <= 1e-10
+
+
+def test_a_cache_that_is_first_fed_in_inference_mode_can_be_fed_outside_of_it() -> None:
+    model, tokens = tiny().double(), ids(1, 40)
+    cache = cache_for(model, 1, 60)
+    with torch.inference_mode():
+        model(tokens[:, :20], cache=cache)
+    with torch.no_grad():
+        rest = model(tokens[:, 20:], cache=cache)
+        assert (rest - model(tokens)[:, 20:]).abs().max() <= 1e-10

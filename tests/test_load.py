@@ -137,10 +137,10 @@ def test_missing_extra_misshapen_and_non_finite_tensors_are_named_first_five(fol
     whole = tensors | {"model.norm.weight": torch.ones(288, dtype=torch.int32)}
     with pytest.raises(gemma2.BadModelFile, match=r"1 not float32, bfloat16 or float16: model\.norm\.weight \(int32\)"):
         gemma2.load(folder("whole", tensors=whole))
-    sick = {name: tensor.clone() for name, tensor in tensors.items()}
-    sick["model.norm.weight"][3] = torch.nan
-    sick["model.embed_tokens.weight"][5, :2] = torch.inf
-    place = folder("sick", tensors=sick)
+    nonfinite = {name: tensor.clone() for name, tensor in tensors.items()}
+    nonfinite["model.norm.weight"][3] = torch.nan
+    nonfinite["model.embed_tokens.weight"][5, :2] = torch.inf
+    place = folder("nonfinite", tensors=nonfinite)
     with pytest.raises(
         gemma2.BadModelFile,
         match=r"2 tensors hold NaN or infinity in float32: model.embed_tokens.weight \(2\), model.norm.weight \(1\)",

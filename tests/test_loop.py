@@ -102,6 +102,26 @@ def test_banning_ids_is_no_fault_and_banning_all_is_said() -> None:
             made(tiny(), processors=[lambda so_far, logits, bad=bad: logits.index_fill(1, torch.tensor([9]), bad)])
 
 
+@pytest.mark.parametrize("answer", [None, "cut", "flat"])
+def test_what_a_processor_returns_is_checked(answer: str | None) -> None:
+    answers = {"cut": lambda logits: logits[:, 5:], "flat": lambda logits: logits[0], None: lambda logits: None}
+    with pytest.raises(ValueError, match=r"processor 0 must return logits \[1, 512\], not"):
+        made(tiny(), processors=[lambda so_far, logits: answers[answer](logits)])
+
+
+def test_processors_and_rows_are_checked_at_once() -> None:
+    model = tiny()
+    with pytest.raises(ValueError, match="processors must be a list of functions"):
+        generate_ids(model, [PROMPT], 3, processors=lambda ids, logits: logits)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the cache holds 2 rows, the tokens have 1"):
+        generate_ids(model, [PROMPT], 3, cache=HybridCache(model.config, 2, 100))
+
+
+def test_sampling_options_without_a_temperature_are_said_to_have_no_effect(pocket: Gemma) -> None:
+    with pytest.warns(UserWarning, match="top_p and seed have no effect without a temperature: decoding is greedy"):
+        pocket.generate("And", 1, top_p=0.5, seed=3)
+
+
 def test_what_a_processor_draws_from_is_seeded_and_the_penalty_comes_first() -> None:
     model = tiny()
     sampling = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.3)

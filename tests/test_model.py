@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gemma2 import Gemma2, HybridCache
 from gemma2.model import RMSNorm, ScaledEmbedding, Tap
+from gemma2.numerics import PROFILES, with_numerics
 from tests.conftest import ids, tiny
 from tests.test_static import Counting
 
@@ -260,6 +261,7 @@ def test_rotary_frequencies_move_with_the_model_and_keep_their_dtype() -> None:
     for moved in (model.bfloat16(), model.double(), model.float(), model.to(torch.float16)):
         assert torch.equal(moved.model.rotary_emb.inv_freq, expected)
     assert model.to("meta").model.rotary_emb.inv_freq.device.type == "meta"
+    assert torch.equal(model.to_empty(device="cpu").model.rotary_emb.inv_freq, expected)
 
 
 @torch.no_grad()
@@ -267,6 +269,9 @@ def test_a_head_whose_weight_was_moved_away_is_refused_with_the_cure() -> None:
     """As accelerate's offload of the whole model does: PyTorch itself would answer with uninitialised memory."""
     accelerate = pytest.importorskip("accelerate")
     plain = tiny()(ids(1, 9))
+    for profile in PROFILES:
+        with pytest.raises(RuntimeError, match="cannot be offloaded by itself"):
+            accelerate.cpu_offload(with_numerics(tiny(), profile), "cpu")(ids(1, 9))
     with pytest.raises(
         RuntimeError, match="cannot be offloaded by itself, because the head reads it too; offload the layers"
     ):

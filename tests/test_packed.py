@@ -99,3 +99,26 @@ def test_raw_rows_of_a_plain_file_are_its_bytes() -> None:
 
     plain, halves = gemma2.load(device="cpu"), gemma2.load(device="cpu", make=on(nn.Linear, Halves))
     assert torch.equal(plain.model(torch.tensor([[2, 500, 600]])), halves.model(torch.tensor([[2, 500, 600]])))
+
+
+def test_a_twin_that_leaves_something_without_values_is_refused() -> None:
+    class Forgetful(PackedLinear):
+        def __init__(self, plain: nn.Linear) -> None:
+            super().__init__(plain)
+            self.register_buffer("scales", torch.empty(3, device="meta"))
+
+    with pytest.raises(ValueError, match=r"q_proj: fill\(\) of Forgetful left scales without values"):
+        gemma2.load(SOURCE, dtype="float32", device="cpu", make=on(nn.Linear, Forgetful))
+
+
+@torch.no_grad()
+def test_parameters_of_whole_numbers_and_frozen_ones_stay_so() -> None:
+    class Counted(PackedLinear):
+        def __init__(self, plain: nn.Linear) -> None:
+            super().__init__(plain)
+            self.kept = nn.Parameter(torch.ones(2, dtype=torch.uint8, device="cpu"), requires_grad=False)
+            self.frozen = nn.Parameter(torch.ones(2, device="cpu"), requires_grad=False)
+
+    model = gemma2.load(SOURCE, dtype="float32", device="cpu", make=on(nn.Linear, Counted)).model
+    trainable = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {"weight"}

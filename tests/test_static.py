@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma2 import Gemma, left_padded
+from gemma2 import ContextOverflow, Gemma, left_padded
 from gemma2.fast.static import StaticCache
 from gemma2.fast.step import compiled_step
 from gemma2.generate import generate_ids
@@ -102,6 +102,12 @@ def test_what_does_not_fit_is_refused() -> None:
         generate_ids(model, [ids(1, 9)[0].tolist()], 9, cache=cache)
     with pytest.raises(ValueError, match="positions: row 0 goes from 2 to -1"):
         model(ids(1, 4), torch.tensor([[0, 1, 2, -1]]), cache)
+    with pytest.raises(ValueError, match="the cache holds 1 rows, the tokens have 2"):
+        model(ids(2, 4), cache=cache)
+    model(ids(1, 16), cache=cache)
+    with pytest.raises(ContextOverflow, match="a position is beyond its capacity of 16"):
+        model(ids(1, 1), cache=cache)
+    cache.reset()
     with pytest.raises(ValueError, match=r"keys of torch\.float32"):
         model.double()(ids(1, 4), cache=cache)
     with pytest.raises(ValueError, match="at least one row"):

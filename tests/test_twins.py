@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gemma2.model import RMSNorm, SoftcapAttention, Tap
+from gemma2.numerics import with_numerics
 from gemma2.ops import visible
 from gemma2.research.capture import capture
 from gemma2.research.heads import by_head
@@ -185,3 +186,23 @@ def test_a_twin_takes_the_mode_of_the_module_it_stands_for() -> None:
     model, tokens = tiny().eval(), ids(1, 20)
     with replaced(model, on(Tap, Dropped)):
         assert torch.equal(model(tokens), model(tokens))
+
+
+def test_frozen_parameters_stay_frozen_in_both_models() -> None:
+    model = tiny()
+    model.requires_grad_(False)
+    model.model.norm.weight.requires_grad_()
+    for twin in (sharing(model), with_numerics(model, "gemma_pytorch")):
+        for each in (model, twin):
+            assert [name for name, p in each.named_parameters() if p.requires_grad] == ["model.norm.weight"]
+
+
+def test_replacements_are_taken_out_in_order_or_not_at_all() -> None:
+    model = tiny(num_hidden_layers=1)
+    first = replaced(model, on(nn.Linear, LoRA))
+    second = replaced(model, on(LoRA, lambda module: nn.Sequential(module)))
+    with pytest.raises(RuntimeError, match=r"q_proj was replaced once more since: restore\(\) that first"):
+        first.restore()
+    second.restore()
+    first.restore()
+    assert not any(isinstance(module, LoRA) for module in model.modules())

@@ -170,10 +170,13 @@ def build(
     for path, twin in own.items():
         twin.fill(weights, path, device)  # type: ignore[operator]  # some module's method
         weights.release()
+        empty = [name for name, tensor in twin.state_dict().items() if tensor.is_meta]
+        if empty:
+            raise ValueError(f"{path}: fill() of {type(twin).__name__} left {empty[0]} without values")
     state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(inside)}
     model.load_state_dict(state | filled, strict=True, assign=True)
     model.model.rotary_emb.to(device)
-    return model.requires_grad_(True).eval()
+    return model.eval()
 
 
 def _check_parameters(model: Gemma2, wanted: set[str], inside: tuple[str, ...]) -> None:

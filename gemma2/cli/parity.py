@@ -179,7 +179,7 @@ def show(found: Judgement, everything: bool) -> None:
     about = [("MODEL", found.model), ("REF", f"{found.system}, computed in {found.dtype}")]
     about += [("text", f"{found.tokens} token ids {found.text}".rstrip())]
     about += [("numerics", f"MODEL is rounded as {found.numerics}")] if found.numerics else []
-    about += [("sites", f"{len(found.rows)} of {found.places} compared")]
+    about += [("sites", f"{len(found.rows)} of {found.sites} compared")]
     print(*table([(name, escaped(value)) for name, value in about], left=(0, 1)), "", sep="\n")
     rows = [line(row) for row in found.rows if everything or row.differs or notable(row)]
     print(*table([COLUMNS, *rows], left=(0, 6)), sep="\n")

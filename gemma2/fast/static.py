@@ -7,8 +7,9 @@ from torch import Tensor
 
 from gemma2.cache import EMPTY, Held
 from gemma2.config import Gemma2Config
+from gemma2.errors import ContextOverflow
 from gemma2.model import Gemma2
-from gemma2.tokens import check_fit, check_positions
+from gemma2.tokens import check_fit, check_positions, first_true
 
 
 class StaticLayer:
@@ -70,13 +71,20 @@ class StaticCache:
     def next_positions(self, tokens: Tensor, given: Tensor | None = None) -> Tensor:
         """The positions [b t] of tokens [b t]: those given, or each row's next ones.
 
-        Whether they fit is not checked here, where a graph is captured, but by whoever feeds: `generate_ids` does.
+        Raises:
+            ContextOverflow: a position does not fit. A compiled or captured graph does not check this; `generate_ids`
+                checks it before it starts.
+            ValueError: as `HybridCache.next_positions`.
         """
+        if len(tokens) != self.batch:
+            raise ValueError(f"the cache holds {self.batch} rows, the tokens have {len(tokens)}")
         last = self.last_positions()[:, None]
-        if given is None:
-            return last + 1 + torch.arange(tokens.shape[1], device=tokens.device)
-        check_positions(given, tokens, last, 0)
-        return given
+        positions = last + 1 + torch.arange(tokens.shape[1], device=tokens.device) if given is None else given
+        if given is not None:
+            check_positions(given, tokens, last, 0)
+        if first_true(positions >= self.capacity) is not None:
+            raise ContextOverflow(f"cache full: a position is beyond its capacity of {self.capacity}")
+        return positions
 
     def reset(self) -> None:
         """Empty the cache; its tensors stay where they are."""

@@ -80,7 +80,7 @@ def twins_of(profile: str, changes: Iterable[str] | None, dtype: torch.dtype, st
 
 
 def check_profile(name: str) -> None:
-    """Raises ValueError for one that there is not."""
+    """Raises ValueError for an unknown profile."""
     if name not in PROFILES:
         raise ValueError(f"numerics {name!r} is not one of {', '.join(PROFILES)}")
 

@@ -25,7 +25,7 @@ from gemma2.model import (
     SoftcapAttention,
     TiedHead,
 )
-from gemma2.tokens import check_tokens
+from gemma2.tokens import check_same_device, check_tokens
 
 Product = Callable[[Tensor, Tensor], Tensor]  # x [... n] and weight [m n] -> [... m]
 
@@ -139,6 +139,7 @@ class HeadInParts(TiedHead):
         self.product: Product = multiplied
 
     def forward(self, x: Tensor, embedding: ScaledEmbedding) -> Tensor:
+        check_same_device(x, embedding.weight)
         return self.product(self.received(x), embedding.weight).to(x.dtype)
 
 

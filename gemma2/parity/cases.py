@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gemma2.config import LOCAL
+from gemma2.errors import first_line
 from gemma2.ops import softcap
 from gemma2.parity.compare import MASKED, Values, compare, compare_end, first_difference, predicted
 from gemma2.parity.references import CannotDo, Reference
@@ -125,7 +126,7 @@ class _Theirs:
         except CannotDo:
             raise
         except RuntimeError as error:  # say about shapes
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            said = first_line(error)
             raise _TheyFailed(f"{self.system} failed: {said}") from error
 
 

@@ -35,7 +35,7 @@ class Judgement:
         numerics: the profile that our side computed with, if any.
         text: where the token ids are from, as "of Genesis 1".
         tokens: how many token ids.
-        places: how many sites the model has; `rows` has those that were compared.
+        sites: how many sites the model has; `rows` has those that were compared.
         rows: a site each, in the order of computation.
         logits: what the difference means for predictions; None where the other system shows none.
         cases: what else was tried.
@@ -47,7 +47,7 @@ class Judgement:
     numerics: str | None
     text: str
     tokens: int
-    places: int
+    sites: int
     rows: list[Row]
     logits: LogitsRow | None
     cases: list[Case]
@@ -118,9 +118,9 @@ def judge(
             tell(f"{case.name}: {case.outcome}")
             done.append(case)
     dtype = dtype_name(reference.dtype)
-    places = len(chosen(opened.config))
+    count = len(chosen(opened.config))
     named = model or str(opened.path)
-    return Judgement(named, reference.system, dtype, numerics, text, len(given), places, rows, logits, done)
+    return Judgement(named, reference.system, dtype, numerics, text, len(given), count, rows, logits, done)
 
 
 def _checked(ids: Sequence[int], opened: Checkpoint) -> list[int]:

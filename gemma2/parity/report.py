@@ -59,7 +59,7 @@ def write_report(found: Judgement, path: Path) -> None:
 <style>{STYLE}</style>
 <h1>Parity of {model} with {system}</h1>
 <p>MODEL is {model}. REF is {system}, computed in {dtype}. Text: {found.tokens} token ids {html.escape(found.text)}.
-{len(found.rows)} of {found.places} sites compared.{profile}</p>
+{len(found.rows)} of {found.sites} sites compared.{profile}</p>
 <p>Verdict: <strong class="{found.verdict.split()[0]}">{html.escape(found.verdict)}</strong>{_where(found)}.
 {_predictions(found)}</p>
 {_chart(found.rows)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,8 +20,9 @@ def watching(model: Any, see: Callable[[str, Tensor], None], sites: Iterable[str
     """Call `see(name, value)` for every chosen site of every pass inside the block, in the order of computation.
 
     The value is the model's own tensor, part of the graph: copy or detach what is kept. Scores and patterns [b h t s]
-    have their keys in the order of positions, also where a cache holds them otherwise. A compiled model runs eagerly
-    inside the block, since compiled code passes hooks by.
+    have their keys in the order of positions, empty slots and padding first. Where a cache holds the keys in another
+    order, the value is a sorted copy, through which gradients flow. A compiled model runs eagerly inside the block,
+    since compiled code passes hooks by.
 
     Args:
         model: a `Gemma2`, a `Gemma`, or one of them in a wrapper such as `torch.compile`'s.
@@ -35,7 +37,8 @@ def watching(model: Any, see: Callable[[str, Tensor], None], sites: Iterable[str
     for site in picked.values():
         by_module.setdefault(site.module, []).append(site)
     with ExitStack() as hooks:
-        hooks.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes a second
+            hooks.enter_context(torch.compiler.set_stance("force_eager"))
         for path, names in by_module.items():
             attend = path.rpartition(".")[0] if any("s" in site.shape.split() for site in names) else ""
             if attend and attend not in order:

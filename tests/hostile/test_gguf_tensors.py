@@ -141,11 +141,11 @@ TENSORS: dict[str, tuple[Make, str]] = {
     ),
 }
 
-SICK = "1 tensors hold NaN or infinity in"
+NONFINITE = "1 tensors hold NaN or infinity in"
 SPOILABLE = [kind for kind in WEIGHTS if kind != "NVFP4"]  # whose every block is finite
 
 
-def sick(kind: str, number: float, which: int = 0, name: str = DOWN) -> Make:
+def nonfinite(kind: str, number: float, which: int = 0, name: str = DOWN) -> Make:
     """A model of blocks of `kind`, one of which has a scale that is no finite number."""
 
     def make() -> bytes:
@@ -170,15 +170,18 @@ CENTRED = f"gemma2.norm_weight.{NORM}"
 VALUES: dict[str, tuple[Make, str]] = {
     **{
         f"{kind} scale {which} {number}": (
-            sick(kind, number, which),
-            f"{SICK} {'float32' if kind == 'F32' else 'bfloat16'}: {DOWN} (",
+            nonfinite(kind, number, which),
+            f"{NONFINITE} {'float32' if kind == 'F32' else 'bfloat16'}: {DOWN} (",
         )
         for kind in SPOILABLE
         for which in range(len(SCALES.get(kind, (0,))))
         for number in ((inf,) if kind == "MXFP4" else (nan, -inf))  # its scales are powers of two
     },
-    "NaN in the embedding": (sick("Q4_0", nan, name=EMBED), f"{SICK} bfloat16: {EMBED} (32)"),
-    **{f"{number} in a norm": (norm(NORM, number, 7), f"{SICK} bfloat16: {NORM} (1)") for number in (nan, inf, -inf)},
+    "NaN in the embedding": (nonfinite("Q4_0", nan, name=EMBED), f"{NONFINITE} bfloat16: {EMBED} (32)"),
+    **{
+        f"{number} in a norm": (norm(NORM, number, 7), f"{NONFINITE} bfloat16: {NORM} (1)")
+        for number in (nan, inf, -inf)
+    },
     "NaN in a norm of a layer": (norm("blk.1.ffn_norm.weight", nan, slice(None)), "blk.1.ffn_norm.weight (32)"),
     "NaN in eight tensors": (
         lambda: replace(

@@ -1,1 +1,1 @@
-"""One file an implementation: where its arithmetic parts from transformers', as named bits."""
+"""One file for each implementation: how its arithmetic differs from transformers', as named changes."""

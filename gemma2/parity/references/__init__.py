@@ -125,7 +125,7 @@ def open_local(path: Path) -> Checkpoint:
     return open_checkpoint(path)
 
 
-def check_row(reference: Reference, ids: Sequence[int]) -> Tensor:
+def parse_row(reference: Reference, ids: Sequence[int]) -> Tensor:
     """Token ids as [1 t]. Raises ContextOverflow for more than the reference takes, ValueError for one outside its
     vocabulary."""
     vocab = reference.config.vocab_size
@@ -139,7 +139,7 @@ def check_row(reference: Reference, ids: Sequence[int]) -> Tensor:
     return torch.tensor([list(ids)], dtype=torch.int64)
 
 
-def check_sites(reference: Reference, sites: Iterable[str]) -> list[str]:
+def parse_sites(reference: Reference, sites: Iterable[str]) -> list[str]:
     """Raises CannotDo for one that the reference does not show."""
     wanted = list(sites)
     for name in wanted:

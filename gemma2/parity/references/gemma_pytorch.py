@@ -23,7 +23,7 @@ from gemma2.checkpoints.weights import build
 from gemma2.config import LOCAL
 from gemma2.errors import BadModelFile
 from gemma2.numerics.changes import Storage
-from gemma2.parity.references import CannotDo, check_row, check_sites, spans
+from gemma2.parity.references import CannotDo, parse_row, parse_sites, spans
 from gemma2.parity.references.hooks import COMMON, INPUT, OUTPUT, as_site, in_layers, watching
 
 THETA = 10000.0  # written into its code
@@ -74,7 +74,7 @@ class GemmaPyTorch:
 
     @torch.no_grad()
     def run(self, ids: Sequence[int], sites: Iterable[str]) -> dict[str, Tensor]:
-        tokens, wanted = check_row(self, ids), check_sites(self, sites)
+        tokens, wanted = parse_row(self, ids), parse_sites(self, sites)
         seen: dict[str, Tensor] = {}
 
         def see(name: str, value: Tensor) -> None:
@@ -96,7 +96,7 @@ class GemmaPyTorch:
 
     @torch.no_grad()
     def cached(self, ids: Sequence[int], chunks: Sequence[int]) -> Tensor:
-        tokens, caches = check_row(self, ids), self._caches(1, len(ids))
+        tokens, caches = parse_row(self, ids), self._caches(1, len(ids))
         return torch.cat([self._logits(tokens[:, a:b], a, caches) for a, b in spans(ids, chunks)], dim=1)[0]
 
     @torch.no_grad()
@@ -104,7 +104,7 @@ class GemmaPyTorch:
         """Without padding: first as many token ids of every row as the shortest row has, then one of each row at a
         time. A row that has ended is fed zeros, and what they give is dropped."""
         for row in rows:
-            check_row(self, row)
+            parse_row(self, row)
         shortest, longest = min(map(len, rows)), max(map(len, rows))
         tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
         caches = self._caches(len(rows), longest)
@@ -146,8 +146,8 @@ class GemmaPyTorch:
 def _loaded(folder: Path, opened: Checkpoint, dtype: torch.dtype) -> Any:
     try:
         config_module, model_module = _imported(folder)
-        with tempfile.TemporaryDirectory() as place, _default(dtype):
-            tokenizer = Path(place) / "tokenizer.model"  # it opens the file, and is never asked to use it
+        with tempfile.TemporaryDirectory() as temporary, _default(dtype):
+            tokenizer = Path(temporary) / "tokenizer.model"  # it opens the file, and is never asked to use it
             tokenizer.write_bytes(opened.tokenizer.to_proto())
             model = model_module.GemmaForCausalLM(_config(config_module, opened, dtype, tokenizer))
     except (AttributeError, TypeError) as error:

@@ -26,7 +26,7 @@ from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.errors import BadModelFile
 from gemma2.numerics import storage_of
 from gemma2.numerics.changes import Storage
-from gemma2.parity.references import CannotDo, check_row, check_sites, spans
+from gemma2.parity.references import CannotDo, parse_row, parse_sites, spans
 from gemma2.research.sites import LAYER
 from gemma2.research.sites import sites as all_sites
 
@@ -138,8 +138,8 @@ class LlamaCpp:
         self.sites = frozenset(shown | self._same.keys())
 
     def run(self, ids: Sequence[int], sites: Iterable[str]) -> dict[str, Tensor]:
-        check_row(self, ids)
-        wanted = check_sites(self, sites)
+        parse_row(self, ids)
+        wanted = parse_sites(self, sites)
         needed = {self._same.get(name, name) for name in wanted}
         shapes = {name: all_sites(self.config)[name].sizes(self.config, len(ids))[1:] for name in needed}
         seen: dict[str, Tensor] = {}
@@ -163,7 +163,7 @@ class LlamaCpp:
         """Every node of the graph with float32 values, sites or not, by its operation and name ("MUL_MAT ffn_out-0")
         and from the second of these on its number ("RMS_NORM norm-0 2"), in the order of computation and in llama.cpp's
         own shapes. A view of a cache is what stands in it at the end."""
-        check_row(self, ids)
+        parse_row(self, ids)
         seen: dict[str, Tensor] = {}
         self._watch(ids, lambda node, number: f"{node} {number + 1}" if number else node, seen.__setitem__)
         return seen
@@ -184,7 +184,7 @@ class LlamaCpp:
 
     def cached(self, ids: Sequence[int], chunks: Sequence[int]) -> Tensor:
         """Its local layers have rings, as in its own programs, and not all positions, as in its library by default."""
-        check_row(self, ids)
+        parse_row(self, ids)
         row = [(token, at, 0) for at, token in enumerate(ids)]
         parts = spans(ids, chunks)
         with self._context(len(ids), batch=max(chunks), swa_full=False) as context:
@@ -192,7 +192,7 @@ class LlamaCpp:
 
     def batched(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         for row in rows:
-            check_row(self, row)
+            parse_row(self, row)
         if len(rows) > llama_cpp.llama_max_parallel_sequences():
             raise CannotDo(f"{self.system} takes {llama_cpp.llama_max_parallel_sequences()} rows, not {len(rows)}")
         every = [(token, at, number) for number, row in enumerate(rows) for at, token in enumerate(row)]
@@ -318,6 +318,6 @@ def _nodes(layers: int) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _as_gguf(opened: Checkpoint, kind: str, place: Path) -> Checkpoint:
-    write(layout_for("gguf", opened, kind, "gemma2"), opened, place, lambda written: None)
-    return open_checkpoint(place, opened.tokenizer)
+def _as_gguf(opened: Checkpoint, kind: str, path: Path) -> Checkpoint:
+    write(layout_for("gguf", opened, kind, "gemma2"), opened, path, lambda written: None)
+    return open_checkpoint(path, opened.tokenizer)

@@ -20,7 +20,7 @@ from gemma2.load import locate, parse_device
 from gemma2.model import Gemma2
 from gemma2.numerics import storage_of, with_numerics
 from gemma2.numerics.changes import Storage, Stored
-from gemma2.parity.references import check_row, check_sites, spans
+from gemma2.parity.references import parse_row, parse_sites, spans
 from gemma2.research.capture import capture
 from gemma2.research.sites import sites as all_sites
 from gemma2.tokens import left_padded
@@ -34,7 +34,7 @@ def open_ourselves(spec: str, opened: Checkpoint, dtype: torch.dtype | None) -> 
     """From `model=PATH,dtype=float32,device=cpu,numerics=gemma_pytorch`, any of these; the rest is as in `opened`.
 
     Raises:
-        ValueError: another key, or a value that there is not.
+        ValueError: an unknown key or value.
         BadModelFile: the other checkpoint is not a Gemma 2.
     """
     asked: dict[str, str] = {}
@@ -108,7 +108,7 @@ class Ourselves:
 
     @torch.no_grad()
     def run(self, ids: Sequence[int], sites: Iterable[str]) -> dict[str, Tensor]:
-        tokens, wanted = check_row(self, ids), check_sites(self, sites)
+        tokens, wanted = parse_row(self, ids), parse_sites(self, sites)
         with capture(self._model, wanted) as seen:
             self._model(tokens.to(self._device))
         return {name: seen[name][0].cpu() for name in wanted}
@@ -120,7 +120,7 @@ class Ourselves:
 
     @torch.no_grad()
     def cached(self, ids: Sequence[int], chunks: Sequence[int]) -> Tensor:
-        tokens = check_row(self, ids).to(self._device)
+        tokens = parse_row(self, ids).to(self._device)
         cache = HybridCache(self.config, 1, len(ids))
         parts = [self._model(tokens[:, start:stop], cache=cache) for start, stop in spans(ids, chunks)]
         return torch.cat(parts, dim=1)[0].cpu()
@@ -128,7 +128,7 @@ class Ourselves:
     @torch.no_grad()
     def batched(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         for row in rows:
-            check_row(self, row)
+            parse_row(self, row)
         tokens, positions = left_padded(rows)
         logits = self._model(tokens.to(self._device), positions.to(self._device))
         return [found[-len(row) :].cpu() for found, row in zip(logits, rows, strict=True)]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gemma2.checkpoints.dtypes import RUNNABLE
 from gemma2.numerics.changes import Storage
-from gemma2.parity.references import CannotDo, Reference, check_sites
+from gemma2.parity.references import CannotDo, Reference, parse_sites
 from gemma2.parity.trace import Trace
 
 
@@ -35,7 +35,7 @@ class Recorded:
         if list(ids) != self.ids:
             given = f"it holds values for its own {len(self.ids)} token ids, not for these {len(ids)}"
             raise self._cannot(f"{given}; leave out --prompt, --ids and --file")
-        return {name: self._trace[name] for name in check_sites(self, sites)}
+        return {name: self._trace[name] for name in parse_sites(self, sites)}
 
     def with_window(self, window: int) -> Reference:
         raise self._cannot("its window cannot be changed")

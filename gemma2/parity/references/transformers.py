@@ -18,7 +18,7 @@ from gemma2.checkpoints.hf_config import config_dict, read_config
 from gemma2.checkpoints.weights import EMBEDDING, HEAD, build
 from gemma2.errors import BadModelFile
 from gemma2.numerics.changes import Storage
-from gemma2.parity.references import check_row, check_sites, spans
+from gemma2.parity.references import parse_row, parse_sites, spans
 from gemma2.parity.references.hooks import COMMON, OUTPUT, as_site, in_layers, watching
 from gemma2.tokens import left_padded
 
@@ -85,7 +85,7 @@ class Transformers:
 
     @torch.no_grad()
     def run(self, ids: Sequence[int], sites: Iterable[str]) -> dict[str, Tensor]:
-        tokens, wanted = check_row(self, ids), check_sites(self, sites)
+        tokens, wanted = parse_row(self, ids), parse_sites(self, sites)
         seen: dict[str, Tensor] = {}
 
         def see(name: str, value: Tensor) -> None:
@@ -108,7 +108,7 @@ class Transformers:
 
     @torch.no_grad()
     def cached(self, ids: Sequence[int], chunks: Sequence[int]) -> Tensor:
-        tokens, cache = check_row(self, ids), transformers.DynamicCache(config=self._model.config)
+        tokens, cache = parse_row(self, ids), transformers.DynamicCache(config=self._model.config)
         parts = [
             self._model(tokens[:, start:stop], past_key_values=cache, use_cache=True).logits
             for start, stop in spans(ids, chunks)
@@ -118,7 +118,7 @@ class Transformers:
     @torch.no_grad()
     def batched(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         for row in rows:
-            check_row(self, row)
+            parse_row(self, row)
         tokens, positions = left_padded(rows)
         logits = self._model(
             tokens,
