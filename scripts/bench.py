@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import gemma2
-from gemma2.checkpoints.hf_config import config_dict, published_config, read_config
+from gemma2.checkpoints.hf_config import config_dict, configs, published_config, read_config
 from gemma2.checkpoints.safetensors import open_folder
 from gemma2.checkpoints.weights import build
 from gemma2.generate import generate_ids
@@ -135,14 +135,15 @@ def limits() -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=("pocket", "2b"), default=["pocket", "2b"])
-    parser.add_argument("--layers", type=int, default=26, help="of the 2B shapes")
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--new", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shapes", nargs="+", choices=("pocket", "2b"))
+    parser.add_argument("--layers", type=int, help="of the 2B shapes")
+    parser.add_argument("--prompt", type=int)
+    parser.add_argument("--new", type=int)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--device")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gemma2-bench")
     parser.add_argument("--child", nargs=2, metavar=("SYSTEM", "FOLDER"), help=argparse.SUPPRESS)
+    parser.set_defaults(**json.loads((configs() / "bench" / "generate.json").read_text()))
     args = parser.parse_args()
     if args.child:
         return child(args.child[0], Path(args.child[1]), args.prompt, args.new, args.device)

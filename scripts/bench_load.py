@@ -33,7 +33,7 @@ from gemma2.checkpoints.gguf import Value
 from gemma2.checkpoints.gguf_tokenizer import tokenizer_metadata
 from gemma2.checkpoints.gguf_weights import llama_cpp_name
 from gemma2.checkpoints.gguf_write import BLOCKS, FILE_TYPES, architecture_metadata, header_bytes, padding
-from gemma2.checkpoints.hf_config import published_config
+from gemma2.checkpoints.hf_config import configs, published_config
 from gemma2.checkpoints.weights import shapes_of
 from gemma2.load import POCKET
 
@@ -149,13 +149,14 @@ def copy_seconds(read: int, written: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--type", default="Q4_K_M", choices=("Q4_K_M", "Q8_0", "Q4_0"))
-    parser.add_argument("--layers", type=int, default=26)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--type", choices=("Q4_K_M", "Q8_0", "Q4_0"))
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gemma2-bench")
     parser.add_argument("--child", choices=SYSTEMS, help=argparse.SUPPRESS)
     parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
+    parser.set_defaults(**json.loads((configs() / "bench" / "load.json").read_text()))
     args = parser.parse_args()
     if args.child:
         print(json.dumps(child(args.child, args.path)))
