@@ -181,7 +181,7 @@ def sampling_of(options: Options) -> Sampling:
     idle = [name for name in IDLE if name in given and given[name] != getattr(plain, name)]
     idle += ["seed"] if options.get("seed") is not None else []
     if sampling.greedy and idle:
-        warnings.warn(f"{' and '.join(idle)} have no effect without a temperature: decoding is greedy", stacklevel=4)
+        warnings.warn(f"no effect without a temperature, since decoding is greedy: {', '.join(idle)}", stacklevel=4)
     return sampling
 
 

@@ -165,7 +165,7 @@ def load_model(args: argparse.Namespace) -> Gemma:
 
 def note_idle(args: argparse.Namespace) -> None:
     """Say which sampling options have no effect, on standard error."""
-    warnings.filterwarnings("ignore", message=".* have no effect without a temperature")  # said here, by option
+    warnings.filterwarnings("ignore", message="no effect without a temperature")  # said here, by option
     idle = [f"--{name.replace('_', '-')}" for name, default in NOT_IN_GREEDY.items() if getattr(args, name) != default]
     if idle and Sampling(args.temperature).greedy:
         print(f"note: {', '.join(idle)}: no effect in greedy decoding; give --temperature to sample", file=sys.stderr)
