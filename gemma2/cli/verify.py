@@ -44,7 +44,9 @@ def add(commands: Commands) -> None:
     parser = add_command(commands, "verify", __doc__, EXAMPLE)
     add_model(parser)
     parser.add_argument(
-        "--no-compile", action="store_true", help="leave out torch.compile, which takes a minute or more"
+        "--no-compile",
+        action="store_true",
+        help="leave out torch.compile, which takes seconds, and longer for a large model",
     )
     parser.add_argument(
         "--length",
