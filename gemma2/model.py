@@ -18,6 +18,7 @@ from gemma2 import ops
 from gemma2.cache import Cache, LayerStore, NoCache
 from gemma2.config import Gemma2Config
 from gemma2.tokens import check_last, check_same_device, check_tokens
+from gemma2.warmup import warm_up
 
 
 class Tap(nn.Identity):
@@ -69,6 +70,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
+        warm_up()  # else the first cosines of a process may be wrong
         self.width, self.theta = config.head_dim, config.rope_theta
         self.inv_freq: Tensor
         self.register_buffer("inv_freq", ops.frequencies(self.width, self.theta, torch.float32), persistent=False)
