@@ -22,7 +22,7 @@ from gemma2.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 256
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-IDLE = ("top_k", "top_p", "min_p")  # without effect in greedy decoding; so is a seed
+IDLE = {"seed": None, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # without effect in greedy decoding -> their defaults
 # Options of transformers that have another name here, or that are not here.
 ELSEWHERE = {
     "do_sample": "temperature above 0 samples",
@@ -177,12 +177,16 @@ class Gemma:
 def sampling_of(options: Options) -> Sampling:
     """The options' sampling. Raises ValueError for a value out of its range; warns of one that has no effect."""
     given = {name: options[name] for name in SAMPLING if name in options}  # type: ignore[literal-required]
-    sampling, plain = Sampling(**given), Sampling()
-    idle = [name for name in IDLE if name in given and given[name] != getattr(plain, name)]
-    idle += ["seed"] if options.get("seed") is not None else []
-    if sampling.greedy and idle:
+    sampling = Sampling(**given)
+    idle = idle_options(options) if sampling.greedy else []
+    if idle:
         warnings.warn(f"no effect without a temperature, since decoding is greedy: {', '.join(idle)}", stacklevel=4)
     return sampling
+
+
+def idle_options(options: Mapping[str, Any]) -> list[str]:
+    """Names of the options that are set and have no effect in greedy decoding."""
+    return [name for name, plain in IDLE.items() if options.get(name, plain) != plain]
 
 
 def check_options(options: Mapping[str, Any]) -> None:

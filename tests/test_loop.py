@@ -118,7 +118,7 @@ def test_processors_and_rows_are_checked_at_once() -> None:
 
 
 def test_sampling_options_without_a_temperature_are_said_to_have_no_effect(pocket: Gemma) -> None:
-    with pytest.warns(UserWarning, match="no effect without a temperature, since decoding is greedy: top_p, seed"):
+    with pytest.warns(UserWarning, match="no effect without a temperature, since decoding is greedy: seed, top_p"):
         pocket.generate("And", 1, top_p=0.5, seed=3)
 
 

@@ -14,7 +14,7 @@ import torch
 from gemma2.checkpoints.dtypes import dtype_name
 from gemma2.checks import check_count
 from gemma2.detokenizer import parse_stops
-from gemma2.gemma import MAX_NEW_TOKENS, Gemma
+from gemma2.gemma import MAX_NEW_TOKENS, Gemma, idle_options
 from gemma2.load import load, parse_device, parse_dtype
 from gemma2.sampling import Sampling
 from gemma2.stats import Stats
@@ -29,7 +29,6 @@ MODEL = (
 )
 TOKENIZER = "a tokenizer.model to use; default: the one in or beside the weights"
 REVISION = "branch, tag or commit of a hub name; default: main"
-NOT_IN_GREEDY = {"seed": None, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # options without effect there -> their defaults
 
 
 def add_command(commands: Commands, name: str, about: str | None, more: str) -> argparse.ArgumentParser:
@@ -166,7 +165,7 @@ def load_model(args: argparse.Namespace) -> Gemma:
 def note_idle(args: argparse.Namespace) -> None:
     """Say which sampling options have no effect, on standard error."""
     warnings.filterwarnings("ignore", message="no effect without a temperature")  # said here, by option
-    idle = [f"--{name.replace('_', '-')}" for name, default in NOT_IN_GREEDY.items() if getattr(args, name) != default]
+    idle = [f"--{name.replace('_', '-')}" for name in idle_options(vars(args))]
     if idle and Sampling(args.temperature).greedy:
         print(f"note: {', '.join(idle)}: no effect in greedy decoding; give --temperature to sample", file=sys.stderr)
 
