@@ -12,20 +12,16 @@ import numpy as np
 from tqdm import tqdm
 
 from gemma2.atomic import check_space, check_target, naming_a_full_disk, replacing
-from gemma2.checkpoints.checkpoint import (
-    Checkpoint,
-    chat_template,
-    chat_tuned,
-    check_vocabulary,
-    open_checkpoint,
-    parse_tokenizer,
-)
+from gemma2.checkpoints.beside import chat_template, chat_tuned
+from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gemma2.checkpoints.dtypes import FLOATS
 from gemma2.checkpoints.export import FOLDER, Layout, layout_for, write
 from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.gguf_write import FILE_TYPES, FINER
 from gemma2.checkpoints.hf_config import read_config
 from gemma2.checkpoints.memory import WHERE, MemoryWeights
+from gemma2.checkpoints.neutral import neutral
+from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer
 from gemma2.checkpoints.weights import hidden
 from gemma2.gemma import Gemma
 from gemma2.load import locate
@@ -47,6 +43,7 @@ class Converted:
     notes: tuple[str, ...]
 
 
+@neutral
 def convert(
     source: str | Path | Gemma | None,
     target: str | Path,
@@ -114,7 +111,8 @@ def _in_memory(gemma: Gemma, tokenizer: str | Path | Tokenizer | None) -> Checkp
     weights, config = MemoryWeights(gemma.model), gemma.config
     found = parse_tokenizer(tokenizer) or gemma.tokenizer
     check_vocabulary(found, config)
-    return Checkpoint(Path(WHERE), "memory", config, weights, found, gemma.chat_tuned, gemma.chat_template, gemma.notes)
+    tuned, template, ends = gemma.chat_tuned, gemma.chat_template, gemma.stop_ids
+    return Checkpoint(Path(WHERE), "memory", config, weights, found, tuned, template, gemma.notes, ends)
 
 
 def _form(target: Path) -> str:

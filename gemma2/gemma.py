@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict, Unpack, overload
 
 import torch
@@ -63,6 +63,7 @@ class Gemma:
         chat_tuned: whether the checkpoint says it was tuned for chat; None when it says nothing.
         notes: a line for everything that the checkpoint does not state and that was filled in (GGUF only).
         chat_template: the text of the checkpoint's chat template, which is passed on by `convert` and never run.
+        stop_ids: ids at which a text ends: Gemma's `<eos>` and `<end_of_turn>`, and `end_ids` of the checkpoint.
     """
 
     def __init__(
@@ -72,11 +73,13 @@ class Gemma:
         chat_tuned: bool | None = None,
         notes: Sequence[str] = (),
         chat_template: str | None = None,
+        end_ids: Iterable[int] = (),
     ) -> None:
         self.model, self.tokenizer, self.chat_tuned, self.notes = model, tokenizer, chat_tuned, tuple(notes)
         self.chat_template = chat_template
         names = ("eos", "end_of_turn")
-        self.stop_ids = frozenset(tokenizer.special[name] for name in names if name in tokenizer.special)
+        own = {tokenizer.special[name] for name in names if name in tokenizer.special}
+        self.stop_ids = frozenset(own | set(end_ids))
 
     @property
     def config(self) -> Gemma2Config:

@@ -15,21 +15,14 @@ import numpy as np
 import torch
 
 from gemma2.checkpoints import gguf, gguf_tokenizer, gguf_weights
-from gemma2.checkpoints.checkpoint import (
-    chat_template,
-    chat_tuned,
-    check_vocabulary,
-    config_of,
-    folder_of,
-    form_of,
-    parse_tokenizer,
-    tokenizer_of,
-    weights_of,
-)
+from gemma2.checkpoints.beside import chat_template, chat_tuned
+from gemma2.checkpoints.checkpoint import config_of, folder_of, form_of, weights_of
 from gemma2.checkpoints.dtypes import RUNNABLE
 from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.google import GoogleWeights
 from gemma2.checkpoints.hf_config import PUBLISHED, config_dict, published_config
+from gemma2.checkpoints.neutral import neutral
+from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer, tokenizer_of
 from gemma2.checkpoints.weights import Weights, check_names, count_nonfinite, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
@@ -107,6 +100,7 @@ class Inspection:
         return plain | ({"tensors": listed} if tensors else {})
 
 
+@neutral
 def inspect(
     source: str | Path | None,
     *,
@@ -190,7 +184,7 @@ def _inspect_other(path: Path, tokenizer: str | Path | None) -> tuple[Inspection
         weights = tried(lambda: weights_of(path, config))
     if isinstance(weights, GoogleWeights):
         config = weights.config
-    found_tokenizer = tried(lambda: tokenizer_of(path, tokenizer))
+    found_tokenizer = tried(lambda: tokenizer_of(folder, tokenizer))
     if found_tokenizer is not None:
         found.chat_tuned = tried(lambda: chat_tuned(folder, found_tokenizer))
     tried(lambda: chat_template(folder))

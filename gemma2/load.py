@@ -9,6 +9,7 @@ import torch
 
 from gemma2.checkpoints.checkpoint import open_checkpoint
 from gemma2.checkpoints.dtypes import RUNNABLE, dtype_name
+from gemma2.checkpoints.neutral import neutral
 from gemma2.checkpoints.weights import build
 from gemma2.errors import BadModelFile, first_line
 from gemma2.gemma import Gemma
@@ -26,6 +27,7 @@ FLOAT16 = (
 )
 
 
+@neutral
 def load(
     source: str | Path | None = None,
     *,
@@ -77,7 +79,7 @@ def load(
     model = build(
         opened.weights, opened.config, where, final, make=make, allow_nonfinite=allow_nonfinite, progress=progress
     )
-    return Gemma(model, opened.tokenizer, opened.chat_tuned, opened.notes, opened.chat_template)
+    return Gemma(model, opened.tokenizer, opened.chat_tuned, opened.notes, opened.chat_template, opened.end_ids)
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:

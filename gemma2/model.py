@@ -46,7 +46,7 @@ class ScaledEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         check_tokens(tokens, len(self.weight))
-        return F.embedding(tokens, self.weight) * torch.tensor(self.scale, dtype=self.weight.dtype)
+        return F.embedding(tokens, self.weight) * torch.tensor(self.scale, dtype=self.weight.dtype, device="cpu")
 
 
 class RMSNorm(nn.Module):

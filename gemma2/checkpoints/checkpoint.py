@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma2.checkpoints import gguf, gguf_tokenizer, gguf_weights, google, safetensors
-from gemma2.checkpoints.hf_config import read_config, read_json
+from gemma2.checkpoints.beside import chat_template, chat_tuned, end_ids
+from gemma2.checkpoints.hf_config import read_config
+from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer, tokenizer_of
 from gemma2.checkpoints.weights import Weights, check_names, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
@@ -26,6 +28,7 @@ class Checkpoint:
         chat_tuned: whether it says that it was tuned for chat; None when it says nothing.
         chat_template: the text of a chat template in it, passed on when converting and never run.
         notes: a line for everything that the file does not state and that was filled in.
+        end_ids: ids at which the checkpoint says that a text ends, beside Gemma's own.
     """
 
     path: Path
@@ -36,6 +39,7 @@ class Checkpoint:
     chat_tuned: bool | None
     chat_template: str | None
     notes: tuple[str, ...] = ()
+    end_ids: frozenset[int] = frozenset()
 
 
 def open_checkpoint(path: Path, tokenizer: str | Path | Tokenizer | None = None) -> Checkpoint:
@@ -52,10 +56,11 @@ def open_checkpoint(path: Path, tokenizer: str | Path | Tokenizer | None = None)
     if isinstance(weights, google.GoogleWeights):
         config = weights.config
     assert config is not None  # as `config_of` says
-    found = tokenizer_of(path, tokenizer)
+    found = tokenizer_of(folder_of(path), tokenizer)
     check_vocabulary(found, config)
     folder = folder_of(path)
-    return Checkpoint(path, form, config, weights, found, chat_tuned(folder, found), chat_template(folder))
+    tuned, template, ends = chat_tuned(folder, found), chat_template(folder), end_ids(folder, found)
+    return Checkpoint(path, form, config, weights, found, tuned, template, end_ids=ends)
 
 
 def form_of(path: Path) -> str:
@@ -91,17 +96,6 @@ def weights_of(path: Path, config: Gemma2Config | None) -> Weights:
     return google.GoogleWeights(path, config) if path.suffix == ".ckpt" else safetensors.open_file(path)
 
 
-def tokenizer_of(path: Path, tokenizer: str | Path | Tokenizer | None) -> Tokenizer:
-    """The tokenizer that is given, or else the one in the folder of a checkpoint."""
-    given = parse_tokenizer(tokenizer)
-    if given is not None:
-        return given
-    beside = folder_of(path) / "tokenizer.model"
-    if not beside.is_file():
-        raise BadModelFile(f"{beside}: no such file; put the tokenizer.model there or name one with tokenizer=")
-    return Tokenizer.from_file(beside)
-
-
 def _open_gguf(path: Path, tokenizer: str | Path | Tokenizer | None) -> Checkpoint:
     header = gguf.read_parts(path)
     config, notes = gguf_weights.config_of(header)
@@ -123,46 +117,3 @@ def _open_gguf(path: Path, tokenizer: str | Path | Tokenizer | None) -> Checkpoi
         template.value if template is not None and template.type == "str" else None,
         tuple(notes),
     )
-
-
-def parse_tokenizer(tokenizer: str | Path | Tokenizer | None) -> Tokenizer | None:
-    """A tokenizer by its path or itself; None for None. Raises BadModelFile where there is no such file."""
-    if tokenizer is None or isinstance(tokenizer, Tokenizer):
-        return tokenizer
-    path = Path(tokenizer)
-    if not path.is_file():
-        raise BadModelFile(f"{path}: no such file")
-    return Tokenizer.from_file(path)
-
-
-def check_vocabulary(tokenizer: Tokenizer, config: Gemma2Config) -> None:
-    """Raises BadModelFile unless every piece has a row of the embedding, and every row a piece."""
-    if len(tokenizer) != config.vocab_size:
-        raise BadModelFile(
-            f"{tokenizer.where}: {len(tokenizer)} pieces, but the embedding has {config.vocab_size} rows"
-        )
-
-
-def chat_tuned(folder: Path, tokenizer: Tokenizer) -> bool | None:
-    """Whether a folder says that its model was tuned for chat; None when it says nothing.
-
-    Google's -it checkpoints stop at <end_of_turn>; the pre-trained ones stop at <eos> alone.
-    """
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return None
-    stated = read_json(path)
-    stops = stated.get("eos_token_id") if isinstance(stated, dict) else None
-    end = tokenizer.special.get("end_of_turn")
-    return end is not None and end in (stops if isinstance(stops, list) else [stops])
-
-
-def chat_template(folder: Path) -> str | None:
-    """The chat template in a folder: newer ones have a file for it, older ones put it into tokenizer_config.json."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8", errors="replace")
-    path = folder / "tokenizer_config.json"
-    stated = read_json(path) if path.is_file() else None
-    template = stated.get("chat_template") if isinstance(stated, dict) else None
-    return template if isinstance(template, str) else None

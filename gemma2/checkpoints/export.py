@@ -235,7 +235,8 @@ def _lost_in_the_sum(opened: Checkpoint, entries: list[Entry]) -> dict[str, Valu
 
 def _norm(opened: Checkpoint, name: str) -> Tensor:
     """A whole norm weight, in float32 or, where that cannot state a GGUF's gain, in float64."""
-    w = torch.empty(opened.weights.tensors[name][0], dtype=opened.weights.dtype_for(name, torch.float32))
+    dtype = opened.weights.dtype_for(name, torch.float32)
+    w = torch.empty(opened.weights.tensors[name][0], dtype=dtype, device="cpu")
     opened.weights.read(name, 0, w)
     return w
 
@@ -248,7 +249,7 @@ def _encoded(opened: Checkpoint, entries: tuple[Entry, ...]) -> Generator[tuple[
         if entry.name == llama_cpp_name(name) and name.endswith(NORM):
             values = (1.0 + _norm(opened, name)[start:stop]).float()
         else:
-            values = torch.empty(stop - start, *entry.shape[1:])
+            values = torch.empty(stop - start, *entry.shape[1:], dtype=torch.float32, device="cpu")
             weights.read(name, start, values)
         _check_values(values, opened, name, entry.type)
         return entry, quantize(values, entry.type), values.numel() * weights.tensors[name][1].itemsize

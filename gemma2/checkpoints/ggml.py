@@ -80,7 +80,8 @@ def dequantize_into(raw: Tensor, type: GGMLType, out: Tensor) -> None:
     blocks, rows = raw.reshape(-1, type.bytes), out.unflatten(-1, (-1, type.values)).flatten(0, -2)
     step = max(1, (CPU_PIECE if raw.device.type == "cpu" else DEVICE_PIECE) // type.values)
     direct = out.dtype == torch.float32 and out.device == raw.device
-    scratch = torch.empty(0 if direct else min(step, len(blocks)), type.values, device=raw.device)
+    size = (0 if direct else min(step, len(blocks)), type.values)
+    scratch = torch.empty(size, dtype=torch.float32, device=raw.device)
     for start in range(0, len(blocks), step):
         piece, target = blocks[start : start + step], rows[start : start + step]
         q, scale, minimum = _UNPACK[type.name](piece)

@@ -29,7 +29,7 @@ def _levels(raw: Tensor, run: int, levels: Sequence[int]) -> Tensor:
 def _pairs(levels: tuple[int, ...], device: torch.device) -> Tensor:
     """int16 [256]: the levels of the low and the high half of every byte, as two bytes."""
     pairs = [[levels[byte & 15], levels[byte >> 4]] for byte in range(256)]
-    return torch.tensor(pairs, dtype=torch.int8).view(torch.int16).flatten().to(device)
+    return torch.tensor(pairs, dtype=torch.int8, device="cpu").view(torch.int16).flatten().to(device)
 
 
 def iq4_nl(blocks: Tensor) -> Parts:
@@ -44,14 +44,14 @@ def iq4_xs(blocks: Tensor) -> Parts:
 
 def mxfp4(blocks: Tensor) -> Parts:
     # A power of two, halved because the levels are doubled: 2^(e - 128), subnormal below e = 2.
-    scale = torch.tensor([2.0 ** (e - 128) for e in range(256)], device=blocks.device)
+    scale = torch.tensor([2.0 ** (e - 128) for e in range(256)], dtype=torch.float32, device=blocks.device)
     return Parts(_levels(field(blocks, 1, 17), 16, _tables("MXFP4").kvalues), scale[field(blocks, 0, 1).int()])
 
 
 def nvfp4(blocks: Tensor) -> Parts:
     # Unsigned 4-bit exponent and 3-bit mantissa, halved likewise; 0x7F is what the format calls NaN, taken as 0.
     scales = [(m * 2.0**-9 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7)) / 2 for e in range(16) for m in range(8)]
-    scale = torch.tensor(scales * 2, device=blocks.device)
+    scale = torch.tensor(scales * 2, dtype=torch.float32, device=blocks.device)
     scale[0x7F] = 0.0
     q = _levels(field(blocks, 4, 36), 8, _tables("NVFP4").kvalues)
     return Parts(q, scale[field(blocks, 0, 4).int()])
@@ -146,15 +146,14 @@ def _grid_table(name: str, device: torch.device) -> Tensor:
 
 @cache
 def _sign_table(device: torch.device) -> Tensor:
-    return torch.tensor([[1 - 2 * (byte >> i & 1) for i in range(8)] for byte in range(256)], dtype=torch.int8).to(
-        device
-    )
+    signs = [[1 - 2 * (byte >> i & 1) for i in range(8)] for byte in range(256)]
+    return torch.tensor(signs, dtype=torch.int8, device=device)
 
 
 @cache
 def _parity_signs(device: torch.device) -> Tensor:
     """uint8 [128]: seven signs and the one that makes the number of minuses even."""
-    return torch.tensor([i | (i.bit_count() & 1) << 7 for i in range(128)], dtype=torch.uint8).to(device)
+    return torch.tensor([i | (i.bit_count() & 1) << 7 for i in range(128)], dtype=torch.uint8, device=device)
 
 
 def _tables(name: str) -> Any:

@@ -238,7 +238,7 @@ class GGUFWeights:
     def raw(self, name: str, start: int, stop: int) -> Tensor:
         info = self._info[name]
         start, rows = (0, 1) if len(info.shape) == 1 else (start, stop - start)
-        raw = torch.empty(rows, info.row_bytes, dtype=torch.uint8)
+        raw = torch.empty(rows, info.row_bytes, dtype=torch.uint8, device="cpu")
         # Read rather than mapped: a file that another program cuts short is an error then, not the end of the process.
         with info.path.open("rb", buffering=0) as file:
             file.seek(info.offset + start * info.row_bytes)
@@ -263,7 +263,7 @@ class GGUFWeights:
 
     def _whole(self, name: str) -> Tensor:
         """A whole small tensor with the values that the file has, in float32."""
-        g = torch.empty(self._info[name].shape)
+        g = torch.empty(self._info[name].shape, dtype=torch.float32, device="cpu")
         self._dequantize(name, 0, g)
         return g
 

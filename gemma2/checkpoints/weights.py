@@ -95,7 +95,7 @@ class PlainWeights:
     def raw(self, name: str, start: int, stop: int) -> Tensor:
         shape, dtype = self.tensors[name]
         whole = len(shape) == 1  # a vector
-        out = torch.empty(shape if whole else (stop - start, *shape[1:]), dtype=dtype)
+        out = torch.empty(shape if whole else (stop - start, *shape[1:]), dtype=dtype, device="cpu")
         self.read(name, 0 if whole else start, out)
         return out.reshape(1 if whole else stop - start, -1).view(torch.uint8)
 
@@ -191,7 +191,8 @@ def count_nonfinite(weights: Weights, *, progress: bool | None = None) -> dict[s
     """Name -> how many values are NaN or infinite, for tensors that have any. Reads everything and keeps nothing."""
 
     def count(name: str, start: int, stop: int) -> tuple[str, int, int]:
-        values = torch.empty(stop - start, *weights.tensors[name][0][1:])
+        shape = (stop - start, *weights.tensors[name][0][1:])
+        values = torch.empty(shape, dtype=torch.float32, device="cpu")
         weights.read(name, start, values)
         return name, values.numel(), _nonfinite(values)
 
@@ -287,7 +288,7 @@ def check_head(weights: Weights, shape: tuple[int, ...]) -> None:
     if HEAD not in weights.tensors:
         return
     for start, stop in chunks(shape, torch.float32):
-        head, embedding = torch.empty(2, stop - start, *shape[1:])
+        head, embedding = torch.empty(2, stop - start, *shape[1:], dtype=torch.float32, device="cpu")
         weights.read(HEAD, start, head)
         weights.read(EMBEDDING, start, embedding)
         if not torch.equal(head, embedding):

@@ -35,7 +35,7 @@ def same(x: Tensor) -> Tensor:
 
 
 def rounded_scale(scale: float, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(scale, dtype=dtype)
+    return torch.tensor(scale, dtype=dtype, device="cpu")
 
 
 def multiplied(x: Tensor, weight: Tensor) -> Tensor:

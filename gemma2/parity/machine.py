@@ -59,7 +59,7 @@ def fingerprints(config: Gemma2Config, t: int, dtype: torch.dtype) -> dict[str, 
     found["mean"] = wide.square().mean(-1, keepdim=True)
     found["root"] = torch.rsqrt(wide.abs() + 1e-6)
     found["softmax"] = F.softmax(scores, dim=-1, dtype=torch.float32)
-    found["turn"] = torch.view_as_real(torch.polar(torch.ones(t, c // 2), numbers(t, c // 2) * t))
+    found["turn"] = torch.view_as_real(torch.polar(torch.ones(t, c // 2, dtype=torch.float32), numbers(t, c // 2) * t))
     for kind in {dtype, torch.float32}:  # narrow ones are computed in float32 inside, and rounding hides much of it
         found[f"gelu {kind}"] = F.gelu(gate.to(kind), approximate="tanh")
         found[f"tanh {kind}"] = torch.tanh(scores.to(kind))

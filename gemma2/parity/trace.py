@@ -87,7 +87,7 @@ class TraceWriter:
                 f"token id {wrong[0]} is outside the vocabulary" if wrong else "a trace needs at least one token id"
             )
         self.about, self.force = about, force
-        self._ids = torch.tensor(list(ids), dtype=torch.int64)
+        self._ids = torch.tensor(list(ids), dtype=torch.int64, device="cpu")
         wanted = chosen(about.config, patterns)
         self._shapes = {name: torch.Size(site.sizes(about.config, len(ids))[1:]) for name, site in wanted.items()}
         self._dtypes = {name: dtype if isinstance(dtype, torch.dtype) else dtype[name] for name in wanted}

@@ -103,7 +103,9 @@ class _Subject:
     def __init__(self, model: Gemma2, length: int) -> None:
         self.model, self.length = model, length
         self.device, self.dtype = model.device, model.dtype
-        ids = torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(
+            model.config.vocab_size, (length,), device="cpu", generator=torch.Generator().manual_seed(0)
+        )
         self.ids = ids.to(self.device)
         self.whole = self._logits(model, self.ids)
         largest = self.whole.abs().max().item()

@@ -14,7 +14,7 @@ CACHED = 2**16  # numbers of eight bytes that fit a processor core's cache
 
 def f32(value: float | str) -> Tensor:
     """A float32 constant; torch would compute with a Python number in higher precision."""
-    return torch.tensor(float.fromhex(value) if isinstance(value, str) else value, dtype=torch.float32)
+    return torch.tensor(float.fromhex(value) if isinstance(value, str) else value, dtype=torch.float32, device="cpu")
 
 
 def over(a: Tensor, b: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def lane_product(x: Tensor, w: Tensor, lanes: int, group: int = 1) -> Tensor:
 
 
 def _lane_sums(x: Tensor, w: Tensor) -> Tensor:
-    sums = torch.zeros((), device=x.device)
+    sums = torch.zeros((), dtype=torch.float32, device=x.device)
     for a, b in zip(x, w.transpose(-1, -2), strict=True):
         wide = torch.addcmul(sums.double(), a, b) if a.shape[-1] == 1 else sums.double() + a @ b
         sums = wide.float()

@@ -93,7 +93,7 @@ def _summed_beside_minima(rows: Tensor, sums: Tensor, weight: Tensor, scales: Sc
     ggml_vec_dot_q4_1_q8_1, ggml_vec_dot_q5_1_q8_1)"""
     assert scales.minimum is not None
     minimum = scales.minimum.to(weight.device)
-    least = torch.zeros((), device=rows.device)
+    least = torch.zeros((), dtype=torch.float32, device=rows.device)
     for m, s in zip(minimum.T, sums.T if sums.numel() else rows.unflatten(-1, (-1, 32)).sum(-1).T, strict=True):
         least = fma(s[:, None], -m, least)
     return lane_product(rows, weight + minimum.repeat_interleave(32, dim=-1), lanes=8, group=4) + least

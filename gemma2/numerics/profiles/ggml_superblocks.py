@@ -19,7 +19,7 @@ Block = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]  # see `_bl
 def summed_by_block(rows: Tensor, weight: Tensor, scales: Scales | None) -> Tensor:
     """A block's integers, times the weight's unit, less the minima's, times the activations' scale, onto the sum of the
     blocks. (tiled/tiled-kernel.cpp; the compiler makes one operation of the last product and sum)"""
-    y = torch.zeros(len(rows), len(weight), device=rows.device)
+    y = torch.zeros(len(rows), len(weight), dtype=torch.float32, device=rows.device)
     for x, scale, w, unit, minima, step in _blocks(rows, weight, scales):
         found = (x @ w.T).float() * unit
         if minima is not None:
@@ -31,10 +31,10 @@ def summed_by_block(rows: Tensor, weight: Tensor, scales: Scales | None) -> Tens
 def summed_apart(rows: Tensor, weight: Tensor, scales: Scales, group: int) -> Tensor:
     """Products and minima each in a sum of their own, subtracted at the end; so many integers at a time.
     (arch/x86/repack.cpp, ggml_gemm_q4_K_8x8_q8_K, ggml_gemm_q2_K_8x8_q8_K, and their ggml_gemv)"""
-    y, less = (torch.zeros(len(rows), len(weight), device=rows.device) for _ in range(2))
+    y, less = (torch.zeros(len(rows), len(weight), dtype=torch.float32, device=rows.device) for _ in range(2))
     for x, scale, w, unit, minima, step in _blocks(rows, weight, scales):
         assert minima is not None
-        for some in torch.arange(BLOCK).split(group):
+        for some in torch.arange(BLOCK, device=rows.device).split(group):
             y = fma((x[:, some] @ w[:, some].T).float(), unit * scale, y)
             less = fma((x[:, some] @ minima[:, some].T).float(), step * scale, less)
     return y - less
@@ -43,7 +43,7 @@ def summed_apart(rows: Tensor, weight: Tensor, scales: Scales, group: int) -> Te
 def summed_in_lanes(rows: Tensor, weight: Tensor, scales: Scales, offset: int) -> Tensor:
     """Four neighbours of every 32 in a lane, whole blocks as integers. Where q is stored with an offset, that is taken
     away again two groups of 16 a lane. (arch/x86/quants.c, ggml_vec_dot_q6_K_q8_K and its like)"""
-    y, less = torch.zeros(LANES, len(rows), len(weight), device=rows.device), None
+    y, less = torch.zeros(LANES, len(rows), len(weight), dtype=torch.float32, device=rows.device), None
     groups = scales.scale.unflatten(-1, (scales.unit.shape[-1], -1))
     for number, (x, scale, w, unit, minima, step) in enumerate(_blocks(rows, weight, scales)):
         if minima is not None:

@@ -48,7 +48,7 @@ TANH_BELOW = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 
 
 def like(x: Tensor, value: float) -> Tensor:
     """A Python number beside an array has the array's dtype in JAX; torch would compute with all its digits."""
-    return torch.tensor(value, dtype=x.dtype)
+    return torch.tensor(value, dtype=x.dtype, device="cpu")
 
 
 def normal(x: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def softmaxed_compiled(scores: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def divided(x: Tensor, cap: float) -> Tensor:
-    return (ops.upcast(x) * torch.tensor(1 / cap, dtype=torch.float32)).to(x.dtype)
+    return (ops.upcast(x) * torch.tensor(1 / cap, dtype=torch.float32, device="cpu")).to(x.dtype)
 
 
 def tanh(x: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def tanh(x: Tensor) -> Tensor:
         """In float64 a product of two float32 numbers is exact: rounded after the sum, as a fused step is."""
         value = torch.full_like(wide, first)
         for other in others:
-            value = (square * value.double() + torch.tensor(other, dtype=torch.float32).double()).float()
+            value = (square * value.double() + torch.tensor(other, dtype=torch.float32, device="cpu").double()).float()
         return value
 
     ratio = wide * polynomial(*TANH_ABOVE) / polynomial(*TANH_BELOW)

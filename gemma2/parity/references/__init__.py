@@ -136,7 +136,7 @@ def parse_row(reference: Reference, ids: Sequence[int]) -> Tensor:
             raise ValueError(f"token id {number} at {place} is outside the vocabulary [0, {vocab})")
     if reference.longest is not None and len(ids) > reference.longest:
         raise ContextOverflow(f"{reference.system} takes at most {reference.longest} token ids, not {len(ids)}")
-    return torch.tensor([list(ids)], dtype=torch.int64)
+    return torch.tensor([list(ids)], dtype=torch.int64, device="cpu")
 
 
 def parse_sites(reference: Reference, sites: Iterable[str]) -> list[str]:

@@ -116,7 +116,7 @@ class GemmaPyTorch:
         """Of tokens [b t] from a position on: [b t v]."""
         size, (batch, t) = caches[0][0].shape[1], tokens.shape
         positions = torch.arange(start, start + t)
-        hidden = torch.full((1, 1, size, size), MASKED)
+        hidden = torch.full((1, 1, size, size), MASKED, dtype=torch.float32)
         mask = hidden.triu(1)
         local = mask + hidden.tril(-self.config.sliding_window)
         _, logits = self._model(

@@ -100,7 +100,7 @@ _read = _function(
 def value_of(node: int) -> Tensor:
     """A copy of a float32 node, its slowest axis first, as PyTorch counts: [x y t d] for sizes d, t, y, x."""
     described = _Node.from_address(node)
-    raw = torch.empty(_bytes(node) // 4)
+    raw = torch.empty(_bytes(node) // 4, dtype=torch.float32, device="cpu")
     _read(node, raw.data_ptr(), 0, raw.nbytes)
     return raw.as_strided(tuple(described.ne)[::-1], [stride // 4 for stride in described.nb[::-1]]).clone()
 
