@@ -12,7 +12,7 @@ from torch import Tensor
 from gemma2.checks import check_count, check_number
 from gemma2.errors import NonFiniteError
 from gemma2.ops import upcast
-from gemma2.tokens import check_here
+from gemma2.tied import check_here
 
 GREEDY_BELOW = 1e-6  # a temperature this small is the greedy limit, not a division
 FIRST_SLICE = 256  # how many top logits a top-p search sorts before it looks further
