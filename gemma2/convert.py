@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gemma2.atomic import check_space, check_target, naming_a_full_disk, replacing
-from gemma2.checkpoints.beside import chat_template, chat_tuned
+from gemma2.checkpoints.beside import chat_template, chat_tuned, end_ids
 from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gemma2.checkpoints.dtypes import FLOATS
 from gemma2.checkpoints.export import FOLDER, Layout, layout_for, write
@@ -213,10 +213,14 @@ def _title(source: str | Path | None, path: Path) -> str:
 
 def _beside(layout: Layout, opened: Checkpoint, folder: Path) -> dict[Path, bytes]:
     """What a .ckpt leaves out, where it is not there yet. Another model's files are neither used nor replaced."""
+    gemmas = set(opened.tokenizer.special.values())
     same: dict[str, Callable[[Path], bool]] = {
         "config.json": lambda path: read_config(path) == opened.config,
         "tokenizer.model": lambda path: Tokenizer.from_file(path).to_proto() == layout.beside[path.name],
-        "generation_config.json": lambda path: chat_tuned(folder, opened.tokenizer) == opened.chat_tuned,
+        "generation_config.json": lambda path: (
+            chat_tuned(folder, opened.tokenizer) == opened.chat_tuned
+            and end_ids(folder, opened.tokenizer) - gemmas == opened.end_ids - gemmas
+        ),
         "tokenizer_config.json": lambda path: chat_template(folder) == opened.chat_template,
         "chat_template.jinja": lambda path: chat_template(folder) == opened.chat_template,
     }

@@ -15,7 +15,7 @@ ROWS = [
     ["errors", "atomic", "checks", "stats", "tied", "tokens", "warmup"],
     ["config", "ops"],
     ["cache", "tokenizer", "sampling"],
-    ["model", "chat", "detokenizer", "feed"],
+    ["model", "chat", "detokenizer", "feed", "templates"],
     ["twins", "generate"],
     ["gemma", "checkpoints", "research", "fast"],
     ["talk", "hub", "numerics"],
