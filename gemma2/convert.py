@@ -24,7 +24,7 @@ from gemma2.checkpoints.neutral import neutral
 from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer
 from gemma2.checkpoints.weights import hidden
 from gemma2.gemma import Gemma
-from gemma2.load import locate
+from gemma2.load import locate, locate_tokenizer
 from gemma2.tokenizer import Tokenizer
 
 TYPES = tuple(name.lower() for name in FILE_TYPES)
@@ -83,8 +83,9 @@ def convert(
             raise ValueError("revision= is for a hub name, and the source is a Gemma in memory")
         opened, title = _in_memory(source, tokenizer), target.stem
     elif source is None or isinstance(source, str | Path):
-        origin = locate(source, revision)
-        opened, title = open_checkpoint(origin, tokenizer), _title(source, origin)
+        given = parse_tokenizer(locate_tokenizer(tokenizer))
+        origin = locate(source, revision, tokenizer_given=given is not None)
+        opened, title = open_checkpoint(origin, given), _title(source, origin)
         _check_apart(target, opened)
     else:
         raise ValueError(f"source is of type {source.__class__.__name__}: give a path, a name or a Gemma")
@@ -109,7 +110,7 @@ def convert(
 
 def _in_memory(gemma: Gemma, tokenizer: str | Path | Tokenizer | None) -> Checkpoint:
     weights, config = MemoryWeights(gemma.model), gemma.config
-    found = parse_tokenizer(tokenizer) or gemma.tokenizer
+    found = parse_tokenizer(locate_tokenizer(tokenizer)) or gemma.tokenizer
     check_vocabulary(found, config)
     tuned, template, ends = gemma.chat_tuned, gemma.chat_template, gemma.stop_ids
     return Checkpoint(Path(WHERE), "memory", config, weights, found, tuned, template, gemma.notes, ends)

@@ -21,19 +21,22 @@ import torch
 from huggingface_hub import constants
 
 import gemma2
+from gemma2.checkpoints.hf_config import config_dict, published_config
 from gemma2.checkpoints.safetensors import SINGLE
 
 NAME = "google/gemma-2-tiny"
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 WEIGHTS = bytes(range(256)) * 400
+CONFIG = json.dumps(config_dict(published_config("gemma-2-2b"))).encode()
 FILES = {
-    "config.json": b'{"model_type": "gemma2"}',
+    "config.json": CONFIG,
     "tokenizer.model": b"pieces " * 500,
     SINGLE: WEIGHTS,
     "README.md": b"# Read me",
     "pytorch_model.bin": b"pickle",
     "gemma-2-tiny.gguf": b"GGUF",
 }
+UNWEIGHTED = {file: data for file, data in FILES.items() if not file.endswith((".safetensors", ".bin", ".gguf"))}
 LIST = "list of files"  # how a request for it is noted
 NEEDED = {"config.json", "tokenizer.model", SINGLE}
 
@@ -71,7 +74,13 @@ class Hub:
     def stop(self) -> None:
         self.server.shutdown()
         self.server.server_close()
-        huggingface_hub.close_session()  # connections that are kept alive would be answered still
+        close_session()  # connections that are kept alive would be answered still
+
+
+def close_session() -> None:
+    """Let the client forget its connections. It had another name for this before version 1."""
+    close = getattr(huggingface_hub, "close_session", None) or huggingface_hub.utils.reset_sessions
+    close()
 
 
 def etag(file: str, data: bytes) -> str:
@@ -181,7 +190,7 @@ def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float]) -> Iterator[Hub]:
     """A hub with one repository, an empty cache, and no way to any other machine."""
-    huggingface_hub.close_session()
+    close_session()
     hub = Hub(tmp_path / "cache")
     settings = {
         "ENDPOINT": hub.url,

@@ -23,6 +23,7 @@ from gemma2.hub import download_gguf
 from gemma2.load import POCKET, locate
 from tests.conftest import raw_config, tensors_of, tiny
 from tests.hub_server import (
+    CONFIG,
     FILES,
     HOWS,
     LIST,
@@ -222,9 +223,12 @@ def test_a_name_alone_means_the_safetensors_where_there_are_both(hub: Hub, folde
 
 def test_a_config_beside_gguf_files_alone_gets_the_list_too(repository: Hub) -> None:
     """Many conversions keep the config.json, some the tokenizer."""
-    repository.push({**REPOSITORY, "config.json": b"{}"})
-    assert refused(None) == f"{NAME}: the repository has no tokenizer.model; {CHOICE}"
-    repository.push({**REPOSITORY, "config.json": b"{}", "tokenizer.model": b"pieces"})
+    repository.push({**REPOSITORY, "config.json": b'{"model_type": "gemma2"}'})  # as some conversions have it
+    assert refused(None).startswith(f"{NAME}/config.json: ") and refused(None).endswith(f"; {CHOICE}")
+    repository.push({**REPOSITORY, "config.json": CONFIG})
+    neither = "neither tokenizer.json nor tokenizer.model; a tokenizer can be given with tokenizer="
+    assert refused(None) == f"{NAME}: the repository has {neither}; {CHOICE}"
+    repository.push({**REPOSITORY, "config.json": CONFIG, "tokenizer.model": b"pieces"})
     assert refused(None) == f"{NAME}: the repository has no {SINGLE}; {CHOICE}"
 
 
