@@ -18,7 +18,7 @@ from urllib.parse import unquote
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 import gemma2
 from gemma2.checkpoints.hf_config import config_dict, published_config
@@ -37,6 +37,8 @@ FILES = {
     "gemma-2-tiny.gguf": b"GGUF",
 }
 UNWEIGHTED = {file: data for file, data in FILES.items() if not file.endswith((".safetensors", ".bin", ".gguf"))}
+# Before version 1 the client waits between retries when there is no answer, and does not take up a cut connection.
+OLD_CLIENT = int(huggingface_hub.__version__.split(".")[0]) < 1
 LIST = "list of files"  # how a request for it is noted
 NEEDED = {"config.json", "tokenizer.model", SINGLE}
 
@@ -206,7 +208,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float]) -> I
         "DOWNLOAD_CHUNK_SIZE": 2**13,
     }
     for key, value in settings.items():
-        monkeypatch.setattr(constants, key, value)
+        for module in (constants, file_download):  # versions before 1 know fewer, and copy some into the second
+            monkeypatch.setattr(module, key, value, raising=False)
     for key in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("NO_PROXY", "*")
@@ -244,9 +247,17 @@ def page(data: bytes) -> bytes:
     return b"<!DOCTYPE html><html>Sign in to this network</html>".ljust(len(data))[: len(data)]
 
 
+def no_symlinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of copies, as on Windows."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True)
+    if OLD_CLIENT:  # has no such setting
+        monkeypatch.setattr(file_download, "are_symlinks_supported", lambda *_: False)
+
+
 def offline(hub: Hub, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     if how == "asked for":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        close_session()
     elif how == "broken":
         hub.refusal = (503, "", "")
     else:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import gemma2
@@ -25,6 +24,7 @@ from tests.hub_server import (
     HOWS,
     NAME,
     NEEDED,
+    OLD_CLIENT,
     TOKEN,
     UNWEIGHTED,
     WEIGHTS,
@@ -33,6 +33,7 @@ from tests.hub_server import (
     environment,
     flipped,
     in_cache,
+    no_symlinks,
     offline,
     page,
     same,
@@ -180,7 +181,7 @@ def test_a_cache_whose_verdicts_cannot_be_noted_still_serves(hub: Hub) -> None:
 
 
 def test_a_cache_without_symlinks_is_checked_too(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True)
+    no_symlinks(monkeypatch)
     hub.instead[SINGLE] = [flipped(WEIGHTS), WEIGHTS]
     folder = download(NAME)
     assert not (folder / SINGLE).is_symlink() and content(folder) == {file: FILES[file] for file in NEEDED}
@@ -208,6 +209,8 @@ def test_a_file_in_the_clients_shared_store_is_held_to_its_own_hash(hub: Hub) ->
 
 def test_a_connection_cut_half_way_is_taken_up_where_it_ended(hub: Hub) -> None:
     hub.cuts[SINGLE] = 2
+    for _ in range(2 if OLD_CLIENT else 0):  # the next call takes it up
+        assert SINGLE in refused()
     assert (download(NAME) / SINGLE).read_bytes() == WEIGHTS
     assert hub.got().count(SINGLE) == 3
     assert len([headers for headers in hub.headers if "range" in headers]) == 2
@@ -217,7 +220,7 @@ def test_a_connection_that_is_always_cut_ends_in_one_line(hub: Hub) -> None:
     hub.cuts[SINGLE] = 1000
     hub.instead[SINGLE] = [b"xy"]  # so small that no part of it is kept, and the client gives up
     assert SINGLE in refused()
-    assert not os.path.lexists(hub.blob(SINGLE)) and not list(hub.cache.rglob("*.incomplete"))
+    assert not os.path.lexists(hub.blob(SINGLE)) and (OLD_CLIENT or not list(hub.cache.rglob("*.incomplete")))
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -274,7 +277,7 @@ def test_offline_with_a_full_cache_loads_without_waiting(
     download(NAME)
     offline(hub, monkeypatch, how)
     assert same(gemma2.load(NAME), load_file(tiny_repository / SINGLE))
-    assert not naps
+    assert not naps or OLD_CLIENT
 
 
 @HOWS

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +95,8 @@ class Repository:
                     self.name, revision=self.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
                 )
                 return {file.rfilename: file.size or 0 for file in info.siblings or [] if is_plain(file.rfilename)}
+            except json.JSONDecodeError:  # which is an OSError too where the client uses requests
+                raise
             except (HTTPError, OSError) as error:
                 if _answered(error):
                     raise
@@ -130,8 +133,7 @@ class Repository:
             if _answered(cause):
                 raise _failed(name, file, cause) from None
             why = self._why or _without_secrets(cause)
-            if file != LIST and not isinstance(cause, errors.HfHubHTTPError):  # no answer at all
-                self._why = why
+            self._why = why if file != LIST else self._why
             raise Unreached(name, f"{file} is not", why) from None
         except errors.EntryNotFoundError:
             raise Absent(f"{name}: the repository has no {file}") from None
