@@ -24,7 +24,7 @@ from gemma2.checkpoints.neutral import neutral
 from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer
 from gemma2.checkpoints.weights import hidden
 from gemma2.gemma import Gemma
-from gemma2.load import locate
+from gemma2.load import locate, locate_tokenizer
 from gemma2.model import Gemma2
 from gemma2.tokenizer import Tokenizer
 
@@ -81,8 +81,9 @@ def convert(
     if source is not None and not isinstance(source, str | Path):
         raise ValueError(f"source is of type {source.__class__.__name__}: give a path, a name or a Gemma")
     asked = _Target(target, type, force)
-    origin = locate(source, revision)
-    opened = open_checkpoint(origin, tokenizer)
+    given = parse_tokenizer(locate_tokenizer(tokenizer))
+    origin = locate(source, revision, tokenizer_given=given is not None)
+    opened = open_checkpoint(origin, given)
     _check_apart(asked.path, opened)
     return _written(asked, opened, _title(source, origin), progress)
 
@@ -145,7 +146,7 @@ def _written(asked: _Target, opened: Checkpoint, title: str, progress: bool | No
 
 
 def _in_memory(model: Gemma | Gemma2, tokenizer: str | Path | Tokenizer | None) -> Checkpoint:
-    given = parse_tokenizer(tokenizer)
+    given = parse_tokenizer(locate_tokenizer(tokenizer))
     if not isinstance(model, Gemma):
         if given is None:
             raise ValueError("a model alone has no tokenizer to write: give a Gemma, or name one with tokenizer=")

@@ -26,7 +26,7 @@ from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer, tok
 from gemma2.checkpoints.weights import Weights, check_names, count_nonfinite, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
-from gemma2.load import locate
+from gemma2.load import locate, locate_tokenizer
 from gemma2.templates import NOT_GEMMAS, is_gemmas
 from gemma2.tokenizer import Tokenizer
 
@@ -108,7 +108,7 @@ def inspect(
     source: str | Path | None,
     *,
     values: bool = False,
-    tokenizer: str | Path | None = None,
+    tokenizer: str | Path | Tokenizer | None = None,
     revision: str | None = None,
     progress: bool | None = None,
 ) -> Inspection:
@@ -120,7 +120,8 @@ def inspect(
     Raises:
         BadModelFile: nothing can be said about it at all: not there, or its header is damaged.
     """
-    path = locate(source, revision)
+    tokenizer = locate_tokenizer(tokenizer)
+    path = locate(source, revision, tokenizer_given=tokenizer is not None)
     if path.is_file() and path.suffix == ".gguf":
         found, weights = _inspect_gguf(path, tokenizer)
     else:
@@ -133,7 +134,7 @@ def inspect(
     return found
 
 
-def _inspect_gguf(path: Path, tokenizer: str | Path | None) -> tuple[Inspection, Weights | None]:
+def _inspect_gguf(path: Path, tokenizer: Path | Tokenizer | None) -> tuple[Inspection, Weights | None]:
     header = gguf.read_parts(path)
     stated = header.metadata.get("general.architecture")
     found = Inspection(str(path), "gguf", header.bytes, header.version)
@@ -166,7 +167,7 @@ def _inspect_gguf(path: Path, tokenizer: str | Path | None) -> tuple[Inspection,
     return found, weights
 
 
-def _inspect_other(path: Path, tokenizer: str | Path | None) -> tuple[Inspection, Weights | None]:
+def _inspect_other(path: Path, tokenizer: Path | Tokenizer | None) -> tuple[Inspection, Weights | None]:
     folder = folder_of(path)
     form = "ckpt" if path.suffix == ".ckpt" else "safetensors"
     files = [path] if path.is_file() else sorted(folder.glob("*.safetensors"))

@@ -99,7 +99,7 @@ def header_bytes(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadat
     return len(text).to_bytes(8, "little") + text
 
 
-def shard_names(index: Any, where: str) -> list[str]:
+def shard_names(index: Any, where: str, ending: str = ".safetensors") -> list[str]:
     """The files an index names, each a plain file name: an index is a stranger's, and must not reach elsewhere."""
     mapping = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(mapping, dict) or not mapping or not all(isinstance(name, str) for name in mapping.values()):
@@ -107,8 +107,8 @@ def shard_names(index: Any, where: str) -> list[str]:
     names = sorted(set(mapping.values()))
     for name in names:
         plain = name == Path(name).name and "\\" not in name and ":" not in name and "\0" not in name
-        if not plain or not name.endswith(".safetensors"):
-            raise BadModelFile(f"{where}: shard {name!r} is not a plain .safetensors file name")
+        if not plain or not name.endswith(ending):
+            raise BadModelFile(f"{where}: shard {name!r} is not a plain {ending} file name")
     return names
 
 
