@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -20,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from gemma2.cache import EMPTY, Held
 from gemma2.checkpoints.hf_config import config_dict
-from gemma2.model import Gemma2, Tap
+from gemma2.model import Gemma2
 from gemma2.research.capture import check_shown
 
 LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")  # what transformers' loss takes beside logits and labels
@@ -112,8 +111,11 @@ class Gemma2ForCausalLM(transformers.PreTrainedModel, transformers.GenerationMix
             for i, layer in enumerate(self.model.layers):
                 if streams is not None:
                     streams.append(x)
-                layer = partial(call, layer) if call is not None and i % self.checkpoint_every == 0 else layer
-                x = layer(x, columns, rotary, Columns(cache, i, attention_mask, start + t))
+                place = Columns(cache, i, attention_mask, start + t)
+                if call is not None and i % self.checkpoint_every == 0:
+                    x = call(layer, x, columns, rotary, place)
+                else:
+                    x = layer(x, columns, rotary, place)
         x = self.model.norm(x)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.softcap(self.lm_head(x[:, kept], self.model.embed_tokens))
@@ -150,11 +152,12 @@ class Gemma2ForCausalLM(transformers.PreTrainedModel, transformers.GenerationMix
         check_shown(self.whole, [f"blocks.{i}.attn.hook_pattern" for i in range(len(self.model.layers))])
         found: list[Tensor] = []
 
-        def see(tap: Tap, inputs: object, pattern: Tensor) -> None:
+        def see(module: nn.Module, inputs: object, pattern: Tensor) -> None:
             found.append(pattern)
 
-        for layer in self.model.layers:
-            hooks.callback(layer.self_attn.attend.hook_pattern.register_forward_hook(see).remove)
+        for i in range(len(self.model.layers)):
+            tap = self.model.get_submodule(f"layers.{i}.self_attn.attend.hook_pattern")
+            hooks.callback(tap.register_forward_hook(see).remove)
         return found
 
     def create_masks_for_generate(
