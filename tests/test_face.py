@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import gemma2
+from gemma2.model import SoftCap
 from gemma2.research.capture import capture
 from gemma2.research.face import as_transformers
+from gemma2.twins import on, replaced
 from tests.conftest import ids, raw_config, tiny
 
 transformers = pytest.importorskip("transformers", minversion="5", reason="needs the extra gemma2[transformers]")
@@ -91,6 +93,18 @@ def test_generation_past_the_window_has_the_ids_and_the_logits_of_transformers(m
 def test_generation_in_bfloat16_after_padding_has_the_ids_of_transformers(pads: tuple[int, ...]) -> None:
     face, external = pair(torch.bfloat16)
     assert torch.equal(*(model.generate(**batch(pads), max_new_tokens=24) for model in (face, external)))
+
+
+@torch.no_grad()
+def test_the_model_below_the_head_and_the_head_are_called_as_those_of_transformers() -> None:
+    face, external = pair()
+    inputs = batch((7, 1, 0))
+    ours, theirs = (model.base_model(**inputs).last_hidden_state for model in (face, external))
+    real = inputs["attention_mask"].bool()
+    assert torch.equal(ours[real], theirs[real])
+    assert torch.equal(*(model.get_output_embeddings()(theirs) for model in (face, external)))
+    assert face.get_output_embeddings().weight is face.get_input_embeddings().weight
+    assert isinstance(face(**inputs, return_dict=False), tuple)
 
 
 @torch.no_grad()
@@ -199,8 +213,20 @@ def test_parameters_are_the_same_objects_under_the_names_of_transformers(pocket:
     assert (face.device, face.dtype, face.training) == (pocket.model.device, torch.float32, False)
     assert face.num_parameters() == pocket.config.parameter_count
     with torch.no_grad(), capture(face, "logits") as seen:
-        face(ids(1, 5))
-    assert seen["logits"].shape == (1, 5, 4096)
+        logits = face(ids(1, 5)).logits
+    assert torch.equal(seen["logits"], logits)
+
+
+@torch.no_grad()
+def test_a_module_that_is_replaced_on_one_side_is_replaced_on_the_other() -> None:
+    model = tiny()
+    face, tokens = as_transformers(model), ids(1, 20)
+    plain = model(tokens)
+    face.model.norm = nn.Identity()  # as PEFT replaces modules that it trains as a whole
+    assert torch.equal(model(tokens), face(tokens).logits) and not torch.equal(model(tokens), plain)
+    with replaced(model, on(SoftCap, lambda cap: nn.Identity())):
+        uncapped = model(tokens)
+        assert torch.equal(face(tokens).logits, uncapped) and uncapped.abs().max() > 30
 
 
 def test_the_config_and_the_end_ids_are_those_of_the_checkpoint(pocket: gemma2.Gemma) -> None:
@@ -249,7 +275,8 @@ def test_copies_have_weights_of_their_own_and_compute_the_same() -> None:
     tokens = ids(1, 20)
     expected = face(tokens).logits
     for other in (copy.deepcopy(face), pickle.loads(pickle.dumps(face))):
-        assert torch.equal(other(tokens).logits, expected) and other.whole.model is other.model
+        assert torch.equal(other(tokens).logits, expected)
+        assert other.whole.model._modules is other.model._modules is not face.model._modules
         other.to(torch.bfloat16)
         assert (other.dtype, other.whole.dtype, face.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
     ours, _ = pair(torch.bfloat16)
