@@ -17,6 +17,7 @@ from gemma2.gemma import Gemma
 from gemma2.inspect import inspect
 from gemma2.load import load
 from gemma2.model import Gemma2
+from gemma2.research.face import as_transformers
 from gemma2.sampling import Sampling
 from gemma2.stats import Stats
 from gemma2.talk import Talk
@@ -35,6 +36,7 @@ __all__ = [
     "Stats",
     "Talk",
     "Tokenizer",
+    "as_transformers",
     "config_dict",
     "convert",
     "inspect",
