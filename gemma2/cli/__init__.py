@@ -75,11 +75,11 @@ def _run(args: argparse.Namespace) -> int:
         return code
     except BrokenPipeError:
         raise
-    except (BadModelFile, ContextOverflow, NonFiniteError, OSError, RuntimeError, ImportError) as error:
+    except (BadModelFile, ContextOverflow, NonFiniteError, OSError, RuntimeError, ImportError, MemoryError) as error:
         return _failed(args, error, args.trouble)
     except (ValueError, TypeError) as error:
         return _failed(args, error, ARGUMENTS)
-    except Exception as error:  # a fault of this program, or no memory: one line all the same
+    except Exception as error:  # a fault of this program: one line all the same
         return _failed(args, error, args.trouble, f"{type(error).__name__}: {error} (--debug shows where)")
 
 
