@@ -69,7 +69,7 @@ def test_what_transformers_writes_is_read() -> None:
     [
         ({"model_type": "llama"}, "model_type is 'llama', this program runs 'gemma2'"),
         ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping must be a positive"),
-        ({"final_logit_softcapping": None}, "missing final_logit_softcapping"),
+        ({"final_logit_softcapping": None}, "final_logit_softcapping is null, which means no cap on logits"),
         ({"sliding_window": 0}, "sliding_window must be a positive integer"),
         ({"num_key_value_heads": 3}, "does not divide"),
         ({"hidden_activation": "gelu"}, "activation must be gelu_pytorch_tanh, found gelu"),

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: one `.safetensors` file, or shards listed in `model.safetensors.index.json`."""
+"""The container safetensors, and the shard indexes that Hugging Face's folders have."""
 
 from __future__ import annotations
 
@@ -12,74 +12,47 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gemma2.checkpoints.dtypes import SAFETENSORS
-from gemma2.checkpoints.hf_config import read_json
-from gemma2.checkpoints.weights import PlainWeights, refuse_foreign
+from gemma2.checkpoints.foreign import refuse_foreign
 from gemma2.errors import BadModelFile
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-REDUNDANT = ".rotary_emb.inv_freq"  # computed from the config; some exporters store it
+ENDING = ".safetensors"
 
 
-class SafetensorsWeights(PlainWeights):
-    """A `Weights` over one or more safetensors files. Headers are read at once, tensors when asked for."""
+class SafetensorsFile:
+    """A `TensorFile` over one safetensors file. The header is read at once, tensors when asked for."""
 
-    def __init__(self, files: list[Path], where: str) -> None:
-        self.where = where
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._open: Any = None
+        handle = self._handle()
         self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        self._file: dict[str, Path] = {}
-        self._open: dict[Path, Any] = {}
-        for path in files:
-            handle = self._handle(path)
-            for name in handle.keys():  # noqa: SIM118  (safe_open is no mapping)
-                if name in self._file:
-                    raise BadModelFile(f"{path}: tensor {name} is also in {self._file[name].name}")
-                self._file[name] = path
-                if name.endswith(REDUNDANT):
-                    continue
-                part = handle.get_slice(name)
-                # A dtype that the table does not have is called uint8, and refused as that is.
-                self.tensors[name] = (tuple(part.get_shape()), SAFETENSORS.get(part.get_dtype(), torch.uint8))
+        for name in handle.keys():  # noqa: SIM118  (safe_open is no mapping)
+            part = handle.get_slice(name)
+            # A dtype that the table does not have is called uint8, and refused as that is.
+            self.tensors[name] = (tuple(part.get_shape()), SAFETENSORS.get(part.get_dtype(), torch.uint8))
         self.release()
 
-    def read(self, name: str, start: int, out: Tensor) -> None:
-        out.copy_(self._handle(self._file[name]).get_slice(name)[start : start + len(out)])
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        rows: Tensor = self._handle().get_slice(name)[start:stop]
+        return rows
 
     def release(self) -> None:
         # Closing unmaps the file; pages that stay mapped would count as memory beside the weights.
-        self._open.clear()
+        self._open = None
 
-    def names_in(self, path: Path) -> set[str]:
-        return {name for name, file in self._file.items() if file == path}
-
-    def _handle(self, path: Path) -> Any:
-        handle = self._open.get(path)  # another thread may release it meanwhile, but not what is held here
+    def _handle(self) -> Any:
+        handle = self._open  # another thread may release it meanwhile, but not what is held here
         if handle is None:
             try:
-                handle = self._open[path] = safe_open(path, framework="pt", device="cpu").__enter__()
+                handle = self._open = safe_open(self.path, framework="pt", device="cpu").__enter__()
             except FileNotFoundError:
-                raise BadModelFile(f"{path}: no such file") from None
+                raise BadModelFile(f"{self.path}: no such file") from None
             except (SafetensorError, TypeError, AttributeError, ValueError, OSError) as error:
-                refuse_foreign(path)
-                raise BadModelFile(f"{path}: not a whole safetensors file ({error})") from None
+                refuse_foreign(self.path, gguf=True)
+                raise BadModelFile(f"{self.path}: not a whole safetensors file ({error})") from None
         return handle
-
-
-def open_folder(folder: Path) -> SafetensorsWeights:
-    """The weights of a Hugging Face folder. Raises BadModelFile when there are none, or the index does not fit."""
-    if (folder / INDEX).is_file():
-        return _open_shards(folder)
-    if (folder / SINGLE).is_file():
-        return SafetensorsWeights([folder / SINGLE], str(folder / SINGLE))
-    quantized, pickled = (sorted(path.name for path in folder.glob(f"*.{kind}")) for kind in ("gguf", "bin"))
-    seen = f"; it holds {', '.join(quantized[:3])}: give that file itself" if quantized else ""
-    seen += f"; it holds {', '.join(pickled[:3])}, a pickle, which is not read" if pickled else ""
-    raise BadModelFile(f"{folder}: neither {SINGLE} nor {INDEX}{seen}")
-
-
-def open_file(path: Path) -> SafetensorsWeights:
-    """The weights of one `.safetensors` file."""
-    return SafetensorsWeights([path], str(path))
 
 
 def header_bytes(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
@@ -99,7 +72,7 @@ def header_bytes(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadat
     return len(text).to_bytes(8, "little") + text
 
 
-def shard_names(index: Any, where: str) -> list[str]:
+def shard_names(index: Any, where: str, ending: str = ENDING) -> list[str]:
     """The files an index names, each a plain file name: an index is a stranger's, and must not reach elsewhere."""
     mapping = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(mapping, dict) or not mapping or not all(isinstance(name, str) for name in mapping.values()):
@@ -107,21 +80,6 @@ def shard_names(index: Any, where: str) -> list[str]:
     names = sorted(set(mapping.values()))
     for name in names:
         plain = name == Path(name).name and "\\" not in name and ":" not in name and "\0" not in name
-        if not plain or not name.endswith(".safetensors"):
-            raise BadModelFile(f"{where}: shard {name!r} is not a plain .safetensors file name")
+        if not plain or not name.endswith(ending):
+            raise BadModelFile(f"{where}: shard {name!r:.200} is not a plain {ending} file name")
     return names
-
-
-def _open_shards(folder: Path) -> SafetensorsWeights:
-    index = read_json(folder / INDEX)
-    names = shard_names(index, str(folder / INDEX))
-    absent = [name for name in names if not (folder / name).is_file()]
-    if absent:
-        raise BadModelFile(f"{folder}: {len(absent)} of {len(names)} shards missing: {', '.join(absent[:5])}")
-    weights = SafetensorsWeights([folder / name for name in names], str(folder))
-    for name in names:
-        listed = {tensor for tensor, file in index["weight_map"].items() if file == name}
-        differ = sorted(listed ^ weights.names_in(folder / name))
-        if differ:
-            raise BadModelFile(f"{folder / name}: index and shard disagree on {', '.join(differ[:5])}")
-    return weights
