@@ -16,13 +16,13 @@ import torch
 
 from gemma2.checkpoints import gguf, gguf_tokenizer, gguf_weights
 from gemma2.checkpoints.beside import chat_template, chat_tuned
-from gemma2.checkpoints.checkpoint import folder_of, form_of, stated_config, weights_of
+from gemma2.checkpoints.checkpoint import folder_of, form_of, stated_config, tokenizer_for, weights_of
 from gemma2.checkpoints.dtypes import RUNNABLE
 from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.google import GoogleWeights
 from gemma2.checkpoints.hf_config import PUBLISHED, config_dict, published_config
 from gemma2.checkpoints.neutral import neutral
-from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer, tokenizer_of
+from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer
 from gemma2.checkpoints.weights import PlainWeights, Weights, check_names, count_nonfinite, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
@@ -183,7 +183,7 @@ def _inspect_other(path: Path, form: str, tokenizer: str | Path | None) -> tuple
     if isinstance(weights, GoogleWeights):
         config = weights.config
     found.filled = [*notes, *(weights.notes if weights is not None else ())]
-    found_tokenizer = tried(lambda: tokenizer_of(folder, tokenizer))
+    found_tokenizer = tried(lambda: tokenizer_for(folder, tokenizer))
     if found_tokenizer is not None:
         found.chat_tuned = tried(lambda: chat_tuned(folder, found_tokenizer))
     tried(lambda: chat_template(folder))

@@ -21,7 +21,7 @@ from gemma2.tokenizer import Tokenizer
 
 # GGUF has no key for `Checkpoint.chat_tuned`, so this project writes one, which other readers leave alone.
 CHAT_TUNED = "gemma2.chat_tuned"
-CONFIG = "config.json"
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 TORCH = (".bin", ".pt", ".pth")  # how the names of PyTorch's files end; .ckpt is Google's
 LONGEST_HEADER = 100_000_000  # bytes, the most that safetensors reads
@@ -127,12 +127,26 @@ def weights_of(path: Path, config: Gemma2Config | None) -> PlainWeights:
     else:
         weights = FileWeights([PickledFile(path) if form == "bin" else SafetensorsFile(path)], str(path))
     stated = folder_of(path) / CONFIG
-    raw = read_json(stated, MOST_CONFIG) if stated.is_file() else {}
+    read = read_json(stated, MOST_CONFIG) if stated.is_file() else {}
+    raw = read if isinstance(read, dict) else {}
     if config is None or not _fits(weights, config):
         refuse_names([weights.in_file(name) for name in weights.tensors], weights.where, raw)
-    elif how := quantization(raw):
+    named = raw.get("transformers_weights") if path.is_dir() else None
+    if named is not None and named != getattr(chosen(path), "name", None):
+        raise BadModelFile(f"{stated}: transformers_weights names {named!r:.100} as the weights: give that file itself")
+    if path.is_dir() and (path / ADAPTER).is_file():
+        weights.notes += (f"{path / ADAPTER} is beside whole weights: they were read without an adapter",)
+    if how := quantization(raw):
         weights.notes += (f"{stated} says quantized by {how}, but the tensors are plain: they were read as they are",)
     return weights
+
+
+def tokenizer_for(folder: Path, tokenizer: str | Path | Tokenizer | None) -> Tokenizer:
+    """The tokenizer that is given, or else the one in a folder, which must not be a pointer or a page instead."""
+    for name in TOKENIZERS if tokenizer is None else ():
+        if (folder / name).is_file():
+            refuse_foreign(folder / name, kind="tokenizer")
+    return tokenizer_of(folder, tokenizer)
 
 
 def _open_other(path: Path, form: str, tokenizer: str | Path | Tokenizer | None) -> Checkpoint:
@@ -142,11 +156,7 @@ def _open_other(path: Path, form: str, tokenizer: str | Path | Tokenizer | None)
         config = weights.config
     assert config is not None  # as `stated_config` says
     folder = folder_of(path)
-    if tokenizer is None:
-        for name in TOKENIZERS:
-            if (folder / name).is_file():
-                refuse_foreign(folder / name, kind="tokenizer")
-    found = tokenizer_of(folder, tokenizer)
+    found = tokenizer_for(folder, tokenizer)
     check_vocabulary(found, config)
     tuned, template, ends = chat_tuned(folder, found), chat_template(folder), end_ids(folder, found)
     return Checkpoint(path, form, config, weights, found, tuned, template, (*notes, *weights.notes), ends)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gemma2.checkpoints.foreign import refuse_folder
 from gemma2.checkpoints.hf_config import read_json
-from gemma2.checkpoints.names import REDUNDANT, outer_prefix, own_names, plain_name
+from gemma2.checkpoints.names import REDUNDANT, TOKENIZER, outer_prefix, own_names, plain_name
 from gemma2.checkpoints.pickled import PickledFile
 from gemma2.checkpoints.safetensors import INDEX, SINGLE, SafetensorsFile, shard_names
 from gemma2.checkpoints.weights import HEAD, PlainWeights, TensorFile, chunks
@@ -39,14 +39,15 @@ class FileWeights(PlainWeights):
                         f"{file.path}: tensor {name} is also in {held[name].path.name}, with other values"
                     )
                 held[name] = file
-        own = own_names((name for name in held if not name.endswith(REDUNDANT)), where)
+        own = own_names((name for name in held if not name.endswith(REDUNDANT) and name != TOKENIZER), where)
         self._source = {name: (held[there], there) for name, there in own.items()}
         self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             name: file.tensors[there] for name, (file, there) in self._source.items()
         }
         prefix = outer_prefix(own)
         read = (f"the tensors of {where} were read without the prefix {prefix!r} of their names",) if prefix else ()
-        self.notes = (*notes, *read)
+        inside = (f"{where} holds a tokenizer as {TOKENIZER}, which is not read: the one beside it is used",)
+        self.notes = (*notes, *read, *(inside if TOKENIZER in held else ()))
         self.release()
 
     def read(self, name: str, start: int, out: Tensor) -> None:

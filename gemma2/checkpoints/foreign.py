@@ -71,7 +71,7 @@ QUANTIZED: dict[str, str] = {
     r".*\.(g_idx)": "GPTQ",
     r".*\.(qweight|qzeros)": "GPTQ or AWQ",
     r".*\.(weight_packed|weight_scale|weight_scale_inv|weight_zero_point|input_scale|scale_weight)|scaled_fp8": (
-        "compressed-tensors or to FP8"
+        "compressed-tensors or FP8"
     ),
     r".*\.(scales|biases)": "MLX",
     r".*\.W_q": "HQQ",
@@ -169,10 +169,10 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def refuse_names(names: Collection[str], where: str, config: Mapping[str, Any]) -> None:
-    """Say what a checkpoint is by the names of its tensors, and by its config.json where those say it is quantized."""
-    how = _first(QUANTIZED, names)
+    """Say what a checkpoint is whose tensors do not fit, by their names and by what its config.json says of them."""
+    how = quantization(config) or _first(QUANTIZED, names)
     if how:
-        raise BadModelFile(f"{where}: quantized by {quantization(config) or how}, which is not read: {INSTEAD}")
+        raise BadModelFile(f"{where}: quantized by {how}, which is not read: {INSTEAD}")
     adapted = next((name for name in names if ADAPTER.fullmatch(name)), None)
     if adapted:
         refuse_adapter(Path(where) if Path(where).is_dir() else Path(where).parent)

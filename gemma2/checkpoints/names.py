@@ -20,6 +20,7 @@ WRAPPERS = {
     "_forward_module": "Lightning Fabric",
 }
 REDUNDANT = ".rotary_emb.inv_freq"  # computed from the config; some exporters store it
+TOKENIZER = "spiece_model"  # ComfyUI's text encoders in one file hold their tokenizer as a tensor of this name
 BASE = "model."  # Gemma2Model alone, the model without its head, writes its names without it
 INSIDE = ("embed_tokens", "layers", "norm")
 # `outer` is what a larger model puts before the names of the Gemma 2 inside it.
