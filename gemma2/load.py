@@ -26,6 +26,10 @@ FLOAT16 = (
     "float16 is too narrow for Gemma 2 (it holds nothing beyond 65,504, so activations can overflow to infinity): "
     "use bfloat16 or float32, or force it with force_float16=True (--force-float16)"
 )
+STORED_FLOAT16 = (
+    'holds float16, in which Gemma 2 overflows: it runs in float32, which holds all its values; dtype="bfloat16" '
+    "takes half the memory"
+)
 
 
 @neutral
@@ -50,8 +54,8 @@ def load(
             beside it); or a hub name such as `google/gemma-2-2b`, `owner/repo:file.gguf`, or `owner/repo:Q4_K_M` if one
             GGUF alone has that in its name.
         device: default the best present: cuda, mps, cpu.
-        dtype: float32, bfloat16 or float64; default the dtype the checkpoint stores, and bfloat16 for a GGUF other than
-            F32.
+        dtype: float32, bfloat16 or float64; default the dtype the checkpoint stores, float32 if that is float16, and
+            bfloat16 for a GGUF other than F32.
         tokenizer: takes the place of the checkpoint's: a `tokenizer.model` or a folder with one, a hub name as above
             (its tokenizer alone is downloaded), or a `Tokenizer`.
         revision: branch, tag or commit, for a hub name.
@@ -74,15 +78,15 @@ def load(
         wanted = wanted or (torch.float32 if numerics == "llama.cpp" else None)
     given = parse_tokenizer(locate_tokenizer(tokenizer))  # refused before gigabytes come
     opened = open_checkpoint(locate(source, revision, tokenizer_given=given is not None), given)
-    final = wanted or opened.weights.dtype
+    final, notes = wanted or opened.weights.dtype, opened.notes
     if final == torch.float16 and not force_float16:
-        raise BadModelFile(f"{opened.path}: {FLOAT16}")
+        final, notes = torch.float32, (*notes, f"{opened.path} {STORED_FLOAT16}")
     if numerics is not None:
         make = twins_of(numerics, None, final, storage_of(opened.weights))
     model = build(
         opened.weights, opened.config, where, final, make=make, allow_nonfinite=allow_nonfinite, progress=progress
     )
-    return Gemma(model, opened.tokenizer, opened.chat_tuned, opened.notes, opened.chat_template, opened.end_ids)
+    return Gemma(model, opened.tokenizer, opened.chat_tuned, notes, opened.chat_template, opened.end_ids)
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
