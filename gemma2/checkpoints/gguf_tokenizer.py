@@ -8,7 +8,6 @@ in text. So what is one symbol whatever surrounds it (USER_DEFINED) is decided b
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,9 +16,11 @@ import numpy as np
 from gemma2.checkpoints.gguf import GGUF, Value
 from gemma2.checkpoints.sentencepiece_proto import (
     BYTE,
+    BYTE_PIECE,
     CONTROL,
     NORMAL,
-    UNKNOWN,
+    SPECIAL,
+    SYMBOL,
     UNUSED,
     USER_DEFINED,
     Vocabulary,
@@ -34,11 +35,6 @@ PREFIX = "tokenizer.ggml."
 ARRAYS = {"tokens": "str[]", "scores": "f32[]", "token_type": "i32[]"}  # types are numbered as in SentencePiece
 # GGUF's name of a special token -> the piece that Gemma 2 uses for it.
 DECLARED = {"bos": "<bos>", "eos": "<eos>", "unknown": "<unk>", "eot": "<end_of_turn>"}
-SPECIAL = {"<pad>": CONTROL, "<eos>": CONTROL, "<bos>": CONTROL, "<unk>": UNKNOWN}
-BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
-# Gemma's own symbols: what steers, whitespace in runs, and HTML tags. `</s>` is one of those, and no end of anything.
-TAGS = "table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code"
-SYMBOL = re.compile(rf"{STEERING.pattern}|\n+|\t+|[ {SPACE}]{{2,}}|</?(?:{TAGS})>")
 ADDED = -1000.0  # the score that llama.cpp's converter gives to what a tokenizer_config.json adds to the pieces
 ELSEWHERE = "name a tokenizer.model with tokenizer="
 
