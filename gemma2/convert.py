@@ -109,8 +109,7 @@ def convert(
 
 def _in_memory(gemma: Gemma, tokenizer: str | Path | Tokenizer | None) -> Checkpoint:
     weights, config = MemoryWeights(gemma.model), gemma.config
-    found = parse_tokenizer(tokenizer) or gemma.tokenizer
-    check_vocabulary(found, config)
+    found = check_vocabulary(parse_tokenizer(tokenizer) or gemma.tokenizer, config)
     tuned, template, ends = gemma.chat_tuned, gemma.chat_template, gemma.stop_ids
     return Checkpoint(Path(WHERE), "memory", config, weights, found, tuned, template, gemma.notes, ends)
 

@@ -91,8 +91,13 @@ class Tokenizer:
         control = {names[i]: i for i, is_control in enumerate(self._pieces.is_control(every)) if is_control}
         self._spelled_bos = names[declared["bos"]]
         self._ids = {**(typed or {}), **control, "<unk>": declared["unk"]}
-        plain = [text for text in typed or () if text not in control and not CONTROL.fullmatch(text) and text != "<unk>"]
-        self._with_control, self._without_control = _pattern(self._ids), _pattern(plain)
+        plain = [
+            text for text in typed or () if text not in control and not CONTROL.fullmatch(text) and text != "<unk>"
+        ]
+        try:
+            self._with_control, self._without_control = _pattern(self._ids), _pattern(plain)
+        except (RecursionError, OverflowError, re.error):
+            raise BadModelFile(f"{where}: added tokens that are too many or too long to be looked for") from None
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -105,6 +110,11 @@ class Tokenizer:
     def to_proto(self) -> bytes:
         """The SentencePiece model, as `tokenizer.model` holds it."""
         return self._proto
+
+    def id_of(self, piece: str) -> int | None:
+        """The id of the piece with exactly this spelling; None if there is none."""
+        found = int(self._pieces.piece_to_id(piece))
+        return found if self._pieces.id_to_piece(found) == piece else None
 
     def for_rows(self, rows: int) -> Tokenizer:
         """This tokenizer for an embedding of so many rows, which may be padded or cut.
@@ -119,8 +129,8 @@ class Tokenizer:
             return self
         if abs(rows - pieces) >= PADDING or rows <= self._needed:
             raise BadModelFile(
-                f"{self.where}: {pieces} pieces, but the embedding has {rows} rows; name the model's own tokenizer with "
-                "tokenizer="
+                f"{self.where}: {pieces} pieces, but the embedding has {rows} rows, so this is another model's "
+                "tokenizer; name the right one with tokenizer="
             )
         more = f"the last {rows - pieces} have no piece, and no text"
         fewer = f"a text that needs one of the last {pieces - rows} pieces is refused"
@@ -128,7 +138,9 @@ class Tokenizer:
         found.__dict__ |= self.__dict__
         found.rows = rows
         if rows != pieces:
-            said = f"the embedding has {rows} rows and the tokenizer {pieces} pieces: {more if rows > pieces else fewer}"
+            said = (
+                f"the embedding has {rows} rows and the tokenizer {pieces} pieces: {more if rows > pieces else fewer}"
+            )
             found.notes = (*self.notes, said)
         return found
 
@@ -220,9 +232,9 @@ class Tokenizer:
     def _declared(self, name: str, ids: Mapping[str, int], names: Sequence[str]) -> int:
         """The id of a special piece. A fine-tune may have respelled it, if it left it a control piece in its place."""
         stated, spelled, place = int(getattr(self._pieces, f"{name}_id")()), ids.get(f"<{name}>"), NAMES.index(name)
-        if spelled is None and place < len(names) and self._pieces.is_control(place) and stated in (-1, place):
-            if names[place] not in {f"<{other}>" for other in NAMES}:
-                return place
+        in_place = place < len(names) and self._pieces.is_control(place) and stated in (-1, place)
+        if spelled is None and in_place and names[place] not in {f"<{other}>" for other in NAMES}:
+            return place
         if spelled != stated:
             shown = "none" if stated < 0 else stated  # -1 also for a piece that is no control piece
             raise BadModelFile(

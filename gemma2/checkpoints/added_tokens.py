@@ -51,7 +51,9 @@ def parse_added(stated: Any, where: str, id: Any = None, special: bool = False) 
         raise BadModelFile(f"{where}: added token {text!r:.80} has the id {id!r:.40}, and ids are integers from 0")
     for flag in (*AROUND, "normalized", "special"):
         if not isinstance(stated.get(flag, False), bool):
-            raise BadModelFile(f"{where}: {flag} of added token {text!r:.80} is {stated[flag]!r:.40}, not true or false")
+            raise BadModelFile(
+                f"{where}: {flag} of added token {text!r:.80} is {stated[flag]!r:.40}, not true or false"
+            )
     for flag in AROUND:
         if stated.get(flag, False):
             raise BadModelFile(
@@ -64,7 +66,7 @@ def parse_added(stated: Any, where: str, id: Any = None, special: bool = False) 
 def added_beside(folder: Path) -> tuple[list[Added], list[Added]]:
     """What the small files of a folder add to its tokenizer.model, and the special tokens that they name.
 
-    The first stand in the order of their ids. The second are pieces already, or become the pieces behind all others.
+    The first stand in the order of their ids. The second have none: they are pieces already, or become the last pieces.
     """
     where = folder / "tokenizer_config.json"
     config = _read(where)

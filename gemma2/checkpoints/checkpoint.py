@@ -57,10 +57,10 @@ def open_checkpoint(path: Path, tokenizer: str | Path | Tokenizer | None = None)
         config = weights.config
     assert config is not None  # as `config_of` says
     found = tokenizer_of(folder_of(path), tokenizer)
-    check_vocabulary(found, config)
+    found = check_vocabulary(found, config)
     folder = folder_of(path)
     tuned, template, ends = chat_tuned(folder, found), chat_template(folder), end_ids(folder, found)
-    return Checkpoint(path, form, config, weights, found, tuned, template, end_ids=ends)
+    return Checkpoint(path, form, config, weights, found, tuned, template, found.notes, ends)
 
 
 def form_of(path: Path) -> str:
@@ -104,7 +104,7 @@ def _open_gguf(path: Path, tokenizer: str | Path | Tokenizer | None) -> Checkpoi
     found = parse_tokenizer(tokenizer)
     if found is None:
         found, notes = gguf_tokenizer.build_tokenizer(header), notes + gguf_tokenizer.notes(header)
-    check_vocabulary(found, config)
+    found = check_vocabulary(found, config)
     template = header.metadata.get("tokenizer.chat_template")
     tuned = header.metadata.get(CHAT_TUNED)
     return Checkpoint(
@@ -115,5 +115,6 @@ def _open_gguf(path: Path, tokenizer: str | Path | Tokenizer | None) -> Checkpoi
         found,
         tuned.value if tuned is not None and tuned.type == "bool" else gguf_tokenizer.chat_tuned(header),
         template.value if template is not None and template.type == "str" else None,
-        tuple(notes),
+        (*notes, *found.notes),
+        gguf_tokenizer.end_ids(header),
     )

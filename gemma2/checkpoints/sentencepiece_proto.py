@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -71,6 +71,17 @@ def write_proto(vocabulary: Vocabulary) -> bytes:
     normalizer = _bytes(1, b"identity") + _integer(SPACE_PREFIX, int(vocabulary.space_prefix))
     normalizer += _integer(4, 0) + _integer(5, 1)
     return bytes(out + _bytes(TRAINER, trainer) + _bytes(NORMALIZER, normalizer))
+
+
+def with_kinds(proto: bytes, changes: Iterable[tuple[str, float, int]]) -> bytes:
+    """What `write_proto` gave, with other scores and kinds for some pieces, which stand in the order of their ids."""
+    out, at = bytearray(proto), 0
+    for piece, score, kind in changes:
+        text = piece.encode()
+        head = _piece_head(len(text)) + text + b"\x15"
+        at = out.index(head, at) + len(head)
+        out[at : at + 6] = struct.pack("<f", score) + b"\x18" + kind.to_bytes()
+    return bytes(out)
 
 
 def _special(vocabulary: Vocabulary, name: str) -> tuple[int, str]:

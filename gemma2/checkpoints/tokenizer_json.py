@@ -10,6 +10,7 @@ text as it is typed, where a run of spaces is not yet the piece `▁▁`. See `T
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,12 +24,12 @@ from numpy.typing import NDArray
 from gemma2.checkpoints.added_tokens import Added, add, parse_added
 from gemma2.checkpoints.sentencepiece_proto import (
     BYTE,
-    BYTE_PIECE,
     NORMAL,
     SPECIAL,
     UNUSED,
     USER_DEFINED,
     Vocabulary,
+    with_kinds,
     write_proto,
 )
 from gemma2.errors import BadModelFile
@@ -58,6 +59,8 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "ignore_merges": (False, None),
 }
 UNSTATED = {"type": "BPE", "unk_token": None, "byte_fallback": False}  # what a file means that leaves these out
+# Of Gemma 2's own merges, which need not be held against its pieces at every reading: that takes half a second.
+GEMMA_2 = "846cb550eb8300ff62db45775ceb9caad238a1b231465c1dd674286276ccd0b6"
 BEGIN, TEXT = ("SpecialToken", "<bos>"), ("Sequence", "A")
 
 
@@ -123,31 +126,31 @@ def _tokenizer(content: dict[str, Any], where: str, named: Sequence[Added]) -> T
         raise BadModelFile(f"{where}: model.vocab must be an object of pieces and their ids")
     pieces = _pieces(vocabulary, where)
     kinds = [SPECIAL.get(piece, NORMAL) for piece in pieces]
-    for i, piece in enumerate(pieces):
-        if BYTE_PIECE.fullmatch(piece) if piece.startswith("<0x") else piece == "\t" and TAB not in vocabulary:
-            kinds[i] = BYTE
-    trained = len(pieces)
+    for byte in range(256):
+        i = vocabulary.get(f"<0x{byte:02X}>", vocabulary.get("\t") if byte == 9 else None)
+        if i is None:
+            raise BadModelFile(f"{where}: no byte piece <0x{byte:02X}>")
+        kinds[i] = BYTE
+    trained = list(pieces)
     added = _added(content.get("added_tokens"), where)
-    notes += add(pieces, kinds, added, where)
-    notes += add(pieces, kinds, [token for token in named if token.text not in set(pieces)], where) if named else []
-    typed = {token.text: i for token, i in _placed(added, pieces) if not token.normalized}
-    scores, base = _scores(model, vocabulary, kinds, trained, where)
-    pieces = [TAB if piece == "\t" and kinds[i] == BYTE else piece for i, piece in enumerate(pieces)]
-    in_model = [p.replace(" ", SPACE) if k == USER_DEFINED else p for p, k in zip(pieces, kinds, strict=True)]
-    proto = write_proto(Vocabulary(in_model, scores, np.array(kinds, np.int32)))
+    notes += add(pieces, kinds, [*added, *named], where)
+    scores, base = _scores(model, vocabulary, trained, kinds, where)
+    wanted = {token.text for token in added if not token.normalized}
+    typed = {piece: i for i, piece in enumerate(pieces) if piece in wanted}
+    if TAB not in vocabulary:
+        pieces[vocabulary["\t"]] = TAB
+    for i in np.flatnonzero(np.array(kinds) == USER_DEFINED).tolist():
+        pieces[i] = pieces[i].replace(" ", SPACE)
+    proto = write_proto(Vocabulary(pieces, scores, np.array(kinds, np.int32)))
     if not any(" " in text or SPACE in text for text in typed):
         return Tokenizer(proto, where, notes=notes)  # SentencePiece finds all of them by itself
-    for i in typed.values():
-        if kinds[i] == USER_DEFINED and (SPACE in pieces[i] or " " in pieces[i]):
-            # Only runs of spaces are merged from their parts. What else has a space is never made by SentencePiece.
-            kinds[i], scores[i] = (NORMAL, base - i) if not pieces[i].strip(SPACE) else (UNUSED, 0)
-    engine = write_proto(Vocabulary(in_model, scores, np.array(kinds, np.int32)))
-    return Tokenizer(proto, where, typed=typed, engine=engine, notes=notes)
-
-
-def _placed(added: Sequence[Added], pieces: Sequence[str]) -> Iterator[tuple[Added, int]]:
-    wanted = {token.text: token for token in added}
-    return ((wanted[piece], i) for i, piece in enumerate(pieces) if piece in wanted)
+    changes = []
+    for i in sorted(typed.values()):
+        if kinds[i] == USER_DEFINED and SPACE in pieces[i]:
+            # Runs of spaces are merged from their parts; any other piece with a space is made by nothing but `typed`.
+            run = not pieces[i].strip(SPACE)
+            changes.append((pieces[i], base - i if run else 0, NORMAL if run else UNUSED))
+    return Tokenizer(proto, where, typed=typed, engine=with_kinds(proto, changes), notes=notes)
 
 
 def _check_settings(content: Mapping[str, Any], where: str) -> None:
@@ -168,7 +171,8 @@ def _check_frame(content: Mapping[str, Any], where: str) -> list[str]:
         raise BadModelFile(f"{where}: pre_tokenizer {_named(before)} is not Gemma's, which splits at ' ' or is null")
     if content.get("decoder") != DECODER:
         raise BadModelFile(
-            f"{where}: decoder {_named(content.get('decoder'))} is not Gemma's, a Sequence of Replace, ByteFallback, Fuse"
+            f"{where}: decoder {_named(content.get('decoder'))} is not Gemma's, a Sequence of Replace, ByteFallback "
+            "and Fuse"
         )
     notes = []
     after = _alone(content.get("post_processor"), "processors")
@@ -179,12 +183,19 @@ def _check_frame(content: Mapping[str, Any], where: str) -> list[str]:
             raise BadModelFile(f"{where}: post_processor {_named(after)} is not Gemma's TemplateProcessing with <bos>")
         around = [_template_part(part) for part in single]
         behind = around[around.index(TEXT) + 1 :] if TEXT in around else []
-        if around[: len(around) - len(behind)] not in ([TEXT], [BEGIN, TEXT]) or behind not in ([], [("SpecialToken", "<eos>")]):
-            raise BadModelFile(f"{where}: post_processor TemplateProcessing {single!r:.200} is not Gemma's: <bos>, text")
+        if around[: len(around) - len(behind)] not in ([TEXT], [BEGIN, TEXT]) or behind not in (
+            [],
+            [("SpecialToken", "<eos>")],
+        ):
+            raise BadModelFile(
+                f"{where}: post_processor TemplateProcessing {single!r:.200} is not Gemma's: <bos>, text"
+            )
         if behind:
             notes.append("tokenizer.json puts <eos> behind a text, but Gemma 2 was trained without: none is put there")
     if BEGIN not in around:
-        notes.append("tokenizer.json puts no <bos> before a text, but Gemma 2 needs it: it is put in front all the same")
+        notes.append(
+            "tokenizer.json puts no <bos> before a text, but Gemma 2 needs it: it is put in front all the same"
+        )
     for key in ("truncation", "padding"):
         if content.get(key) is not None:
             notes.append(f"tokenizer.json states {key}, as a training program left it there: texts are not changed")
@@ -251,25 +262,24 @@ def _added(stated: Any, where: str) -> list[Added]:
 
 
 def _scores(
-    model: Mapping[str, Any], vocabulary: Mapping[str, int], kinds: Sequence[int], trained: int, where: str
+    model: Mapping[str, Any], vocabulary: Mapping[str, int], names: Sequence[str], kinds: Sequence[int], where: str
 ) -> tuple[NDArray[np.float32], int]:
     """A score for every piece, the better the earlier its merges stand; and what a piece of score 0 has for an id.
 
     Gemma's pieces stand in the order of their merges, so the score is minus the id, counted from behind the bytes.
     """
     lefts, rights, merged = _merges(model.get("merges"), vocabulary, where)
-    pieces = list(vocabulary)
-    kind = np.array(kinds[:trained], np.int32)
-    ids = np.fromiter(vocabulary.values(), np.int64, len(pieces))
-    spaces = np.array([not piece.strip(SPACE) for piece in pieces])
+    kind = np.array(kinds[: len(names)], np.int32)
     alive = kind == NORMAL
-    alive[ids[spaces]] |= kind[ids[spaces]] == USER_DEFINED
+    for i in np.flatnonzero(kind == USER_DEFINED).tolist():
+        alive[i] = not names[i].strip(SPACE)
     if (kind[merged] == BYTE).any():
         i = int(np.flatnonzero(kind[merged] == BYTE)[0])
-        raise BadModelFile(f"{where}: merge {i} makes a byte piece ({_piece(vocabulary, merged[i])}) of ordinary text")
+        raise BadModelFile(f"{where}: merge {i} makes a byte piece ({names[merged[i]]!r}) of ordinary text")
     kept = np.flatnonzero(alive[lefts] & alive[rights] & alive[merged])
     order = merged[kept]
-    _check_complete(vocabulary, alive, lefts[kept], order, where)
+    if merges_digest(names, alive, lefts[kept], rights[kept]) != GEMMA_2:
+        _check_complete(names, alive, lefts[kept], rights[kept], where)
     first = np.flatnonzero(np.diff(order, prepend=-1))
     group = order[first]
     base = int(np.flatnonzero(kind == BYTE)[-1]) + 1 if (kind == BYTE).any() else 0
@@ -294,10 +304,12 @@ def _merges(
     if not isinstance(stated, list):
         raise BadModelFile(f"{where}: model.merges must be a list, found {stated!r:.60}")
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in stated]
-    for i, pair in enumerate(pairs):
-        if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) is not str or type(pair[1]) is not str:
-            raise BadModelFile(f"{where}: merge {i} is {stated[i]!r:.80}, and must have two pieces")
-    lefts, rights = zip(*pairs, strict=True) if pairs else ((), ())
+    lefts, rights = list[str](), list[str]()
+    if set(map(type, pairs)) <= {list} and set(map(len, pairs)) <= {2}:
+        lefts, rights = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    if len(lefts) != len(pairs) or not set(map(type, lefts)) | set(map(type, rights)) <= {str}:
+        i = next(i for i, pair in enumerate(pairs) if type(pair) is not list or list(map(type, pair)) != [str, str])
+        raise BadModelFile(f"{where}: merge {i} is {stated[i]!r:.80}, and must have two pieces")
     found = []
     for parts in (lefts, rights, list(map(joined, lefts, rights))):
         try:
@@ -309,23 +321,23 @@ def _merges(
 
 
 def _check_complete(
-    vocabulary: Mapping[str, int],
-    alive: NDArray[np.bool_],
-    lefts: NDArray[np.int64],
-    merged: NDArray[np.int64],
-    where: str,
+    pieces: Sequence[str], alive: NDArray[np.bool_], lefts: NDArray[np.int64], rights: NDArray[np.int64], where: str
 ) -> None:
     """Every two pieces that together are a piece must be a merge, for SentencePiece always merges them."""
-    listed = np.unique(lefts * len(vocabulary) + merged).size
-    if listed < lefts.size:
-        raise BadModelFile(f"{where}: {lefts.size - listed} merges appear twice")
-    names = {piece for piece, i in vocabulary.items() if alive[i]} if not alive.all() else vocabulary.keys()
-    pairs = sum(1 for p in names for i in range(1, len(p)) if p[i:] in names and p[:i] in names)
-    if pairs != listed:
+    if np.unique(lefts << 32 | rights).size < lefts.size:
+        raise BadModelFile(f"{where}: there are merges that appear twice")
+    names = [pieces[i] for i in np.flatnonzero(alive).tolist()]
+    known = set(names)
+    pairs = sum(1 for p in names for i in range(1, len(p)) if p[i:] in known and p[:i] in known)
+    if pairs != lefts.size:
         raise BadModelFile(
-            f"{where}: {listed:,} merges, but {pairs:,} pairs of pieces make a piece: Gemma's files list all of them"
+            f"{where}: {lefts.size:,} merges, but {pairs:,} pairs of pieces make a piece; Gemma's files list all"
         )
 
 
-def _piece(vocabulary: Mapping[str, int], id: int) -> str:
-    return next(repr(piece)[:60] for piece, i in vocabulary.items() if i == id)
+def merges_digest(
+    pieces: Sequence[str], alive: NDArray[np.bool_], lefts: NDArray[np.int64], rights: NDArray[np.int64]
+) -> str:
+    """What identifies all pieces that can be merged, and all merges."""
+    names = "\0".join([pieces[i] for i in np.flatnonzero(alive).tolist()])
+    return hashlib.sha256(names.encode() + lefts.tobytes() + rights.tobytes()).hexdigest()
