@@ -116,6 +116,10 @@ class Tokenizer:
         found = int(self._pieces.piece_to_id(piece))
         return found if self._pieces.id_to_piece(found) == piece else None
 
+    def piece(self, id: int) -> str:
+        """The spelling of a piece, in which a space is `▁`."""
+        return str(self._pieces.id_to_piece(id))
+
     def for_rows(self, rows: int) -> Tokenizer:
         """This tokenizer for an embedding of so many rows, which may be padded or cut.
 

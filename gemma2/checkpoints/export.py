@@ -38,6 +38,8 @@ from gemma2.checkpoints.gguf_write import (
 )
 from gemma2.checkpoints.hf_config import config_dict
 from gemma2.checkpoints.threads import one_thread_per_core
+from gemma2.checkpoints.tokenizer_json_write import tokenizer_json
+from gemma2.checkpoints.vocabulary import AS_TYPED
 from gemma2.checkpoints.weights import (
     EMBEDDING,
     RELEASE_BYTES,
@@ -158,25 +160,31 @@ def _write_flat(path: Path, header: bytes, tensors: Iterator[Iterator[bytes]], a
 
 def _companions(opened: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, bytes]:
     """The small files beside weights, for formats whose weights do not state config, tokenizer and template."""
-    special = opened.tokenizer.special
+    tokenizer, special = opened.tokenizer, opened.tokenizer.special
     ids = {f"{name}_token_id": special[name] for name in ("bos", "eos", "pad")}
     stated = {} if dtype is None else {"torch_dtype": dtype_name(dtype)}
-    tokenizer = {
+    settings = {
         "tokenizer_class": "GemmaTokenizer",
         "add_bos_token": True,
         "add_eos_token": False,
-        **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad")},
+        **{f"{name}_token": tokenizer.piece(special[name]) for name in ("bos", "eos", "unk", "pad")},
+        **({} if tokenizer.typed is None else {AS_TYPED: True}),
         **({} if opened.chat_template is None else {"chat_template": opened.chat_template}),
     }
     files: dict[str, Any] = {
         "config.json": config_dict(opened.config) | ids | stated,
-        "tokenizer_config.json": tokenizer,
+        "tokenizer_config.json": settings,
     }
+    others = opened.end_ids - {special["eos"], special.get("end_of_turn", special["eos"])}
     if opened.chat_tuned is not None and "end_of_turn" in special:
-        stops = [special["eos"], special["end_of_turn"]] if opened.chat_tuned else special["eos"]
-        files["generation_config.json"] = ids | {"eos_token_id": stops}
+        stops = [special["eos"], *([special["end_of_turn"]] if opened.chat_tuned else []), *sorted(others)]
+        files["generation_config.json"] = ids | {"eos_token_id": stops if len(stops) > 1 else stops[0]}
+    elif others:
+        files["generation_config.json"] = ids | {"eos_token_id": [special["eos"], *sorted(others)]}
     texts = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
-    return texts | {"tokenizer.model": opened.tokenizer.to_proto()}
+    # transformers reads tokenizer.json, for which it needs no other package. A .ckpt's readers know tokenizer.model.
+    fast = tokenizer_json(tokenizer) if dtype is not None or tokenizer.typed is not None else None
+    return texts | {"tokenizer.model": tokenizer.to_proto()} | ({} if fast is None else {"tokenizer.json": fast})
 
 
 def _gguf_header(opened: Checkpoint, entries: list[Entry], main: str, title: str) -> bytes:

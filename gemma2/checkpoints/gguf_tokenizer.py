@@ -153,6 +153,7 @@ def tokenizer_metadata(
     scores = np.append(scores, np.full(missing, PADDED, "<f4"))
     types = np.append(types, np.full(missing, UNUSED, "<i4"))
     others = sorted(set(ends) - {special["eos"], special.get("end_of_turn")})
+    others = [i for i in others if i < len(found.pieces) and _may_end(found.pieces[i], int(found.kinds[i]))]
     return {
         PREFIX + "model": Value("str", "llama"),
         PREFIX + "pre": Value("str", "default"),

@@ -9,12 +9,16 @@ import numpy as np
 
 from gemma2.checkpoints import gguf, gguf_tokenizer
 from gemma2.checkpoints.added_tokens import Added, add, added_beside
+from gemma2.checkpoints.hf_config import read_json
 from gemma2.checkpoints.sentencepiece_proto import SPECIAL, SYMBOL, Vocabulary, read_proto, write_proto
 from gemma2.checkpoints.tokenizer_json import read_tokenizer_json
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
 from gemma2.tokenizer import Tokenizer
 
+# The key of tokenizer_config.json with which this project says that a tokenizer.model was made from the tokenizer.json
+# beside it, whose rules for runs of spaces hold (see `Tokenizer.typed`). Other readers leave it alone.
+AS_TYPED = "gemma2.added_tokens_as_typed"
 MODEL, JSON = "tokenizer.model", "tokenizer.json"
 ELSEWHERE = (
     "any Gemma 2 repository, as google/gemma-2-2b, has a tokenizer.model (4.7 MB): put it there, or name a tokenizer "
@@ -55,8 +59,8 @@ def tokenizer_of(folder: Path, given: Given, fetch: Fetch | None = None) -> Toke
         other = Tokenizer.from_file(model)
         if other.to_proto() != found.to_proto():
             other = _with_added(other, folder)
-        if other.to_proto() == found.to_proto() or _same(other, found):
-            return other
+        if same_tokenizer(other, found):
+            return found if _made_here(folder) else other
     except BadModelFile:
         return _noting(found, f"{MODEL} cannot be read; {JSON} is used")
     return _noting(
@@ -98,6 +102,15 @@ def check_vocabulary(tokenizer: Tokenizer, config: Gemma2Config) -> Tokenizer:
     return tokenizer.for_rows(config.vocab_size)
 
 
+def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers have the same pieces, which merge in the same order."""
+    if one.to_proto() == other.to_proto():
+        return True
+    a, b = (read_proto(each.to_proto(), each.where) for each in (one, other))
+    same = a.pieces == b.pieces and np.array_equal(a.kinds, b.kinds) and a.space_prefix == b.space_prefix
+    return same and np.array_equal(np.argsort(-a.scores, kind="stable"), np.argsort(-b.scores, kind="stable"))
+
+
 def _with_added(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
     """The tokenizer of a tokenizer.model, with the tokens that the files beside it add."""
     added, named = added_beside(folder)
@@ -119,11 +132,10 @@ def _is_there(token: Added, tokenizer: Tokenizer) -> bool:
     return own and found is not None and token.id in (None, found)
 
 
-def _same(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether two tokenizers have the same pieces, which merge in the same order."""
-    a, b = (read_proto(each.to_proto(), each.where) for each in (one, other))
-    same = a.pieces == b.pieces and np.array_equal(a.kinds, b.kinds) and a.space_prefix == b.space_prefix
-    return same and np.array_equal(np.argsort(-a.scores, kind="stable"), np.argsort(-b.scores, kind="stable"))
+def _made_here(folder: Path) -> bool:
+    path = folder / "tokenizer_config.json"
+    stated = read_json(path) if path.is_file() else None
+    return isinstance(stated, dict) and stated.get(AS_TYPED) is True
 
 
 def _noting(tokenizer: Tokenizer, *notes: str) -> Tokenizer:
