@@ -16,6 +16,7 @@ import sentencepiece
 from gemma2.errors import BadModelFile, first_line
 
 NAMES = ("pad", "eos", "bos", "unk")  # in the order of their ids in Gemma's vocabularies
+RESPELLED = ("pad", "eos")  # those that a fine-tune may spell otherwise, as <|im_end|>, if they stay control pieces
 TURNS = ("start_of_turn", "end_of_turn")
 # Pieces that steer a model rather than say something. SentencePiece finds them in any text.
 CONTROL = re.compile(r"<mask>|<2mass>|\[@BOS@\]|<unused\d+>|<start_of_turn>|<end_of_turn>|\[toxicity=0\]")
@@ -234,10 +235,12 @@ class Tokenizer:
         return 0
 
     def _declared(self, name: str, ids: Mapping[str, int], names: Sequence[str]) -> int:
-        """The id of a special piece. A fine-tune may have respelled it, if it left it a control piece in its place."""
+        """The id of a special piece. A fine-tune may spell some otherwise, see `RESPELLED`."""
         stated, spelled, place = int(getattr(self._pieces, f"{name}_id")()), ids.get(f"<{name}>"), NAMES.index(name)
         in_place = place < len(names) and self._pieces.is_control(place) and stated in (-1, place)
-        if spelled is None and in_place and names[place] not in {f"<{other}>" for other in NAMES}:
+        if spelled is None and in_place and name in RESPELLED and names[place] not in {f"<{n}>" for n in NAMES}:
+            said = f"<{name}> is spelled {names[place]!r:.60}"
+            self.notes = self.notes if said in self.notes else (*self.notes, said)
             return place
         if spelled != stated:
             shown = "none" if stated < 0 else stated  # -1 also for a piece that is no control piece

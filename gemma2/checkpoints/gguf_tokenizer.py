@@ -49,11 +49,16 @@ def build_tokenizer(header: GGUF) -> Tokenizer:
 
     Raises:
         BadModelFile: no vocabulary, arrays of unequal length or another type, special tokens that are not Gemma's, or
-            what `Tokenizer` refuses.
+            what `Tokenizer` refuses; or not one piece for each row of the embedding.
     """
     proto = tokenizer_model(header)
+    listed, embedding = len(header.metadata[PREFIX + "tokens"].value), header.tensors.get("token_embd.weight")
+    if embedding is not None and embedding.shape[0] != listed:
+        raise BadModelFile(
+            f"{header.path}: {listed} pieces, but the embedding has {embedding.shape[0]} rows; {ELSEWHERE}"
+        )
     try:
-        return Tokenizer(proto, str(header.path))
+        return Tokenizer(proto, str(header.path), rows=listed)
     except BadModelFile as error:
         raise BadModelFile(f"{error}; {ELSEWHERE}") from None
 
@@ -252,8 +257,7 @@ def _check_declared(metadata: Mapping[str, Value], pieces: list[str], kinds: NDA
         piece = DECLARED.get(name, DECLARED["eot"])
         # Chat models made by others end with pieces of their own, and state the end of a turn as that of everything.
         free = name in ENDS and _may_end(pieces[token], int(kinds[token]))
-        respelled = piece not in pieces and kinds[token] == CONTROL and pieces[token] not in SPECIAL
-        if pieces[token] != piece and not free and not respelled:
+        if pieces[token] != piece and not free:
             raise BadModelFile(
                 f"{where}: {key} is {token}, which is {pieces[token]!r:.80} and not {piece}; {ELSEWHERE}"
             )

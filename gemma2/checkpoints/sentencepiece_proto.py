@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from gemma2.errors import BadModelFile
 from gemma2.tokenizer import CONTROL as STEERING
-from gemma2.tokenizer import NAMES, SPACE
+from gemma2.tokenizer import NAMES, RESPELLED, SPACE
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
 SPECIAL = {"<pad>": CONTROL, "<eos>": CONTROL, "<bos>": CONTROL, "<unk>": UNKNOWN}
@@ -89,7 +89,7 @@ def _special(vocabulary: Vocabulary, name: str) -> tuple[int, str]:
     piece, place = f"<{name}>", NAMES.index(name)
     if piece in vocabulary.pieces:
         return vocabulary.pieces.index(piece), piece
-    if place < len(vocabulary.pieces) and vocabulary.kinds[place] == CONTROL:
+    if name in RESPELLED and place < len(vocabulary.pieces) and vocabulary.kinds[place] == CONTROL:
         return place, vocabulary.pieces[place]
     return -1, piece
 
