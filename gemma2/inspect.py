@@ -227,7 +227,7 @@ def _complete(
         found.problems.append(_reason(error, path))
     try:
         if tokenizer is not None:
-            check_vocabulary(tokenizer, config)
+            found.filled += check_vocabulary(tokenizer, config).notes
     except BadModelFile as error:
         found.problems.append(_reason(error, path))
 

@@ -157,10 +157,9 @@ def _open_other(path: Path, form: str, tokenizer: str | Path | Tokenizer | None)
         config = weights.config
     assert config is not None  # as `stated_config` says
     folder = folder_of(path)
-    found = tokenizer_for(folder, tokenizer)
-    check_vocabulary(found, config)
+    found = check_vocabulary(tokenizer_for(folder, tokenizer), config)
     tuned, template, ends = chat_tuned(folder, found), chat_template(folder), end_ids(folder, found)
-    said = (*notes, *weights.notes, *turn_notes(folder, found))
+    said = (*notes, *weights.notes, *found.notes, *turn_notes(folder, found))
     return Checkpoint(path, form, config, weights, found, tuned, template, said, ends)
 
 
@@ -185,7 +184,7 @@ def _open_gguf(path: Path, tokenizer: str | Path | Tokenizer | None) -> Checkpoi
     found = parse_tokenizer(tokenizer)
     if found is None:
         found, notes = gguf_tokenizer.build_tokenizer(header), notes + gguf_tokenizer.notes(header)
-    check_vocabulary(found, config)
+    found = check_vocabulary(found, config)
     template = gguf_tokenizer.chat_template(header)
     notes += [] if template is None or is_gemmas(template) else [NOT_GEMMAS]
     tuned = header.metadata.get(CHAT_TUNED)
@@ -197,5 +196,6 @@ def _open_gguf(path: Path, tokenizer: str | Path | Tokenizer | None) -> Checkpoi
         found,
         tuned.value if tuned is not None and tuned.type == "bool" else gguf_tokenizer.chat_tuned(header),
         template,
-        tuple(notes),
+        (*notes, *found.notes),
+        gguf_tokenizer.end_ids(header),
     )

@@ -454,8 +454,8 @@ def test_folders_and_files_of_other_kinds_are_refused(
 def test_a_tokenizer_that_is_absent_or_of_another_size_is_refused(
     tmp_path: Path, good: dict[str, Tensor], refused: Refused
 ) -> None:
-    place = shell(tmp_path / "words", vocab_size=4097)
+    place = shell(tmp_path / "words", vocab_size=5120)
     save_file(good, place / SINGLE)
-    refused(place, "tokenizer.model: 4096 pieces, but the embedding has 4097 rows")
+    refused(place, "tokenizer.model: 4096 pieces, but the embedding has 5120 rows")
     (place / "tokenizer.model").unlink()
-    refused(place, "tokenizer.model: no such file")
+    refused(place, "neither tokenizer.json nor tokenizer.model")
