@@ -24,7 +24,7 @@ from gemma2.checkpoints.neutral import neutral
 from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer
 from gemma2.checkpoints.weights import hidden
 from gemma2.gemma import Gemma
-from gemma2.load import locate, locate_tokenizer
+from gemma2.load import load, locate, locate_tokenizer
 from gemma2.tokenizer import Tokenizer
 
 TYPES = tuple(name.lower() for name in FILE_TYPES)
@@ -52,6 +52,7 @@ def convert(
     force: bool = False,
     tokenizer: str | Path | Tokenizer | None = None,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     progress: bool | None = None,
 ) -> Converted:
     """Write `source` anew at `target`: a `.gguf`, a `.ckpt`, or a folder with safetensors.
@@ -66,6 +67,8 @@ def convert(
             they have several, and bf16 if they are quantized.
         force: replace what is there.
         tokenizer, revision, progress: as in `load`. A `Gemma` has no revision.
+        adapter: a PEFT adapter, as in `load`, to merge into the weights first. The merged model is in memory, in the
+            dtype that the source runs in.
     Raises:
         FileExistsError: the target is there, and not to be replaced.
         OSError: it cannot be written, or there is too little space for it.
@@ -78,6 +81,11 @@ def convert(
     asked = _parse_type(type, form)
     check = partial(check_target, target, force=force, folder=form == FOLDER, own=OWN)
     check()  # and again at the end, for what has come meanwhile
+    if adapter is not None:
+        if isinstance(source, Gemma):
+            raise ValueError("adapter= is for a source that is loaded, and this one is a Gemma in memory")
+        merged = load(source, device="cpu", tokenizer=tokenizer, revision=revision, adapter=adapter, merge_adapter=True)
+        source, tokenizer, revision = merged, None, None
     if isinstance(source, Gemma):
         if revision is not None:
             raise ValueError("revision= is for a hub name, and the source is a Gemma in memory")
