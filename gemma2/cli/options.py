@@ -27,7 +27,10 @@ MODEL = (
     "pocket (the model in this package), a hub name (owner/repo, owner/repo:FILE.gguf), a folder, or a .gguf, "
     ".safetensors or .ckpt file"
 )
-TOKENIZER = "a tokenizer.model, a folder with one, or a hub name whose tokenizer to use; default: the one in or beside the weights"
+TOKENIZER = (
+    "a tokenizer.model, a folder with one, or a hub name whose tokenizer is used; default: the one in or beside the "
+    "weights"
+)
 ADAPTER = "a PEFT adapter (LoRA, DoRA, IA3): a folder, or a hub name (owner/repo); needs the package peft"
 REVISION = "branch, tag or commit of a hub name; default: main"
 
