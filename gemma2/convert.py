@@ -25,7 +25,7 @@ from gemma2.checkpoints.tokenizer_json import read_tokenizer_json
 from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer, same_tokenizer
 from gemma2.checkpoints.weights import hidden
 from gemma2.gemma import Gemma
-from gemma2.load import locate, locate_tokenizer
+from gemma2.load import load, locate, locate_tokenizer
 from gemma2.model import Gemma2
 from gemma2.tokenizer import Tokenizer
 
@@ -61,6 +61,7 @@ def convert(
     force: bool = False,
     tokenizer: str | Path | Tokenizer | None = None,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     progress: bool | None = None,
 ) -> Converted:
     """Write `source` anew at `target`: a `.gguf`, a `.ckpt`, or a folder with safetensors.
@@ -75,6 +76,8 @@ def convert(
             they have several, and bf16 if they are quantized.
         force: replace what is there.
         tokenizer, revision, progress: as in `load`. A `Gemma` has no revision.
+        adapter: a PEFT adapter, as in `load`, to merge into the weights first. The merged model is in memory, in the
+            dtype that the source runs in.
     Raises:
         FileExistsError: the target is there, and not to be replaced.
         OSError: it cannot be written, or there is too little space for it.
@@ -82,6 +85,12 @@ def convert(
         ValueError: a type that the target's format does not have, an empty name, or a source that is neither a
             path nor a `Gemma`.
     """
+    if adapter is not None:
+        if isinstance(source, Gemma):
+            raise ValueError("adapter= is for a source that is loaded, and this one is a Gemma in memory")
+        _Target(target, type, force)  # before weights are read
+        merged = load(source, device="cpu", tokenizer=tokenizer, revision=revision, adapter=adapter, merge_adapter=True)
+        return save(merged, target, type=type, force=force, progress=progress)
     if isinstance(source, Gemma):
         if revision is not None:
             raise ValueError("revision= is for a hub name, and the source is a Gemma in memory")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from gemma2.checkpoints.adapters import open_adapter, plan_for
+from gemma2.checkpoints.apply_adapter import apply_adapter, check_installed, note_of
 from gemma2.checkpoints.checkpoint import open_checkpoint
 from gemma2.checkpoints.dtypes import RUNNABLE, dtype_name
 from gemma2.checkpoints.neutral import neutral
@@ -14,7 +16,7 @@ from gemma2.checkpoints.vocabulary import parse_tokenizer
 from gemma2.checkpoints.weights import build
 from gemma2.errors import BadModelFile, first_line
 from gemma2.gemma import Gemma
-from gemma2.hub import download, download_gguf, download_tokenizer
+from gemma2.hub import download, download_adapter, download_gguf, download_tokenizer
 from gemma2.numerics import check_profile, storage_of, twins_of
 from gemma2.tokenizer import Tokenizer
 from gemma2.twins import Make
@@ -44,6 +46,8 @@ def load(
     allow_nonfinite: bool = False,
     numerics: str | None = None,
     make: Make | None = None,
+    adapter: str | Path | None = None,
+    merge_adapter: bool = False,
     progress: bool | None = None,
 ) -> Gemma:
     """Load a Gemma 2.
@@ -64,8 +68,12 @@ def load(
         numerics: compute as another implementation does, rounding for rounding: one of the profiles of
             `gemma2/numerics/__init__.py`, as "gemma_pytorch" or "llama.cpp" (which computes in float32).
         make: puts twins of modules in before any weight is read, see `gemma2.twins.replaced`: packed linears, say.
+        adapter: a PEFT adapter (LoRA, DoRA, rsLoRA, IA3) to put into the model: a folder, or a hub name as
+            `owner/repo`. It needs the package peft. See `gemma2/checkpoints/apply_adapter.py` for what it computes in.
+        merge_adapter: add it into the weights, so that the model can be written; PEFT is then out of it again.
         progress: a bar while loading; None shows it on a terminal only.
     Raises:
+        ImportError: an adapter, and no peft.
         BadModelFile: anything that is not exactly a Gemma 2 this program runs; says what, where, and the cure.
         ValueError: an argument that cannot be.
     """
@@ -76,8 +84,19 @@ def load(
         if make is not None:
             raise ValueError("numerics and make both replace modules: give one of them")
         wanted = wanted or (torch.float32 if numerics == "llama.cpp" else None)
-    given = parse_tokenizer(locate_tokenizer(tokenizer))  # refused before gigabytes come
-    opened = open_checkpoint(locate(source, revision, tokenizer_given=given is not None), given)
+    if adapter is None and merge_adapter:
+        raise ValueError("merge_adapter says to merge an adapter, and none is given with adapter")
+    if adapter is not None and (numerics is not None or make is not None):
+        raise ValueError(
+            "an adapter goes around Gemma 2's own modules, and numerics and make replace them: write the merged model "
+            "with convert, and load that"
+        )
+    added = None if adapter is None else open_adapter(locate_adapter(adapter))
+    if added is not None:
+        check_installed()
+    given = parse_tokenizer(locate_tokenizer(tokenizer))
+    opened = open_checkpoint(locate(source, revision, tokenizer_given=given is not None), given)  # gigabytes, so last
+    plan = None if added is None else plan_for(added, opened.config, merge=merge_adapter)
     final, notes = wanted or opened.weights.dtype, opened.notes
     if final == torch.float16 and not force_float16:
         final, notes = torch.float32, (*notes, f"{opened.path} {STORED_FLOAT16}")
@@ -86,6 +105,9 @@ def load(
     model = build(
         opened.weights, opened.config, where, final, make=make, allow_nonfinite=allow_nonfinite, progress=progress
     )
+    if added is not None and plan is not None:
+        apply_adapter(model, added, plan, merge=merge_adapter)
+        notes = (*notes, note_of(added, plan, merge_adapter))
     return Gemma(model, opened.tokenizer, opened.chat_tuned, notes, opened.chat_template, opened.end_ids)
 
 
@@ -142,6 +164,14 @@ def locate(source: str | Path | None, revision: str | None = None, *, tokenizer_
     raise BadModelFile(
         f"{source}: no such file or folder, nor a hub name like google/gemma-2-2b or owner/repo:file.gguf"
     )
+
+
+def locate_adapter(adapter: str | Path) -> Path:
+    """The local folder of a PEFT adapter, which is downloaded if it is on the hub."""
+    path = Path(adapter).expanduser()
+    if isinstance(adapter, str) and not path.exists() and REPOSITORY.fullmatch(adapter):
+        return download_adapter(adapter)
+    return path
 
 
 def locate_tokenizer(given: str | Path | Tokenizer | None) -> Path | Tokenizer | None:

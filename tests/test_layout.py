@@ -31,6 +31,7 @@ ROWS = [
 OPTIONAL = {"transformers", "llama_cpp", "lm_eval", "matplotlib", "accelerate", "peft"}
 # Each is imported in the one file that needs it: in a function, or in a file that is itself imported in one.
 NEEDS = {
+    "checkpoints/apply_adapter.py": "peft",
     "parity/report.py": "matplotlib",
     "parity/references/transformers.py": "transformers",
     "research/pretrained.py": "transformers",

@@ -27,7 +27,11 @@ MODEL = (
     "pocket (the model in this package), a hub name (owner/repo, owner/repo:FILE.gguf), a folder, or a .gguf, "
     ".safetensors or .ckpt file"
 )
-TOKENIZER = "a tokenizer.model to use; default: the one in or beside the weights"
+TOKENIZER = (
+    "a tokenizer.model, a folder with one, or a hub name whose tokenizer is used; default: the one in or beside the "
+    "weights"
+)
+ADAPTER = "a PEFT adapter (LoRA, DoRA, IA3): a folder, or a hub name (owner/repo); needs the package peft"
 REVISION = "branch, tag or commit of a hub name; default: main"
 
 
@@ -42,6 +46,7 @@ def add_options(parser: argparse.ArgumentParser, new_tokens: int = MAX_NEW_TOKEN
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="MODEL", help=f"{MODEL}; default: pocket")
     add_loading_options(model)
+    model.add_argument("--adapter", metavar="A", help=f"{ADAPTER}; default: none")
     add_sampling_options(parser, new_tokens)
     add_common_options(parser)
 
@@ -149,6 +154,7 @@ def load_model(args: argparse.Namespace) -> Gemma:
         dtype=args.dtype,
         tokenizer=args.tokenizer,
         revision=args.revision,
+        adapter=getattr(args, "adapter", None),  # trace and verify have none
         allow_nonfinite=args.allow_nonfinite,
         force_float16=args.force_float16,
     )
