@@ -11,6 +11,7 @@ from gemma2.checkpoints.checkpoint import open_checkpoint
 from gemma2.checkpoints.dtypes import RUNNABLE, dtype_name
 from gemma2.checkpoints.neutral import neutral
 from gemma2.checkpoints.weights import build
+from gemma2.distributed.device_map import DeviceMap, MaxMemory, build_spread, check_alone
 from gemma2.errors import BadModelFile, first_line
 from gemma2.gemma import Gemma
 from gemma2.hub import download, download_gguf
@@ -39,6 +40,9 @@ def load(
     allow_nonfinite: bool = False,
     numerics: str | None = None,
     make: Make | None = None,
+    device_map: DeviceMap | None = None,
+    max_memory: MaxMemory | None = None,
+    offload_folder: str | Path | None = None,
     progress: bool | None = None,
 ) -> Gemma:
     """Load a Gemma 2.
@@ -58,11 +62,18 @@ def load(
         numerics: compute as another implementation does, rounding for rounding: one of the profiles of
             `gemma2/numerics/__init__.py`, as "gemma_pytorch" or "llama.cpp" (which computes in float32).
         make: puts twins of modules in before any weight is read, see `gemma2.twins.replaced`: packed linears, say.
+        device_map: "auto" spreads the layers over all GPUs, memory and the disk, by accelerate; or a map of one's own.
+        max_memory, offload_folder: for a device_map, see `gemma2.distributed.device_map.build_spread`.
         progress: a bar while loading; None shows it on a terminal only.
     Raises:
+        MemoryError: there is too little memory; says how much is needed, how much is free, and what would fit.
         BadModelFile: anything that is not exactly a Gemma 2 this program runs; says what, where, and the cure.
         ValueError: an argument that cannot be.
     """
+    if device_map is not None:
+        check_alone(device=device, numerics=numerics, make=make)
+    elif max_memory is not None or offload_folder is not None:
+        raise ValueError("max_memory and offload_folder are for a device_map: give that too")
     where = parse_device(device)
     wanted = parse_dtype(dtype, force_float16)
     if numerics is not None:
@@ -76,10 +87,25 @@ def load(
         raise BadModelFile(f"{opened.path}: {FLOAT16}")
     if numerics is not None:
         make = twins_of(numerics, None, final, storage_of(opened.weights))
-    model = build(
-        opened.weights, opened.config, where, final, make=make, allow_nonfinite=allow_nonfinite, progress=progress
-    )
-    return Gemma(model, opened.tokenizer, opened.chat_tuned, opened.notes, opened.chat_template, opened.end_ids)
+    notes = opened.notes
+    if device_map is not None:
+        folder = None if offload_folder is None else Path(offload_folder).expanduser()
+        model, said = build_spread(
+            opened.weights,
+            opened.config,
+            final,
+            device_map,
+            max_memory,
+            folder,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+        )
+        notes = (*notes, said)
+    else:
+        model = build(
+            opened.weights, opened.config, where, final, make=make, allow_nonfinite=allow_nonfinite, progress=progress
+        )
+    return Gemma(model, opened.tokenizer, opened.chat_tuned, notes, opened.chat_template, opened.end_ids)
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:

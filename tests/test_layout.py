@@ -18,7 +18,7 @@ ROWS = [
     ["model", "chat", "detokenizer", "feed"],
     ["twins", "generate"],
     ["gemma", "checkpoints", "research", "fast"],
-    ["talk", "hub", "numerics"],
+    ["talk", "hub", "numerics", "distributed"],
     ["load"],
     ["parity"],
     ["convert", "inspect"],
@@ -29,6 +29,7 @@ ROWS = [
 OPTIONAL = {"transformers", "llama_cpp", "lm_eval", "matplotlib", "accelerate", "peft"}
 # Each is imported in the one file that needs it: in a function, or in a file that is itself imported in one.
 NEEDS = {
+    "distributed/device_map.py": "accelerate",
     "parity/report.py": "matplotlib",
     "parity/references/transformers.py": "transformers",
     "parity/references/llama_cpp.py": "llama_cpp",
