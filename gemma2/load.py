@@ -14,6 +14,7 @@ from gemma2.checkpoints.dtypes import RUNNABLE, dtype_name
 from gemma2.checkpoints.neutral import neutral
 from gemma2.checkpoints.vocabulary import parse_tokenizer
 from gemma2.checkpoints.weights import build
+from gemma2.distributed.device_map import DeviceMap, MaxMemory, build_spread, check_alone
 from gemma2.errors import BadModelFile, first_line
 from gemma2.gemma import Gemma
 from gemma2.hub import download, download_adapter, download_gguf, download_tokenizer
@@ -48,6 +49,9 @@ def load(
     make: Make | None = None,
     adapter: str | Path | None = None,
     merge_adapter: bool = False,
+    device_map: DeviceMap | None = None,
+    max_memory: MaxMemory | None = None,
+    offload_folder: str | Path | None = None,
     progress: bool | None = None,
 ) -> Gemma:
     """Load a Gemma 2.
@@ -71,12 +75,19 @@ def load(
         adapter: a PEFT adapter (LoRA, DoRA, rsLoRA, IA3) to put into the model: a folder, or a hub name as
             `owner/repo`. It needs the package peft. See `gemma2/checkpoints/apply_adapter.py` for what it computes in.
         merge_adapter: add it into the weights, so that the model can be written; PEFT is then out of it again.
+        device_map: "auto" spreads the layers over all GPUs, memory and the disk, by accelerate; or a map of one's own.
+        max_memory, offload_folder: for a device_map, see `gemma2.distributed.device_map.build_spread`.
         progress: a bar while loading; None shows it on a terminal only.
     Raises:
-        ImportError: an adapter, and no peft.
+        ImportError: an adapter, and no peft; a device_map, and no accelerate.
+        MemoryError: there is too little memory; says how much is needed, how much is free, and what would fit.
         BadModelFile: anything that is not exactly a Gemma 2 this program runs; says what, where, and the cure.
         ValueError: an argument that cannot be.
     """
+    if device_map is not None:
+        check_alone(device=device, numerics=numerics, make=make, adapter=adapter)
+    elif max_memory is not None or offload_folder is not None:
+        raise ValueError("max_memory and offload_folder are for a device_map: give that too")
     where = parse_device(device)
     wanted = parse_dtype(dtype, force_float16)
     if numerics is not None:
@@ -102,9 +113,23 @@ def load(
         final, notes = torch.float32, (*notes, f"{opened.path} {STORED_FLOAT16}")
     if numerics is not None:
         make = twins_of(numerics, None, final, storage_of(opened.weights))
-    model = build(
-        opened.weights, opened.config, where, final, make=make, allow_nonfinite=allow_nonfinite, progress=progress
-    )
+    if device_map is not None:
+        folder = None if offload_folder is None else Path(offload_folder).expanduser()
+        model, said = build_spread(
+            opened.weights,
+            opened.config,
+            final,
+            device_map,
+            max_memory,
+            folder,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+        )
+        notes = (*notes, said)
+    else:
+        model = build(
+            opened.weights, opened.config, where, final, make=make, allow_nonfinite=allow_nonfinite, progress=progress
+        )
     if added is not None and plan is not None:
         apply_adapter(model, added, plan, merge=merge_adapter)
         notes = (*notes, note_of(added, plan, merge_adapter))

@@ -20,7 +20,7 @@ ROWS = [
     ["gemma"],
     ["checkpoints", "fast"],
     ["research"],
-    ["talk", "hub", "numerics"],
+    ["talk", "hub", "numerics", "distributed"],
     ["load"],
     ["parity"],
     ["convert", "inspect"],
@@ -32,6 +32,7 @@ OPTIONAL = {"transformers", "llama_cpp", "lm_eval", "matplotlib", "accelerate", 
 # Each is imported in the one file that needs it: in a function, or in a file that is itself imported in one.
 NEEDS = {
     "checkpoints/apply_adapter.py": "peft",
+    "distributed/device_map.py": "accelerate",
     "parity/report.py": "matplotlib",
     "parity/references/transformers.py": "transformers",
     "research/pretrained.py": "transformers",

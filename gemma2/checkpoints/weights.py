@@ -161,7 +161,7 @@ def build(
     """
     shapes = shapes_of(config)
     check_names(weights, shapes)
-    model = _empty(config)
+    model = empty_model(config)
     twins = replaced(model, make).twins if make else {}
     own = {path: twin for path, twin in twins.items() if hasattr(twin, "fill")}
     inside = tuple(f"{path}." for path in own)
@@ -270,7 +270,7 @@ def shapes_of(config: Gemma2Config) -> dict[str, tuple[int, ...]]:
 
     One layer is built and stands for all, since a file may claim a thousand: building those takes seconds.
     """
-    one = _empty(replace(config, num_hidden_layers=1, layer_types=config.layer_types[:1]))
+    one = empty_model(replace(config, num_hidden_layers=1, layer_types=config.layer_types[:1]))
     own = {name: tuple(parameter.shape) for name, parameter in one.named_parameters()}
     inside = {name: shape for name, shape in own.items() if name.startswith(FIRST_LAYER)}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -284,7 +284,7 @@ def shapes_of(config: Gemma2Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _empty(config: Gemma2Config) -> Gemma2:
+def empty_model(config: Gemma2Config) -> Gemma2:
     with torch.device("meta"), _Uninitialised():
         return Gemma2(config)
 
