@@ -11,7 +11,7 @@ if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m") =
 from gemma2.cache import HybridCache
 from gemma2.checkpoints.hf_config import config_dict, published_config, read_config
 from gemma2.config import Gemma2Config
-from gemma2.convert import convert
+from gemma2.convert import convert, save
 from gemma2.errors import BadModelFile, ContextOverflow, NonFiniteError
 from gemma2.gemma import Gemma
 from gemma2.inspect import inspect
@@ -44,4 +44,5 @@ __all__ = [
     "load",
     "published_config",
     "read_config",
+    "save",
 ]

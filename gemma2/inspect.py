@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from gemma2.checkpoints import gguf, gguf_tokenizer, gguf_weights
-from gemma2.checkpoints.beside import chat_template, chat_tuned
+from gemma2.checkpoints.beside import chat_template, chat_tuned, end_ids, turn_notes
 from gemma2.checkpoints.checkpoint import config_of, folder_of, form_of, weights_of
 from gemma2.checkpoints.dtypes import RUNNABLE
 from gemma2.checkpoints.gguf_weights import GGUFWeights
@@ -26,7 +26,8 @@ from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer, tok
 from gemma2.checkpoints.weights import Weights, check_names, count_nonfinite, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
-from gemma2.load import locate
+from gemma2.load import locate, locate_tokenizer
+from gemma2.templates import NOT_GEMMAS, is_gemmas
 from gemma2.tokenizer import Tokenizer
 
 SHOWN = 3  # elements of an array
@@ -55,6 +56,7 @@ class Inspection:
         model: the published model whose shape this is, or None.
         metadata: what the file states: key -> (type, value), arrays cut to their length and first elements.
         filled: a line for everything that the file leaves out and that was filled in, and why.
+        end_ids: ids at which the files of a folder say that a text ends.
         memory: dtype -> weights, and the cache of one row at full context.
         problems: why the file cannot be loaded; none if it can.
     """
@@ -66,6 +68,7 @@ class Inspection:
     architecture: str | None = None
     model: str | None = None
     chat_tuned: bool | None = None
+    end_ids: list[int] = field(default_factory=list)
     config: dict[str, Any] | None = None
     metadata: dict[str, tuple[str, Any]] = field(default_factory=dict)
     filled: list[str] = field(default_factory=list)
@@ -105,7 +108,7 @@ def inspect(
     source: str | Path | None,
     *,
     values: bool = False,
-    tokenizer: str | Path | None = None,
+    tokenizer: str | Path | Tokenizer | None = None,
     revision: str | None = None,
     progress: bool | None = None,
 ) -> Inspection:
@@ -117,7 +120,8 @@ def inspect(
     Raises:
         BadModelFile: nothing can be said about it at all: not there, or its header is damaged.
     """
-    path = locate(source, revision)
+    tokenizer = locate_tokenizer(tokenizer)
+    path = locate(source, revision, tokenizer_given=tokenizer is not None)
     if path.is_file() and path.suffix == ".gguf":
         found, weights = _inspect_gguf(path, tokenizer)
     else:
@@ -130,7 +134,7 @@ def inspect(
     return found
 
 
-def _inspect_gguf(path: Path, tokenizer: str | Path | None) -> tuple[Inspection, Weights | None]:
+def _inspect_gguf(path: Path, tokenizer: Path | Tokenizer | None) -> tuple[Inspection, Weights | None]:
     header = gguf.read_parts(path)
     stated = header.metadata.get("general.architecture")
     found = Inspection(str(path), "gguf", header.bytes, header.version)
@@ -155,13 +159,15 @@ def _inspect_gguf(path: Path, tokenizer: str | Path | None) -> tuple[Inspection,
         found_tokenizer = given or gguf_tokenizer.build_tokenizer(header)
         found.filled += [] if given else gguf_tokenizer.notes(header)
         found.chat_tuned = gguf_tokenizer.chat_tuned(header)
+        template = gguf_tokenizer.chat_template(header)
+        found.filled += [] if template is None or is_gemmas(template) else [NOT_GEMMAS]
     except BadModelFile as error:
         found.problems.append(_reason(error, path))
     _complete(found, path, config, weights, found_tokenizer)
     return found, weights
 
 
-def _inspect_other(path: Path, tokenizer: str | Path | None) -> tuple[Inspection, Weights | None]:
+def _inspect_other(path: Path, tokenizer: Path | Tokenizer | None) -> tuple[Inspection, Weights | None]:
     folder = folder_of(path)
     form = "ckpt" if path.suffix == ".ckpt" else "safetensors"
     files = [path] if path.is_file() else sorted(folder.glob("*.safetensors"))
@@ -187,7 +193,10 @@ def _inspect_other(path: Path, tokenizer: str | Path | None) -> tuple[Inspection
     found_tokenizer = tried(lambda: tokenizer_of(folder, tokenizer))
     if found_tokenizer is not None:
         found.chat_tuned = tried(lambda: chat_tuned(folder, found_tokenizer))
-    tried(lambda: chat_template(folder))
+        found.end_ids = sorted(tried(lambda: end_ids(folder, found_tokenizer)) or ())
+        found.filled += tried(lambda: turn_notes(folder, found_tokenizer)) or []
+    else:
+        tried(lambda: chat_template(folder))
     found.architecture = "gemma2" if config is not None else None
     if weights is not None:
         for name, (shape, dtype) in weights.tensors.items():

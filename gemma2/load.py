@@ -10,16 +10,17 @@ import torch
 from gemma2.checkpoints.checkpoint import open_checkpoint
 from gemma2.checkpoints.dtypes import RUNNABLE, dtype_name
 from gemma2.checkpoints.neutral import neutral
+from gemma2.checkpoints.vocabulary import parse_tokenizer
 from gemma2.checkpoints.weights import build
 from gemma2.errors import BadModelFile, first_line
 from gemma2.gemma import Gemma
-from gemma2.hub import download, download_gguf
+from gemma2.hub import download, download_gguf, download_tokenizer
 from gemma2.numerics import check_profile, storage_of, twins_of
 from gemma2.tokenizer import Tokenizer
 from gemma2.twins import Make
 
 POCKET = Path(__file__).parent / "assets" / "pocket"
-SUFFIXES = (".safetensors", ".gguf", ".ckpt")  # of files, so never taken for a hub name
+SUFFIXES = (".safetensors", ".gguf", ".ckpt", ".bin", ".model", ".json")  # of files, so never taken for a hub name
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FLOAT16 = (
     "float16 is too narrow for Gemma 2 (it holds nothing beyond 65,504, so activations can overflow to infinity): "
@@ -51,7 +52,8 @@ def load(
         device: default the best present: cuda, mps, cpu.
         dtype: float32, bfloat16 or float64; default the dtype the checkpoint stores, and bfloat16 for a GGUF other than
             F32.
-        tokenizer: a `tokenizer.model` elsewhere, or a ready one.
+        tokenizer: takes the place of the checkpoint's: a `tokenizer.model` or a folder with one, a hub name as above
+            (its tokenizer alone is downloaded), or a `Tokenizer`.
         revision: branch, tag or commit, for a hub name.
         force_float16: run in float16 all the same.
         allow_nonfinite: take weights with NaN or infinity in them.
@@ -70,7 +72,8 @@ def load(
         if make is not None:
             raise ValueError("numerics and make both replace modules: give one of them")
         wanted = wanted or (torch.float32 if numerics == "llama.cpp" else None)
-    opened = open_checkpoint(locate(source, revision), tokenizer)
+    given = parse_tokenizer(locate_tokenizer(tokenizer))  # refused before gigabytes come
+    opened = open_checkpoint(locate(source, revision, tokenizer_given=given is not None), given)
     final = wanted or opened.weights.dtype
     if final == torch.float16 and not force_float16:
         raise BadModelFile(f"{opened.path}: {FLOAT16}")
@@ -108,11 +111,14 @@ def parse_dtype(dtype: str | torch.dtype | None, force_float16: bool = False) ->
     return found
 
 
-def locate(source: str | Path | None, revision: str | None = None) -> Path:
+def locate(source: str | Path | None, revision: str | None = None, *, tokenizer_given: bool = False) -> Path:
     """The local path of a name, folder or file, which is downloaded if it is on the hub.
 
     None and "pocket" are the pocket model, and "pocket:NAME.gguf" is a file beside it, unless a file or folder has that
     name.
+
+    Args:
+        tokenizer_given: the files of the tokenizer are not wanted from the hub.
     """
     if source is None:
         return POCKET
@@ -128,7 +134,23 @@ def locate(source: str | Path | None, revision: str | None = None) -> Path:
         if colon:
             return download_gguf(name, file, revision)
         if path.suffix not in SUFFIXES:
-            return download(name, revision)
+            return download(name, revision, tokenizer_given=tokenizer_given)
     raise BadModelFile(
         f"{source}: no such file or folder, nor a hub name like google/gemma-2-2b or owner/repo:file.gguf"
     )
+
+
+def locate_tokenizer(given: str | Path | Tokenizer | None) -> Path | Tokenizer | None:
+    """A hub name as the local path of that repository's tokenizer, or of its GGUF file; anything else as it is.
+
+    Names are as in `locate`, and the files are of the repository's main branch.
+    """
+    if not isinstance(given, str):
+        return given
+    path, (name, colon, _) = Path(given).expanduser(), given.partition(":")
+    if not path.exists():
+        if name == POCKET.name or (colon and REPOSITORY.fullmatch(name)):
+            return locate(given)
+        if REPOSITORY.fullmatch(name) and path.suffix not in SUFFIXES:
+            return download_tokenizer(name)
+    return path

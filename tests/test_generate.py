@@ -263,12 +263,12 @@ def test_stats_count_what_was_done(pocket: gemma2.Gemma) -> None:
         ({"max_new_tokens": -1}, "max_new_tokens"),
         ({"max_new_tokens": 1.5}, "max_new_tokens"),
         ({"max_new_tokens": True}, "max_new_tokens"),
-        ({"seed": -1}, "seed"),
+        ({"seed": -2}, "seed"),
         ({"seed": 2**63}, "seed"),
         ({"seed": 1.0}, "seed"),
         ({"stop": ""}, "stop string"),
         ({"stop": ["a", ""]}, "stop string"),
-        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
     ],
 )
 def test_arguments_are_checked_at_once_not_at_the_first_piece(

@@ -29,6 +29,7 @@ from gemma2.checkpoints.sentencepiece_proto import (
 )
 from gemma2.load import POCKET
 from gemma2.tokenizer import SPACE
+from tests.chat_templates import GEMMA
 from tests.conftest import SHARED
 from tests.parity.recordings import PARITY, WRITTEN
 
@@ -434,12 +435,13 @@ def test_unstated_bos_and_eos_are_the_pieces_of_that_spelling_and_not_llamas_num
     assert notes(found) == ["no bos or eos id is stated: <bos> and <eos> as spelled, where llama.cpp takes Llama's"]
 
 
-def test_a_file_is_tuned_for_chat_if_it_has_a_template_or_ends_with_a_turn() -> None:
+def test_a_file_is_tuned_for_chat_if_it_has_gemmas_template_or_ends_with_a_turn() -> None:
     turn = header(plain_arrays(), eos_token_id=Value("u32", 107))
     assert chat_tuned(header(plain_arrays())) is None and chat_tuned(turn) is True
     assert dict(build_tokenizer(turn).special) == dict(build_tokenizer(header(plain_arrays())).special)
-    template = {**header(plain_arrays()).metadata, "tokenizer.chat_template": Value("str", "{{ messages }}")}
-    assert chat_tuned(GGUF(Path("model.gguf"), 3, 32, template, {}, 0)) is True
+    for template, tuned in ((GEMMA, True), ("{{ messages }}", None)):
+        metadata = {**header(plain_arrays()).metadata, "tokenizer.chat_template": Value("str", template)}
+        assert chat_tuned(GGUF(Path("model.gguf"), 3, 32, metadata, {}, 0)) is tuned
 
 
 @pytest.mark.parametrize(

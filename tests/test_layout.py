@@ -12,10 +12,10 @@ import gemma2
 PACKAGE = Path(gemma2.__file__).parent
 # A file may import only from rows above its own (and, in a package, from its own folder).
 ROWS = [
-    ["errors", "atomic", "checks", "stats", "tokens", "warmup"],
+    ["errors", "atomic", "checks", "memory", "stats", "tied", "tokens", "warmup"],
     ["config", "ops"],
     ["cache", "tokenizer", "sampling"],
-    ["model", "chat", "detokenizer", "feed"],
+    ["model", "chat", "detokenizer", "feed", "templates"],
     ["twins", "generate"],
     ["gemma"],
     ["checkpoints", "fast"],

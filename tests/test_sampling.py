@@ -132,7 +132,7 @@ def test_the_same_seed_gives_the_same_draws_and_a_generator_is_used_as_it_is() -
     assert make_generator(None, device).initial_seed() != make_generator(None, device).initial_seed()
 
 
-@pytest.mark.parametrize("value", [-1, math.inf, math.nan, "1", None, True])
+@pytest.mark.parametrize("value", [-2, math.inf, math.nan, "1", True, [], torch.ones(1)])
 @pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p", "repetition_penalty"])
 def test_values_that_cannot_be_are_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=name):

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma2.checkpoints import gguf, gguf_tokenizer, gguf_weights, google, safetensors
-from gemma2.checkpoints.beside import chat_template, chat_tuned, end_ids
+from gemma2.checkpoints.beside import chat_template, chat_tuned, end_ids, turn_notes
 from gemma2.checkpoints.hf_config import read_config
 from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer, tokenizer_of
 from gemma2.checkpoints.weights import Weights, check_names, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
+from gemma2.templates import NOT_GEMMAS, is_gemmas
 from gemma2.tokenizer import Tokenizer
 
 # GGUF has no key for `Checkpoint.chat_tuned`, so this project writes one, which other readers leave alone.
@@ -60,7 +61,8 @@ def open_checkpoint(path: Path, tokenizer: str | Path | Tokenizer | None = None)
     check_vocabulary(found, config)
     folder = folder_of(path)
     tuned, template, ends = chat_tuned(folder, found), chat_template(folder), end_ids(folder, found)
-    return Checkpoint(path, form, config, weights, found, tuned, template, end_ids=ends)
+    said = tuple(turn_notes(folder, found))
+    return Checkpoint(path, form, config, weights, found, tuned, template, said, ends)
 
 
 def form_of(path: Path) -> str:
@@ -105,7 +107,8 @@ def _open_gguf(path: Path, tokenizer: str | Path | Tokenizer | None) -> Checkpoi
     if found is None:
         found, notes = gguf_tokenizer.build_tokenizer(header), notes + gguf_tokenizer.notes(header)
     check_vocabulary(found, config)
-    template = header.metadata.get("tokenizer.chat_template")
+    template = gguf_tokenizer.chat_template(header)
+    notes += [] if template is None or is_gemmas(template) else [NOT_GEMMAS]
     tuned = header.metadata.get(CHAT_TUNED)
     return Checkpoint(
         path,
@@ -114,6 +117,6 @@ def _open_gguf(path: Path, tokenizer: str | Path | Tokenizer | None) -> Checkpoi
         weights,
         found,
         tuned.value if tuned is not None and tuned.type == "bool" else gguf_tokenizer.chat_tuned(header),
-        template.value if template is not None and template.type == "str" else None,
+        template,
         tuple(notes),
     )

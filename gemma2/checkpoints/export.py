@@ -172,11 +172,19 @@ def _companions(opened: Checkpoint, dtype: torch.dtype | None = None) -> dict[st
         "config.json": config_dict(opened.config) | ids | stated,
         "tokenizer_config.json": tokenizer,
     }
-    if opened.chat_tuned is not None and "end_of_turn" in special:
-        stops = [special["eos"], special["end_of_turn"]] if opened.chat_tuned else special["eos"]
-        files["generation_config.json"] = ids | {"eos_token_id": stops}
+    own, more = _end_ids(opened)
+    if more or (opened.chat_tuned is not None and "end_of_turn" in special):
+        stops = own + more
+        files["generation_config.json"] = ids | {"eos_token_id": stops if len(stops) > 1 else stops[0]}
     texts = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
     return texts | {"tokenizer.model": opened.tokenizer.to_proto()}
+
+
+def _end_ids(opened: Checkpoint) -> tuple[list[int], list[int]]:
+    """Ids at which a text ends: those of Gemma that say whether it was tuned for chat, and those of the checkpoint."""
+    special = opened.tokenizer.special
+    own = [special[name] for name in ("eos", "end_of_turn") if name in special]
+    return own if opened.chat_tuned else own[:1], sorted(opened.end_ids - set(own))
 
 
 def _gguf_header(opened: Checkpoint, entries: list[Entry], main: str, title: str) -> bytes:
@@ -186,6 +194,9 @@ def _gguf_header(opened: Checkpoint, entries: list[Entry], main: str, title: str
     metadata["general.file_type"] = Value("u32", FILE_TYPES[main])
     metadata["general.quantization_version"] = Value("u32", 2)
     metadata |= tokenizer_metadata(opened.tokenizer.to_proto(), opened.tokenizer.where)
+    _, more = _end_ids(opened)
+    for kind, token in zip(("eot", "eom"), more, strict=False):  # llama.cpp finds <end_of_turn> by its name
+        metadata[f"tokenizer.ggml.{kind}_token_id"] = Value("u32", token)
     if opened.chat_template is not None:
         metadata["tokenizer.chat_template"] = Value("str", opened.chat_template)
     if opened.chat_tuned is not None:

@@ -27,6 +27,7 @@ from gemma2.checkpoints.sentencepiece_proto import (
     write_proto,
 )
 from gemma2.errors import BadModelFile
+from gemma2.templates import is_gemmas
 from gemma2.tokenizer import CONTROL as STEERING
 from gemma2.tokenizer import SPACE, Tokenizer
 
@@ -97,9 +98,16 @@ def notes(header: GGUF) -> list[str]:
     return said
 
 
+def chat_template(header: GGUF) -> str | None:
+    """The chat template in the file, which is never run."""
+    stated = header.metadata.get("tokenizer.chat_template")
+    return stated.value if stated is not None and stated.type == "str" else None
+
+
 def chat_tuned(header: GGUF) -> bool | None:
-    """Whether the file says it was tuned for chat: it has a chat template (which is never run) or ends with a turn."""
-    if "tokenizer.chat_template" in header.metadata:
+    """Whether the file says it was tuned for chat: it has Gemma's chat template or ends with a turn."""
+    template = chat_template(header)
+    if template is not None and is_gemmas(template):
         return True
     pieces, eos = (header.metadata.get(PREFIX + name) for name in ("tokens", "eos_token_id"))
     if pieces is None or eos is None or pieces.type != "str[]" or eos.type != "u32" or eos.value >= len(pieces.value):

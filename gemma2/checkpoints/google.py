@@ -19,6 +19,7 @@ from gemma2.checkpoints.hf_config import PUBLISHED, published_config
 from gemma2.checkpoints.weights import EMBEDDING, PlainWeights, refuse_foreign
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile, first_line
+from gemma2.memory import no_mapping
 
 REDUNDANT = "freqs_cis"  # the rotary table, computed from the config
 SCALER = "_scaler"  # int8: weight * weight_scaler[:, None], one scale a row
@@ -108,6 +109,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError:
         raise BadModelFile(f"{path}: holds more than tensors, so it is not read: a pickle can run code") from None
     except Exception as error:  # a damaged pickle fails in any way: IndexError, struct.error, AssertionError ...
+        if "Cannot allocate memory" in str(error):
+            raise no_mapping(path) from None
         raise BadModelFile(f"{path}: not a PyTorch checkpoint ({first_line(error)})") from None
     state = raw.get("model_state_dict", raw) if isinstance(raw, dict) else None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gemma2.checkpoints.dtypes import SAFETENSORS
 from gemma2.checkpoints.hf_config import read_json
+from gemma2.checkpoints.safetensors_file import SafetensorsFile
 from gemma2.checkpoints.weights import PlainWeights, refuse_foreign
 from gemma2.errors import BadModelFile
 
@@ -28,38 +28,38 @@ class SafetensorsWeights(PlainWeights):
         self.where = where
         self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._file: dict[str, Path] = {}
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, SafetensorsFile] = {}
         for path in files:
-            handle = self._handle(path)
-            for name in handle.keys():  # noqa: SIM118  (safe_open is no mapping)
+            for name, stored in self._handle(path).tensors.items():
                 if name in self._file:
                     raise BadModelFile(f"{path}: tensor {name} is also in {self._file[name].name}")
                 self._file[name] = path
                 if name.endswith(REDUNDANT):
                     continue
-                part = handle.get_slice(name)
                 # A dtype that the table does not have is called uint8, and refused as that is.
-                self.tensors[name] = (tuple(part.get_shape()), SAFETENSORS.get(part.get_dtype(), torch.uint8))
-        self.release()
+                self.tensors[name] = (stored.shape, SAFETENSORS.get(stored.dtype, torch.uint8))
 
     def read(self, name: str, start: int, out: Tensor) -> None:
-        out.copy_(self._handle(self._file[name]).get_slice(name)[start : start + len(out)])
+        path = self._file[name]
+        try:
+            self._handle(path).read(name, start, out)
+        except (ValueError, OSError) as error:
+            raise BadModelFile(f"{path}: cannot be read ({error})") from None
 
     def release(self) -> None:
-        # Closing unmaps the file; pages that stay mapped would count as memory beside the weights.
-        self._open.clear()
+        """Nothing is mapped."""
 
     def names_in(self, path: Path) -> set[str]:
         return {name for name, file in self._file.items() if file == path}
 
-    def _handle(self, path: Path) -> Any:
-        handle = self._open.get(path)  # another thread may release it meanwhile, but not what is held here
+    def _handle(self, path: Path) -> SafetensorsFile:
+        handle = self._open.get(path)
         if handle is None:
             try:
-                handle = self._open[path] = safe_open(path, framework="pt", device="cpu").__enter__()
+                handle = self._open[path] = SafetensorsFile(path)
             except FileNotFoundError:
                 raise BadModelFile(f"{path}: no such file") from None
-            except (SafetensorError, TypeError, AttributeError, ValueError, OSError) as error:
+            except (ValueError, OSError) as error:
                 refuse_foreign(path)
                 raise BadModelFile(f"{path}: not a whole safetensors file ({error})") from None
         return handle
@@ -99,7 +99,7 @@ def header_bytes(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadat
     return len(text).to_bytes(8, "little") + text
 
 
-def shard_names(index: Any, where: str) -> list[str]:
+def shard_names(index: Any, where: str, ending: str = ".safetensors") -> list[str]:
     """The files an index names, each a plain file name: an index is a stranger's, and must not reach elsewhere."""
     mapping = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(mapping, dict) or not mapping or not all(isinstance(name, str) for name in mapping.values()):
@@ -107,8 +107,8 @@ def shard_names(index: Any, where: str) -> list[str]:
     names = sorted(set(mapping.values()))
     for name in names:
         plain = name == Path(name).name and "\\" not in name and ":" not in name and "\0" not in name
-        if not plain or not name.endswith(".safetensors"):
-            raise BadModelFile(f"{where}: shard {name!r} is not a plain .safetensors file name")
+        if not plain or not name.endswith(ending):
+            raise BadModelFile(f"{where}: shard {name!r} is not a plain {ending} file name")
     return names
 
 

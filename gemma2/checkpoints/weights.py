@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from gemma2.checkpoints.dtypes import FLOATS, dtype_name, stored_name
 from gemma2.checkpoints.threads import one_thread_per_core
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
+from gemma2.memory import check_memory
 from gemma2.model import Gemma2
 from gemma2.twins import Make, replaced
 
@@ -67,6 +69,16 @@ class Weights(Protocol):
         """Let go of the mapped pages read so far."""
 
 
+class Places(Protocol):
+    """Where the tensors of a model go that is not on one device."""
+
+    def device_of(self, name: str) -> torch.device:
+        """Where a tensor is to be; "meta" for the disk."""
+
+    def write(self, name: str, start: int, rows: Tensor) -> None:
+        """Keep rows of a tensor that is on the disk, from row `start` on."""
+
+
 class PlainWeights:
     """The part of `Weights` that formats of plain floats have in common.
 
@@ -107,6 +119,7 @@ def build(
     dtype: torch.dtype,
     *,
     make: Make | None = None,
+    places: Places | None = None,
     allow_nonfinite: bool = False,
     progress: bool | None = None,
 ) -> Gemma2:
@@ -119,7 +132,9 @@ def build(
         make: puts twins in before anything is read, see `gemma2.twins.replaced`. A twin that has a method
             `fill(weights, path, device)` fills itself, say with the stored blocks of `weights.raw`. Any other twin
             keeps the parameters of the module it stands for, and gets them as that does.
+        places: where each tensor goes, if not to `device`. Those on the disk are on the meta device in the model.
     Raises:
+        MemoryError: a device has too little memory for what goes there. Twins that fill themselves are not counted.
         BadModelFile: missing, extra, misshapen or non-finite tensors, by name (the first five).
         ValueError: `make` gives no twin, or one with other parameters and no `fill`.
     """
@@ -130,21 +145,29 @@ def build(
     own = {path: twin for path, twin in twins.items() if hasattr(twin, "fill")}
     inside = tuple(f"{path}." for path in own)
     _check_parameters(model, {name for name in shapes if not name.startswith(inside)}, inside)
+    outside = {name: torch.Size(shape) for name, shape in shapes.items() if not name.startswith(inside)}
+    where = {name: places.device_of(name) if places else device for name in outside}
+    for one in dict.fromkeys(where.values()):
+        sizes = {name: shape.numel() for name, shape in outside.items() if where[name] == one}
+        check_memory(weights.where, dtype, one, partial(bytes_in, weights, sizes))
     filled: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
-        if name.startswith(inside):
-            continue
+    for name, shape in outside.items():
         kept = weights.dtype_for(name, dtype)
-        if kept == torch.float64 and device.type == "mps":
+        if kept == torch.float64 and where[name].type == "mps":
             raise BadModelFile(
                 f"{weights.where}: {weights.in_file(name)} needs float64, which mps does not have; use cpu"
             )
-        filled[name] = torch.empty(shape, dtype=kept, device=device)
+        filled[name] = torch.empty(shape, dtype=kept, device=where[name])
 
     def fill(name: str, start: int, stop: int) -> tuple[str, int, int]:
         out = filled[name][start:stop]
-        weights.read(name, start, out)
-        return name, out.nbytes, _nonfinite(out)
+        if places is None or not out.is_meta:
+            weights.read(name, start, out)
+            return name, out.nbytes, _nonfinite(out)
+        rows = torch.empty(out.shape, dtype=out.dtype, device="cpu")
+        weights.read(name, start, rows)
+        places.write(name, start, rows)
+        return name, rows.nbytes, _nonfinite(rows)
 
     total = sum(tensor.nbytes for tensor in filled.values())
     bad: dict[str, int] = {}
@@ -214,6 +237,11 @@ def count_nonfinite(weights: Weights, *, progress: bool | None = None) -> dict[s
 def _nonfinite(values: Tensor) -> int:
     """How many values are NaN or infinite. A sum that is finite shows that none is; otherwise they are counted."""
     return 0 if values.sum().isfinite() else int((~values.isfinite()).sum())
+
+
+def bytes_in(weights: Weights, sizes: Mapping[str, int], dtype: torch.dtype) -> int:
+    """Bytes of parameters (name -> number of values) in a model in `dtype`, those included that stay wider."""
+    return sum(size * weights.dtype_for(name, dtype).itemsize for name, size in sizes.items())
 
 
 def shapes_of(config: Gemma2Config) -> dict[str, tuple[int, ...]]:

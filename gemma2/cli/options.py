@@ -83,14 +83,18 @@ def add_sampling_options(parser: argparse.ArgumentParser, new_tokens: int) -> No
         help="divide the logits by T and sample; 0 takes the likeliest token; 0 to 1e30, default: 0",
     )
     sampling.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens; 0 keeps all; default: 0"
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="sample from the K likeliest tokens; 0 and -1 keep all; default: 0",
     )
     sampling.add_argument(
         "--top-p",
         type=float,
         default=1.0,
         metavar="P",
-        help="sample from the likeliest tokens that together have probability P; above 0, at most 1, default: 1",
+        help="sample from the likeliest tokens that together have probability P; 0 (the likeliest) to 1, default: 1",
     )
     sampling.add_argument(
         "--min-p",
@@ -107,7 +111,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, new_tokens: int) -> No
         help="divide positive logits of tokens seen so far by R, multiply negative ones; 1e-30 to 1e30, default: 1",
     )
     sampling.add_argument(
-        "--seed", type=int, metavar="S", help="the same S samples the same text again; 0 or more, default: random"
+        "--seed", type=int, metavar="S", help="the same S samples the same text again; -1 and the default: random"
     )
     sampling.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable; default: none"
@@ -129,7 +133,7 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     chosen = {name: getattr(args, name) for name in names}
     Sampling(**chosen)
     check_count("max_new_tokens", args.max_new_tokens)
-    if args.seed is not None:
+    if args.seed not in (None, -1):
         check_count("seed", args.seed)
     parse_stops(args.stop)
     return {**chosen, "max_new_tokens": args.max_new_tokens, "seed": args.seed, "stop": args.stop}

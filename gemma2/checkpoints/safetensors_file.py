@@ -1,0 +1,133 @@
+"""One safetensors file, read and not mapped: a mapped file takes address space, and counts as memory where that is
+scarce. The format: its README at https://github.com/huggingface/safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from gemma2.checkpoints.dtypes import SAFETENSORS
+
+MOST_HEADER = 100_000_000  # bytes of the header, as the library takes
+# Bits of a value, of every dtype that the format has.
+BITS = {name: 8 * dtype.itemsize for name, dtype in SAFETENSORS.items()} | {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "U16": 16,
+    "U32": 32,
+    "U64": 64,
+}
+BIGGEST = 2**63  # beyond any number in a header
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file. `dtype` is safetensors' name, `start` is from the beginning of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    bytes: int
+
+
+class SafetensorsFile:
+    """The tensors of one file: their description at once, their rows when asked for.
+
+    Raises:
+        ValueError: the file is not whole, or not a safetensors file; says why.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with path.open("rb") as file:
+            self.tensors = _described(file, path.stat().st_size)
+
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        """Fill `out` with rows of a tensor, from row `start` on."""
+        tensor = self.tensors[name]
+        dtype = SAFETENSORS[tensor.dtype]
+        direct = out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous()
+        rows = out if direct else torch.empty(out.shape, dtype=dtype, device="cpu")
+        before = start * (rows.nbytes // max(1, len(rows)))
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(tensor.start + before)
+            view, done = rows.view(-1).view(torch.uint8).numpy().data, 0
+            while done < len(view):  # Linux gives 2 GB at a time
+                count = file.readinto(view[done:])
+                if not count:
+                    raise ValueError("it ended while it was read: it has become shorter")
+                done += count
+        if not direct:
+            out.copy_(rows)
+
+
+def _described(file: BinaryIO, size: int) -> dict[str, Stored]:
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > size - 8:
+        raise ValueError(f"the header of {length:,} bytes does not fit into a file of {size:,}")
+    if length > MOST_HEADER:
+        raise ValueError(f"a header of {length:,} bytes; at most {MOST_HEADER:,} are taken")
+    text = file.read(length)
+    if not text.startswith(b"{"):
+        raise ValueError("the header is not a JSON object")
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("the header is nested too deeply") from None
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ is not a map from text to text")
+    tensors = {name: _tensor(name, entry) for name, entry in header.items()}
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].bytes)):
+        if tensor.start != end:
+            raise ValueError(f"tensor {name} begins at {tensor.start:,} of the data, where {end:,} is expected")
+        end += tensor.bytes
+    if 8 + length + end != size:
+        raise ValueError(f"{8 + length + end:,} bytes are described, and the file has {size:,}")
+    moved = {name: (tensor, 8 + length + tensor.start) for name, tensor in tensors.items()}
+    return {name: Stored(was.dtype, was.shape, start, was.bytes) for name, (was, start) in moved.items()}
+
+
+def _tensor(name: str, entry: Any) -> Stored:
+    """One entry of the header; here `start` is from the beginning of the data."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {name} is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise ValueError(f"tensor {name} has the dtype {dtype!r}, which the format does not have")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise ValueError(f"tensor {name} has the shape {shape!r} and the data_offsets {offsets!r}")
+    start, end = offsets
+    if prod(shape) * BITS[dtype] != 8 * (end - start):
+        raise ValueError(f"tensor {name} of shape {shape} in {dtype} does not take {end - start:,} bytes")
+    return Stored(dtype, tuple(shape), start, end - start)
+
+
+def _naturals(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < BIGGEST for value in values)
+
+
+def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} stands twice in the header")
+        found[name] = value
+    return found
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} in the header")
