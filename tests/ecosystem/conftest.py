@@ -14,6 +14,12 @@ import gemma2
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the hub, and some tools ask it all the same
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Two processes that share a model need no package and 20 s, so they run where this folder is named."""
+    named = any("ecosystem" in str(arg) for arg in config.args)
+    return True if collection_path.name == "test_distributed.py" and not named else None
+
+
 def needs(package: str) -> Any:
     """The imported package, or a skip: of the whole file if it is called at the top of one."""
     cure = "pip install -c constraints.txt -e '.[ecosystem]', or make test-ecosystem"
