@@ -246,6 +246,8 @@ def test_what_is_saved_loads_in_transformers_and_here_bit_for_bit(
     face, tokens = as_transformers(pocket), ids(2, 20, vocab=4096)
     face.save_pretrained(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32", attn_implementation="eager")
+    assert {*face.state_dict(), "lm_head.weight"} == {*theirs.state_dict()}
+    face.load_state_dict(theirs.state_dict())
     ours = gemma2.load(tmp_path, tokenizer=pocket.tokenizer, device="cpu")
     assert not caplog.records
     for name, weight in pocket.model.state_dict().items():

@@ -21,6 +21,7 @@ from gemma2.cache import EMPTY, Held
 from gemma2.checkpoints.hf_config import config_dict
 from gemma2.model import Gemma2
 from gemma2.research.capture import check_shown
+from gemma2.tied import drop_equal_head
 
 LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")  # what transformers' loss takes beside logits and labels
 SAID = ("cache_position",)  # what older versions pass too, and the cache says already
@@ -224,6 +225,7 @@ class Gemma2ForCausalLM(Around, transformers.GenerationMixin):  # type: ignore[m
         self.generation_config = transformers.GenerationConfig(**ids | {"eos_token_id": list(stops)})
         self.post_init()
         self.train(whole.training)
+        self.register_load_state_dict_pre_hook(drop_equal_head)  # transformers' state_dict() has `lm_head.weight` too
 
     def forward(
         self,
