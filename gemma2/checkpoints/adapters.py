@@ -18,8 +18,9 @@ from torch import Tensor
 
 from gemma2.checkpoints.adapter_config import MERGED, check_config
 from gemma2.checkpoints.dtypes import FLOATS, SAFETENSORS
+from gemma2.checkpoints.foreign import refuse_foreign
 from gemma2.checkpoints.hf_config import read_json
-from gemma2.checkpoints.weights import refuse_foreign, shapes_of
+from gemma2.checkpoints.weights import shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile, first_line
 

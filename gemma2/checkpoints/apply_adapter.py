@@ -14,7 +14,8 @@ from gemma2.checkpoints.adapters import EMBEDDING, HEAD, PREFIX, Adapter, Plan, 
 from gemma2.checkpoints.memory import check_parameters
 from gemma2.errors import BadModelFile, first_line
 from gemma2.model import Gemma2, ScaledEmbedding
-from gemma2.tokens import check_same_device, check_tokens
+from gemma2.tied import check_same_device
+from gemma2.tokens import check_tokens
 
 NAME = "default"  # PEFT's own for an adapter that is given none
 
