@@ -186,7 +186,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "a base that is no text": ({"base_model_name_or_path": 7}, "base_model_name_or_path must be a string"),
     "another rank than the tensors'": (
         {"r": 8},
-        "2 misshapen: model.layers.0.self_attn.q_proj.lora_A.weight [4, 8] in",
+        "4 misshapen: model.layers.0.self_attn.q_proj.lora_A.weight [4, 8]",
     ),
     "fewer targets than tensors": ({"layers_to_transform": 0}, "2 unknown: model.layers.1.self_attn.q_proj.lora_A"),
     "more targets than tensors": ({"target_modules": ["q_proj", "v_proj"]}, "4 missing: model.layers.0.self_attn.v_pr"),
