@@ -99,6 +99,14 @@ def test_an_adapter_made_for_transformers_gives_the_bits_of_transformers_with_pe
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_on_a_wider_model_the_layout_of_a_tied_head_counts_and_is_that_of_peft(tmp_path: Path) -> None:
+    base = gemma2.convert(None, tmp_path / "pocket", type="f32").path
+    place = made(theirs(base), KINDS["LoRA of the embedding, tied"](), tmp_path / "adapter")
+    wanted = logits(peft.PeftModel.from_pretrained(theirs(base), place).eval())
+    assert torch.equal(logits(gemma2.load(base, device="cpu", adapter=place).model), wanted)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merged_adapter_gives_a_model_that_can_be_written_or_is_refused_by_name(
     base: Path, tmp_path: Path, kind: str
