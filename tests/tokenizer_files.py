@@ -12,7 +12,7 @@ from typing import Any
 from gemma2.checkpoints.sentencepiece_proto import NORMAL, read_proto
 from gemma2.load import POCKET
 
-SPECIAL = {"<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>"}
+SPECIAL = {"<pad>", "<eos>", "<bos>", "<unk>", "<mask>"}
 
 
 def token(id: int, content: str, special: bool = True, **flags: bool) -> dict[str, Any]:
@@ -87,10 +87,17 @@ def pocket() -> dict[str, Any]:
 
 
 def older(content: dict[str, Any]) -> dict[str, Any]:
-    """The same in the form of the files of 2024: merges in one string each, and a tab for the byte 9."""
+    """The same as transformers 4 wrote it, and Google published it: merges by score, in one string each, and a tab for
+    the byte 9."""
     content["pre_tokenizer"] = None
-    model = content["model"]
-    model["merges"] = [f"{a} {b}" for a, b in model["merges"]]
+    model, symbols = content["model"], {added["content"] for added in content["added_tokens"]}
+    first = model["vocab"]["<0xFF>"] + 1
+
+    def order(merge: list[str]) -> tuple[int, int, int]:
+        whole = "".join(merge)
+        return 0 if whole in symbols else first - model["vocab"][whole], len(merge[0]), len(merge[1])
+
+    model["merges"] = [" ".join(merge) for merge in sorted(model["merges"], key=order, reverse=True)]
     model["vocab"] = {"\t" if piece == "<0x09>" else piece: i for piece, i in model["vocab"].items()}
     del model["ignore_merges"]
     return content
@@ -132,9 +139,9 @@ ALPHABETS = (
     "กขฃคฅฆงจⅷ①½²ſﬁÅ",
 )
 COMMON = re.split(
-    " ",
-    "in the beginning God created heaven and earth And said Let there be light thou shalt unto def return import self "
-    "banana ananas abababab aaaaaaa hahahaha http:// www. 1234567890 3.14 don't naïve café straße Привет мир こんにちは",
+    r"\s",
+    "in the beginning God created heaven and earth And said Let there be light thou shalt unto def return self "
+    "banana ananas abababab aaaaaaa hahahaha www. 1234567890 3.14 don't naïve café straße Привет мир こんにちは",
 )
 SPELLINGS = (
     *("<bos>", "<eos>", "<pad>", "<unk>", "<mask>", "<2mass>", "[@BOS@]", "<unused0>", "<unused98>", "<unused99>"),
