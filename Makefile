@@ -15,9 +15,10 @@ demo: $(VENV)/.installed
 test: lint types
 	$(BIN)/pytest
 
-# Tools that attach to the model from outside: PEFT, nnsight, torchao and others, in the extra `ecosystem`.
+# Tools that attach to the model from outside: PEFT, trl, nnsight, torchao and others, in the extra `ecosystem`. The
+# page for users of transformers shows some of them. `make test` runs those tests whose package is there.
 test-ecosystem: $(VENV)/.installed-ecosystem
-	$(BIN)/pytest tests/ecosystem -rs
+	$(BIN)/pytest tests/ecosystem tests/test_readme.py -rs
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -11,12 +11,13 @@ if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m") =
 from gemma2.cache import HybridCache
 from gemma2.checkpoints.hf_config import config_dict, published_config, read_config
 from gemma2.config import Gemma2Config
-from gemma2.convert import convert
+from gemma2.convert import convert, save
 from gemma2.errors import BadModelFile, ContextOverflow, NonFiniteError
 from gemma2.gemma import Gemma
 from gemma2.inspect import inspect
 from gemma2.load import load
 from gemma2.model import Gemma2
+from gemma2.research.face import as_transformers
 from gemma2.sampling import Sampling
 from gemma2.stats import Stats
 from gemma2.talk import Talk
@@ -35,6 +36,7 @@ __all__ = [
     "Stats",
     "Talk",
     "Tokenizer",
+    "as_transformers",
     "config_dict",
     "convert",
     "inspect",
@@ -42,4 +44,5 @@ __all__ = [
     "load",
     "published_config",
     "read_config",
+    "save",
 ]

@@ -11,17 +11,31 @@ SMALLEST, BEYOND = 2.0**-126, 2.0**128  # the normal numbers of float32
 MOST_LAYERS, MOST_PARAMETERS = 1024, 10**13
 
 
-def check_count(name: str, value: object, least: int = 0) -> None:
-    """Raises ValueError unless `value` is an integer (no bool) from `least` to 2^63 - 1."""
-    if type(value) is not int or not least <= value < 2**63:
+def plain_number(value: object) -> Any:
+    """A number of numpy or PyTorch, which may be an array without dimensions, as Python's; anything else as it is."""
+    if getattr(value, "shape", None) == () and callable(item := getattr(value, "item", None)):
+        try:
+            return item()
+        except RuntimeError:  # on the meta device, say
+            pass
+    return value
+
+
+def check_count(name: str, value: object, least: int = 0) -> int:
+    """The integer (no bool) from `least` to 2^63 - 1. Raises ValueError for anything else."""
+    number = plain_number(value)
+    if type(number) is not int or not least <= number < 2**63:
         kind = {0: "a non-negative integer", 1: "a positive integer"}.get(least, f"an integer of at least {least}")
         raise ValueError(f"{name} must be {kind}, not {value!r}")
+    return number
 
 
-def check_number(name: str, value: object, range_: str, holds: Callable[[float], bool]) -> None:
-    """Raises ValueError unless `value` is a real number (no bool) for which `holds` is true."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
+def check_number(name: str, value: object, range_: str, holds: Callable[[float], bool]) -> float:
+    """The real number (no bool) for which `holds` is true. Raises ValueError for anything else."""
+    number = plain_number(value)
+    if isinstance(number, bool) or not isinstance(number, int | float) or not holds(number):
         raise ValueError(f"{name} must be a number {range_}, not {value!r}")
+    return number
 
 
 def check_config(config: Any, layer_types: tuple[str, ...]) -> None:

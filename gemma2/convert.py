@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gemma2.atomic import check_space, check_target, naming_a_full_disk, replacing
-from gemma2.checkpoints.beside import chat_template, chat_tuned
+from gemma2.checkpoints.beside import chat_template, chat_tuned, end_ids
 from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gemma2.checkpoints.dtypes import FLOATS
 from gemma2.checkpoints.export import FOLDER, Layout, layout_for, write
@@ -21,15 +21,24 @@ from gemma2.checkpoints.gguf_write import FILE_TYPES, FINER
 from gemma2.checkpoints.hf_config import read_config
 from gemma2.checkpoints.memory import WHERE, MemoryWeights
 from gemma2.checkpoints.neutral import neutral
-from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer
+from gemma2.checkpoints.tokenizer_json import read_tokenizer_json
+from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer, same_tokenizer
 from gemma2.checkpoints.weights import hidden
 from gemma2.gemma import Gemma
-from gemma2.load import locate
+from gemma2.load import load, locate, locate_tokenizer
+from gemma2.model import Gemma2
 from gemma2.tokenizer import Tokenizer
 
 TYPES = tuple(name.lower() for name in FILE_TYPES)
 # What a folder written here holds; one with anything else in it is never replaced.
-OWN = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json")
+OWN = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+)
 FILES = (".gguf", ".ckpt", ".safetensors", ".ggml", ".onnx", ".h5", ".npz", ".json", ".model", ".zip")  # never folders
 
 
@@ -52,12 +61,13 @@ def convert(
     force: bool = False,
     tokenizer: str | Path | Tokenizer | None = None,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     progress: bool | None = None,
 ) -> Converted:
     """Write `source` anew at `target`: a `.gguf`, a `.ckpt`, or a folder with safetensors.
 
     Args:
-        source: as in `load`; or a `Gemma`, whose parameters, tokenizer and config are written as they are in memory.
+        source: as in `load`; or a `Gemma`, which is written as `save` does.
         target: its name decides the format. Beside a `.ckpt`, which states neither, config.json and tokenizer.model
             are written too.
         type: f32, bf16 or f16, and for GGUF also q8_0, q5_1, q5_0, q4_1, q4_0, mxfp4, tq2_0 or tq1_0. Norms are never
@@ -66,6 +76,8 @@ def convert(
             they have several, and bf16 if they are quantized.
         force: replace what is there.
         tokenizer, revision, progress: as in `load`. A `Gemma` has no revision.
+        adapter: a PEFT adapter, as in `load`, to merge into the weights first. The merged model is in memory, in the
+            dtype that the source runs in.
     Raises:
         FileExistsError: the target is there, and not to be replaced.
         OSError: it cannot be written, or there is too little space for it.
@@ -73,46 +85,94 @@ def convert(
         ValueError: a type that the target's format does not have, an empty name, or a source that is neither a
             path nor a `Gemma`.
     """
-    target = Path(target).expanduser()
-    form = _form(target)
-    asked = _parse_type(type, form)
-    check = partial(check_target, target, force=force, folder=form == FOLDER, own=OWN)
-    check()  # and again at the end, for what has come meanwhile
+    if adapter is not None:
+        if isinstance(source, Gemma):
+            raise ValueError("adapter= is for a source that is loaded, and this one is a Gemma in memory")
+        _Target(target, type, force)  # before weights are read
+        merged = load(source, device="cpu", tokenizer=tokenizer, revision=revision, adapter=adapter, merge_adapter=True)
+        return save(merged, target, type=type, force=force, progress=progress)
     if isinstance(source, Gemma):
         if revision is not None:
             raise ValueError("revision= is for a hub name, and the source is a Gemma in memory")
-        opened, title = _in_memory(source, tokenizer), target.stem
-    elif source is None or isinstance(source, str | Path):
-        origin = locate(source, revision)
-        opened, title = open_checkpoint(origin, tokenizer), _title(source, origin)
-        _check_apart(target, opened)
-    else:
+        return save(source, target, type=type, force=force, tokenizer=tokenizer, progress=progress)
+    if source is not None and not isinstance(source, str | Path):
         raise ValueError(f"source is of type {source.__class__.__name__}: give a path, a name or a Gemma")
-    main = asked or _own_type(opened)
-    layout = layout_for(form, opened, main, title)
-    beside = _beside(layout, opened, target.parent) if form == "ckpt" else {}
+    asked = _Target(target, type, force)
+    given = parse_tokenizer(locate_tokenizer(tokenizer))
+    origin = locate(source, revision, tokenizer_given=given is not None)
+    opened = open_checkpoint(origin, given)
+    _check_apart(asked.path, opened)
+    return _written(asked, opened, _title(source, origin), progress)
+
+
+@neutral
+def save(
+    model: Gemma | Gemma2,
+    target: str | Path,
+    *,
+    type: str | None = None,
+    force: bool = False,
+    tokenizer: str | Path | Tokenizer | None = None,
+    progress: bool | None = None,
+) -> Converted:
+    """Write a model as it is in memory, trained or edited, with its tokenizer and config.
+
+    `load`, transformers and, for a `.gguf`, llama.cpp read what is written.
+
+    Args:
+        model: a `Gemma`; or its `Gemma2` alone, with `tokenizer`. One that is compiled is written as what it compiles.
+        tokenizer: takes the place of the one of a `Gemma`.
+        target, type, force, progress: as in `convert`; the default type is that of the model's matrices.
+    Raises:
+        BadModelFile: the model is no Gemma 2 any more, as with an adapter that is not merged, or has no values here.
+        ValueError, OSError: as `convert`.
+    """
+    asked = _Target(target, type, force)
+    return _written(asked, _in_memory(model, tokenizer), asked.path.stem, progress)
+
+
+class _Target:
+    """Where to write, in which format and type: checked before anything is opened, and again at the end."""
+
+    def __init__(self, target: str | Path, type: str | None, force: bool) -> None:
+        self.path = Path(target).expanduser()
+        self.form = _form(self.path)
+        self.type = _parse_type(type, self.form)
+        self.check = partial(check_target, self.path, force=force, folder=self.form == FOLDER, own=OWN)
+        self.check()
+
+
+def _written(asked: _Target, opened: Checkpoint, title: str, progress: bool | None) -> Converted:
+    main, target, whole = asked.type or _own_type(opened), asked.path, asked.form == FOLDER
+    layout = layout_for(asked.form, opened, main, title)
+    beside = _beside(layout, opened, target.parent) if asked.form == "ckpt" else {}
     check_space(target.parent, layout.space)
     total, off = layout.bytes, hidden(progress)
     with (
         naming_a_full_disk(target),
-        replacing(*beside, target, folder=form == FOLDER, last=check) as (*small, unfinished),
+        replacing(*beside, target, folder=whole, last=asked.check) as (*small, unfinished),
         tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=off, leave=False) as bar,
     ):
         for path, content in zip(small, beside.values(), strict=True):
             path.write_bytes(content)
         write(layout, opened, unfinished, bar.update)
-        files = unfinished.iterdir() if form == FOLDER else [unfinished]
+        files = unfinished.iterdir() if whole else [unfinished]
         size = sum(file.stat().st_size for file in files)
     counts = Counter(entry.type.name for entry in layout.entries).most_common()
     return Converted(target, size, dict(counts), (*opened.notes, *_notes(opened, layout, main)))
 
 
-def _in_memory(gemma: Gemma, tokenizer: str | Path | Tokenizer | None) -> Checkpoint:
-    weights, config = MemoryWeights(gemma.model), gemma.config
-    found = parse_tokenizer(tokenizer) or gemma.tokenizer
-    check_vocabulary(found, config)
-    tuned, template, ends = gemma.chat_tuned, gemma.chat_template, gemma.stop_ids
-    return Checkpoint(Path(WHERE), "memory", config, weights, found, tuned, template, gemma.notes, ends)
+def _in_memory(model: Gemma | Gemma2, tokenizer: str | Path | Tokenizer | None) -> Checkpoint:
+    given = parse_tokenizer(locate_tokenizer(tokenizer))
+    if not isinstance(model, Gemma):
+        if given is None:
+            raise ValueError("a model alone has no tokenizer to write: give a Gemma, or name one with tokenizer=")
+        model = Gemma(model, given)
+    weights = MemoryWeights(getattr(model.model, "_orig_mod", model.model))
+    config = model.config
+    found = check_vocabulary(given or model.tokenizer, config)
+    tuned, template, ends = model.chat_tuned, model.chat_template, model.stop_ids
+    return Checkpoint(Path(WHERE), "memory", config, weights, found, tuned, template, model.notes, ends)
 
 
 def _form(target: Path) -> str:
@@ -171,10 +231,15 @@ def _title(source: str | Path | None, path: Path) -> str:
 
 def _beside(layout: Layout, opened: Checkpoint, folder: Path) -> dict[Path, bytes]:
     """What a .ckpt leaves out, where it is not there yet. Another model's files are neither used nor replaced."""
+    gemmas = set(opened.tokenizer.special.values())
     same: dict[str, Callable[[Path], bool]] = {
         "config.json": lambda path: read_config(path) == opened.config,
         "tokenizer.model": lambda path: Tokenizer.from_file(path).to_proto() == layout.beside[path.name],
-        "generation_config.json": lambda path: chat_tuned(folder, opened.tokenizer) == opened.chat_tuned,
+        "tokenizer.json": lambda path: same_tokenizer(read_tokenizer_json(path), opened.tokenizer),
+        "generation_config.json": lambda path: (
+            chat_tuned(folder, opened.tokenizer) == opened.chat_tuned
+            and end_ids(folder, opened.tokenizer) - gemmas == opened.end_ids - gemmas
+        ),
         "tokenizer_config.json": lambda path: chat_template(folder) == opened.chat_template,
         "chat_template.jinja": lambda path: chat_template(folder) == opened.chat_template,
     }

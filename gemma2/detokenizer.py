@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from gemma2.tokenizer import Tokenizer, check_text
 
 
-def parse_stops(stop: str | Sequence[str]) -> list[str]:
-    """One stop string or several as a list. Raises ValueError for one that is empty or no text."""
+def parse_stops(stop: str | Sequence[str] | None) -> list[str]:
+    """One stop string or several as a list, none for None. Raises ValueError for one that is empty or no text."""
+    if stop is None:
+        return []
     if not isinstance(stop, str | list | tuple | set | frozenset):
         raise ValueError(f"stop must be a string or several, not {type(stop).__name__}")
     stops = [stop] if isinstance(stop, str) else list(stop)

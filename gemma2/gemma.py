@@ -9,8 +9,8 @@ from typing import Any, TypedDict, Unpack, overload
 import torch
 
 from gemma2.cache import Cache
-from gemma2.chat import chat_ids
-from gemma2.checks import check_count
+from gemma2.chat import Conversation, chat_ids, continues, listed
+from gemma2.checks import check_count, plain_number
 from gemma2.config import Gemma2Config
 from gemma2.detokenizer import Detokenizer, parse_stops
 from gemma2.feed import Feed, Processor
@@ -18,11 +18,15 @@ from gemma2.generate import generate_ids
 from gemma2.model import Gemma2
 from gemma2.sampling import Sampling, make_generator
 from gemma2.stats import Stats
+from gemma2.templates import NOT_GEMMAS, is_gemmas
 from gemma2.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 256
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-IDLE = {"seed": None, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # without effect in greedy decoding -> their defaults
+# Options without effect in greedy decoding -> the values that leave them out.
+IDLE: dict[str, tuple[Any, ...]] = {"seed": (None, -1), "top_k": (None, 0, -1), "top_p": (None, 1), "min_p": (None, 0)}
+Unset = int | float | None  # the types of those values
+NOT_TUNED = "this checkpoint does not say that it was tuned for chat: it may ramble"
 # Options of transformers that have another name here, or that are not here.
 ELSEWHERE = {
     "do_sample": "temperature above 0 samples",
@@ -32,21 +36,22 @@ ELSEWHERE = {
     "past_key_values": "use cache",
     "streamer": "use stream()",
     "num_beams": "there is no beam search",
+    "system": "it is an option of chat, stream_chat and Talk",
+    "continue_final_message": "it is an option of chat and stream_chat",
 }
 Prompt = str | Sequence[int]  # text, or token ids (with their BOS)
-Conversation = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}, see `chat_ids`
 
 
 class Options(TypedDict, total=False):
     """What `Gemma.generate`, `stream`, `chat` and `stream_chat` take; `Gemma.generate` says what each means."""
 
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
     seed: int | torch.Generator | None
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
     special: bool
     processors: Sequence[Processor]
     cache: Cache | None
@@ -61,7 +66,8 @@ class Gemma:
         model: the `Gemma2` module: tokens [b t] -> logits [b t v].
         tokenizer: text to ids and back.
         chat_tuned: whether the checkpoint says it was tuned for chat; None when it says nothing.
-        notes: a line for everything that the checkpoint does not state and that was filled in (GGUF only).
+        notes: a line for everything that the checkpoint does not state and that was filled in, or that it states and
+            that is not done.
         chat_template: the text of the checkpoint's chat template, which is passed on by `convert` and never run.
         stop_ids: ids at which a text ends: Gemma's `<eos>` and `<end_of_turn>`, and `end_ids` of the checkpoint.
     """
@@ -107,7 +113,8 @@ class Gemma:
         Options, here and in `stream`, `chat` and `stream_chat`:
             temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`. Default: greedy.
             seed: an integer or a torch.Generator, for sampling; the same seed gives the same tokens for the same batch.
-            stop: a string or several at which a row ends, not part of the text. `<eos>` and `<end_of_turn>` always do.
+                None and -1: another one each time.
+            stop: a string or several at which a row ends, not part of the text. A row always ends at `stop_ids`.
             special: let control tokens spelled in a prompt be control tokens, see `Tokenizer.encode`.
             processors, cache, feed: see `generate_ids`. A text that continues a filled cache gets no BOS; processors
                 and the repetition penalty then know this text alone, not what the cache holds.
@@ -130,25 +137,52 @@ class Gemma:
         pieces = self._run([prompt], max_new_tokens, **options)
         return (piece for (piece,) in pieces if piece)
 
-    def chat(self, messages: Conversation, max_new_tokens: int = MAX_NEW_TOKENS, **options: Unpack[Options]) -> str:
-        """The model's answer to a conversation: {"role": "user" | "assistant", "content": text}, the user's last."""
-        return "".join(self.stream_chat(messages, max_new_tokens, **options)).strip()
+    def chat(
+        self,
+        messages: Conversation,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        *,
+        system: str | None = None,
+        continue_final_message: bool | None = None,
+        **options: Unpack[Options],
+    ) -> str:
+        """The model's answer to a conversation: {"role": "user" | "assistant", "content": text}, the user's last.
+
+        Where the last message is the assistant's, it is taken for the beginning of the answer, and what is returned
+        continues it. `chat_ids` says what else messages may be.
+
+        Args:
+            system: "merge" puts messages of the role "system" before the user message that follows; None refuses them.
+            continue_final_message: True or False where the last message must be the assistant's, or must not.
+        """
+        messages = listed(messages)
+        pieces = self.stream_chat(
+            messages, max_new_tokens, system=system, continue_final_message=continue_final_message, **options
+        )
+        text = "".join(pieces)
+        return text.rstrip() if continues(messages, continue_final_message) else text.strip()
 
     def stream_chat(
-        self, messages: Conversation, max_new_tokens: int = MAX_NEW_TOKENS, **options: Unpack[Options]
+        self,
+        messages: Conversation,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        *,
+        system: str | None = None,
+        continue_final_message: bool | None = None,
+        **options: Unpack[Options],
     ) -> Iterator[str]:
         """`chat`, piece by piece. Every call computes the whole conversation; `gemma2.Talk` keeps what it computed."""
-        if not self.chat_tuned:
-            warnings.warn("this checkpoint does not say that it was tuned for chat: it may ramble", stacklevel=2)
-        return self.stream(chat_ids(messages, self.tokenizer), max_new_tokens, **options)
+        ids = chat_ids(messages, self.tokenizer, system=system, continue_final_message=continue_final_message)
+        warn_of_chat(self)
+        return self.stream(ids, max_new_tokens, **options)
 
     def _run(self, prompts: Sequence[Prompt], max_new_tokens: int, **options: Unpack[Options]) -> Iterator[list[str]]:
         """Check everything, then return the iterator over each step's new text, one piece a row."""
         check_options(options)
-        check_count("max_new_tokens", max_new_tokens)
+        max_new_tokens = check_count("max_new_tokens", max_new_tokens)
         sampling = sampling_of(options)
         generator = make_generator(options.get("seed"), self.model.device)
-        stops = parse_stops(options.get("stop", ()))
+        stops = parse_stops(options.get("stop"))
         cache, stats, finished = options.get("cache"), options.get("stats") or Stats(), set[int]()
         if not prompts:
             raise ValueError("there is no prompt: give a text, or a list with at least one")
@@ -161,7 +195,7 @@ class Gemma:
             max_new_tokens,
             sampling,
             generator,
-            processors=options.get("processors", ()),
+            processors=options.get("processors") or (),
             cache=cache,
             feed=options.get("feed"),
             finished=finished,
@@ -177,6 +211,20 @@ class Gemma:
         return prompt
 
 
+def warn_of_chat(gemma: Gemma) -> None:
+    """Warn the caller's caller where chat may not be what this checkpoint was made for."""
+    note = chat_note(gemma)
+    if note:
+        warnings.warn(note, stacklevel=3)
+
+
+def chat_note(gemma: Gemma) -> str | None:
+    """Why chat may not be what this checkpoint was made for, or None."""
+    if gemma.chat_template is not None and not is_gemmas(gemma.chat_template):
+        return NOT_GEMMAS
+    return None if gemma.chat_tuned else NOT_TUNED
+
+
 def sampling_of(options: Options) -> Sampling:
     """The options' sampling. Raises ValueError for a value out of its range; warns of one that has no effect."""
     given = {name: options[name] for name in SAMPLING if name in options}  # type: ignore[literal-required]
@@ -189,7 +237,8 @@ def sampling_of(options: Options) -> Sampling:
 
 def idle_options(options: Mapping[str, Any]) -> list[str]:
     """Names of the options that are set and have no effect in greedy decoding."""
-    return [name for name, plain in IDLE.items() if options.get(name, plain) != plain]
+    given = {name: plain_number(options.get(name)) for name in IDLE}
+    return [name for name, value in given.items() if not isinstance(value, Unset) or value not in IDLE[name]]
 
 
 def check_options(options: Mapping[str, Any]) -> None:

@@ -15,18 +15,19 @@ import numpy as np
 import torch
 
 from gemma2.checkpoints import gguf, gguf_tokenizer, gguf_weights
-from gemma2.checkpoints.beside import chat_template, chat_tuned
-from gemma2.checkpoints.checkpoint import config_of, folder_of, form_of, weights_of
+from gemma2.checkpoints.beside import chat_template, chat_tuned, end_ids, turn_notes
+from gemma2.checkpoints.checkpoint import folder_of, form_of, stated_config, tokenizer_for, weights_of
 from gemma2.checkpoints.dtypes import RUNNABLE
 from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.google import GoogleWeights
 from gemma2.checkpoints.hf_config import PUBLISHED, config_dict, published_config
 from gemma2.checkpoints.neutral import neutral
-from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer, tokenizer_of
-from gemma2.checkpoints.weights import Weights, check_names, count_nonfinite, shapes_of
+from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer
+from gemma2.checkpoints.weights import PlainWeights, Weights, check_names, count_nonfinite, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
-from gemma2.load import locate
+from gemma2.load import locate, locate_tokenizer
+from gemma2.templates import NOT_GEMMAS, is_gemmas
 from gemma2.tokenizer import Tokenizer
 
 SHOWN = 3  # elements of an array
@@ -55,6 +56,7 @@ class Inspection:
         model: the published model whose shape this is, or None.
         metadata: what the file states: key -> (type, value), arrays cut to their length and first elements.
         filled: a line for everything that the file leaves out and that was filled in, and why.
+        end_ids: ids at which the files of a folder say that a text ends.
         memory: dtype -> weights, and the cache of one row at full context.
         problems: why the file cannot be loaded; none if it can.
     """
@@ -66,6 +68,7 @@ class Inspection:
     architecture: str | None = None
     model: str | None = None
     chat_tuned: bool | None = None
+    end_ids: list[int] = field(default_factory=list)
     config: dict[str, Any] | None = None
     metadata: dict[str, tuple[str, Any]] = field(default_factory=dict)
     filled: list[str] = field(default_factory=list)
@@ -105,7 +108,7 @@ def inspect(
     source: str | Path | None,
     *,
     values: bool = False,
-    tokenizer: str | Path | None = None,
+    tokenizer: str | Path | Tokenizer | None = None,
     revision: str | None = None,
     progress: bool | None = None,
 ) -> Inspection:
@@ -117,11 +120,13 @@ def inspect(
     Raises:
         BadModelFile: nothing can be said about it at all: not there, or its header is damaged.
     """
-    path = locate(source, revision)
-    if path.is_file() and path.suffix == ".gguf":
-        found, weights = _inspect_gguf(path, tokenizer)
-    else:
-        found, weights = _inspect_other(path, tokenizer)
+    tokenizer = locate_tokenizer(tokenizer)
+    path = locate(source, revision, tokenizer_given=tokenizer is not None)
+    try:
+        form = form_of(path)
+    except BadModelFile as error:  # then there is no more to say
+        return Inspection(str(path), path.suffix[1:], path.stat().st_size, problems=[_reason(error, path)])
+    found, weights = _inspect_gguf(path, tokenizer) if form == "gguf" else _inspect_other(path, form, tokenizer)
     if weights is not None and values and not found.problems:
         bad = count_nonfinite(weights, progress=progress)
         for name, count in bad.items():
@@ -130,7 +135,7 @@ def inspect(
     return found
 
 
-def _inspect_gguf(path: Path, tokenizer: str | Path | None) -> tuple[Inspection, Weights | None]:
+def _inspect_gguf(path: Path, tokenizer: Path | Tokenizer | None) -> tuple[Inspection, Weights | None]:
     header = gguf.read_parts(path)
     stated = header.metadata.get("general.architecture")
     found = Inspection(str(path), "gguf", header.bytes, header.version)
@@ -155,16 +160,17 @@ def _inspect_gguf(path: Path, tokenizer: str | Path | None) -> tuple[Inspection,
         found_tokenizer = given or gguf_tokenizer.build_tokenizer(header)
         found.filled += [] if given else gguf_tokenizer.notes(header)
         found.chat_tuned = gguf_tokenizer.chat_tuned(header)
+        template = gguf_tokenizer.chat_template(header)
+        found.filled += [] if template is None or is_gemmas(template) else [NOT_GEMMAS]
     except BadModelFile as error:
         found.problems.append(_reason(error, path))
     _complete(found, path, config, weights, found_tokenizer)
     return found, weights
 
 
-def _inspect_other(path: Path, tokenizer: str | Path | None) -> tuple[Inspection, Weights | None]:
+def _inspect_other(path: Path, form: str, tokenizer: Path | Tokenizer | None) -> tuple[Inspection, Weights | None]:
     folder = folder_of(path)
-    form = "ckpt" if path.suffix == ".ckpt" else "safetensors"
-    files = [path] if path.is_file() else sorted(folder.glob("*.safetensors"))
+    files = [path] if path.is_file() else sorted(folder.glob("*.bin" if form == "bin" else "*.safetensors"))
     found = Inspection(str(path), form, sum(file.stat().st_size for file in files))
 
     def tried(part: Callable[[], T]) -> T | None:
@@ -176,18 +182,20 @@ def _inspect_other(path: Path, tokenizer: str | Path | None) -> tuple[Inspection
                 found.problems.append(_reason(error, path))
             return None
 
-    if tried(lambda: form_of(path)) is None:
-        return found, None
-    config = tried(lambda: config_of(path))
-    weights: Weights | None = None
+    config, notes = tried(lambda: stated_config(path)) or (None, ())
+    weights: PlainWeights | None = None
     if form != "ckpt" or not found.problems:  # a .ckpt cannot be read without its config
         weights = tried(lambda: weights_of(path, config))
     if isinstance(weights, GoogleWeights):
         config = weights.config
-    found_tokenizer = tried(lambda: tokenizer_of(folder, tokenizer))
+    found.filled = [*notes, *(weights.notes if weights is not None else ())]
+    found_tokenizer = tried(lambda: tokenizer_for(folder, tokenizer))
     if found_tokenizer is not None:
         found.chat_tuned = tried(lambda: chat_tuned(folder, found_tokenizer))
-    tried(lambda: chat_template(folder))
+        found.end_ids = sorted(tried(lambda: end_ids(folder, found_tokenizer)) or ())
+        found.filled += tried(lambda: turn_notes(folder, found_tokenizer)) or []
+    else:
+        tried(lambda: chat_template(folder))
     found.architecture = "gemma2" if config is not None else None
     if weights is not None:
         for name, (shape, dtype) in weights.tensors.items():
@@ -219,7 +227,7 @@ def _complete(
         found.problems.append(_reason(error, path))
     try:
         if tokenizer is not None:
-            check_vocabulary(tokenizer, config)
+            found.filled += check_vocabulary(tokenizer, config).notes
     except BadModelFile as error:
         found.problems.append(_reason(error, path))
 

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from gemma2 import ops
 from gemma2.cache import Cache, LayerStore, NoCache
 from gemma2.config import Gemma2Config
-from gemma2.tokens import check_last, check_same_device, check_tokens
+from gemma2.tied import check_same_device, drop_equal_head
+from gemma2.tokens import check_last, check_tokens
 from gemma2.warmup import warm_up
 
 
@@ -94,14 +95,11 @@ class ApplyRotary(nn.Module):
 
 
 class SoftcapAttention(nn.Module):
-    """From queries, keys and values to each head's output. No parameters: a faster twin can take its place.
-
-    `window` is None in a global layer.
-    """
+    """From queries, keys and values to each head's output. No parameters: a faster twin can take its place."""
 
     def __init__(self, config: Gemma2Config, window: int | None) -> None:
         super().__init__()
-        self.window = window
+        self.window = window  # None in a global layer
         self.scale = config.query_pre_attn_scalar**-0.5
         self.group = config.num_attention_heads // config.num_key_value_heads
         self.softcap = SoftCap(config.attn_logit_softcapping)
@@ -246,14 +244,14 @@ class Gemma2(nn.Module):
         self.model = Gemma2Model(config)
         self.lm_head = TiedHead()
         self.softcap = SoftCap(config.final_logit_softcapping)
+        self.register_load_state_dict_pre_hook(drop_equal_head)  # transformers' state_dict() has `lm_head.weight` too
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, cache: Cache | None = None, last: int | None = None
     ) -> Tensor:
         check_last(last, tokens)
         hidden = self.model(tokens, positions, cache)
-        if last is not None:
-            hidden = hidden[:, -last:]
+        hidden = hidden if last is None else hidden[:, -last:]
         return self.softcap(self.lm_head(hidden, self.model.embed_tokens))
 
     @property

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemma2.checks import check_count, check_number
+from gemma2.checks import SMALLEST, check_count, check_number, plain_number
 from gemma2.errors import NonFiniteError
 from gemma2.ops import upcast
-from gemma2.tokens import check_here
+from gemma2.tied import check_here
 
 GREEDY_BELOW = 1e-6  # a temperature this small is the greedy limit, not a division
 FIRST_SLICE = 256  # how many top logits a top-p search sorts before it looks further
@@ -24,11 +24,13 @@ class Sampling:
 
     Attributes:
         temperature: logits are divided by it; below 1e-6, so also 0, is greedy; at most 1e30.
-        top_k: keep the k most likely ids; 0 keeps all.
-        top_p: keep the most likely ids until their probability reaches this, in (0, 1].
+        top_k: keep the k most likely ids; 0 and -1 keep all.
+        top_p: keep the most likely ids until their probability reaches this, in [0, 1]; 0 keeps the likeliest alone.
         min_p: keep ids at least this fraction as likely as the likeliest, in [0, 1].
         repetition_penalty: positive logits of ids already seen are divided by it, negative ones multiplied;
             in [1e-30, 1e30]. Keskar et al. 2019, arXiv:1909.05858.
+    Each may be None, which is its default. Numbers of numpy and PyTorch are taken too.
+
     Raises:
         ValueError: a value out of its range, NaN, or of another type.
     """
@@ -41,12 +43,18 @@ class Sampling:
 
     def __post_init__(self) -> None:
         # Written so that NaN fails: every comparison with it is false.
-        check_number("temperature", self.temperature, "in [0, 1e30]", lambda x: 0 <= x <= 1e30)
-        check_number("top_p", self.top_p, "in (0, 1]", lambda x: 0 < x <= 1)
-        check_number("min_p", self.min_p, "in [0, 1]", lambda x: 0 <= x <= 1)
+        self._check("temperature", "in [0, 1e30]", lambda x: 0 <= x <= 1e30)
+        self._check("top_p", "in [0, 1]", lambda x: 0 <= x <= 1)
+        self._check("min_p", "in [0, 1]", lambda x: 0 <= x <= 1)
         # A logit of 30 times or over it, and then over the least temperature, stays finite in float32.
-        check_number("repetition_penalty", self.repetition_penalty, "in [1e-30, 1e30]", lambda x: 1e-30 <= x <= 1e30)
-        check_count("top_k", self.top_k)
+        self._check("repetition_penalty", "in [1e-30, 1e30]", lambda x: 1e-30 <= x <= 1e30)
+        off = self.top_k is None or (type(top_k := plain_number(self.top_k)) is int and top_k == -1)
+        object.__setattr__(self, "top_k", 0 if off else check_count("top_k", self.top_k))
+
+    def _check(self, name: str, range_: str, holds: Callable[[float], bool]) -> None:
+        given = getattr(self, name)
+        number = getattr(Sampling, name) if given is None else check_number(name, given, range_, holds)
+        object.__setattr__(self, name, number)
 
     @property
     def greedy(self) -> bool:
@@ -54,7 +62,7 @@ class Sampling:
 
 
 def make_generator(seed: int | torch.Generator | None, device: torch.device) -> torch.Generator:
-    """The one source of randomness: seeded, given, or freshly seeded when `seed` is None.
+    """The one source of randomness: seeded, given, or freshly seeded when `seed` is None or -1, as in llama.cpp.
 
     Raises:
         RuntimeError: the model's embedding was offloaded, so it is on the meta device.
@@ -66,11 +74,11 @@ def make_generator(seed: int | torch.Generator | None, device: torch.device) -> 
             raise ValueError(f"the generator is for {seed.device.type}, the model is on {device.type}")
         return seed
     generator = torch.Generator(device)
-    if seed is None:
+    number = plain_number(seed)
+    if seed is None or (type(number) is int and number == -1):
         generator.seed()
         return generator
-    check_count("seed", seed)
-    return generator.manual_seed(seed)
+    return generator.manual_seed(check_count("seed", seed))
 
 
 def repetition_penalty(penalty: float, pads: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -125,7 +133,7 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | 
         total = kept.logsumexp(dim=-1, keepdim=True) if total is None else total
         probabilities = (kept - total).exp()
         before = probabilities.cumsum(dim=-1) - probabilities  # the likeliest id has none before it, so it stays
-        kept = kept.masked_fill(before >= sampling.top_p, -math.inf)
+        kept = kept.masked_fill(before >= max(sampling.top_p, SMALLEST), -math.inf)
     if sampling.min_p > 0:
         least = kept.amax(dim=-1, keepdim=True) + math.log(sampling.min_p)
         kept = kept.masked_fill(kept < least, -math.inf)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from itertools import takewhile
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from gemma2.cache import HybridCache
-from gemma2.chat import chat_ids
+from gemma2.chat import Conversation, chat_ids, listed
 from gemma2.checks import check_count
+from gemma2.errors import ContextOverflow
 from gemma2.feed import Processor
-from gemma2.gemma import MAX_NEW_TOKENS, Gemma, Options, check_options, sampling_of
+from gemma2.gemma import MAX_NEW_TOKENS, Gemma, Options, check_options, sampling_of, warn_of_chat
 from gemma2.sampling import repetition_penalty
 from gemma2.stats import Stats
 
@@ -32,40 +32,57 @@ class Talk:
     Args:
         gemma: a model tuned for chat.
         max_new_tokens: of each reply.
+        messages: what the talk begins with, as `Gemma.chat` takes it: earlier turns, or a system message.
+        system: "merge" puts system messages before the user message that follows, as in `Gemma.chat`.
         options: as `Gemma.generate`; the cache is the talk's own.
 
     Attributes:
         messages: the turns so far, as `Gemma.chat` takes them. A reply that was broken off is kept as far as it went.
     """
 
-    def __init__(self, gemma: Gemma, max_new_tokens: int = MAX_NEW_TOKENS, **options: Unpack[Options]) -> None:
-        check_count("max_new_tokens", max_new_tokens)
+    def __init__(
+        self,
+        gemma: Gemma,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        *,
+        messages: Conversation = (),
+        system: str | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        max_new_tokens = check_count("max_new_tokens", max_new_tokens)
         check_options(options)
-        sampling_of(options)
+        self._penalty = sampling_of(options).repetition_penalty
         if any(options.get(name) is not None for name in ("cache", "feed", "stats")):
             raise ValueError("a talk has a cache of its own: leave cache and feed out, and give stats to say()")
-        if not gemma.chat_tuned:
-            warnings.warn("this checkpoint does not say that it was tuned for chat: it may ramble", stacklevel=2)
-        self.gemma, self.max_new_tokens, self.options = gemma, max_new_tokens, options
+        self.beginning = listed(messages)
+        chat_ids([*self.beginning, {"role": "user", "content": ""}], gemma.tokenizer, system=system)
+        warn_of_chat(gemma)
+        self.gemma, self.max_new_tokens, self.system, self.options = gemma, max_new_tokens, system, options
         self.reset()
 
     def reset(self) -> None:
-        """Forget the conversation."""
+        """Forget the conversation, up to what it began with."""
         context = self.gemma.config.max_position_embeddings
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[Mapping[str, Any]] = list(self.beginning)
         self.cache = HybridCache(self.gemma.config, 1, context, slack=min(self.max_new_tokens, context))
         self._fed: list[int] = []
 
-    def say(self, content: str, stats: Stats | None = None) -> Generator[str, None, None]:
+    def say(self, content: str | list[dict[str, str]], stats: Stats | None = None) -> Generator[str, None, None]:
         """The reply, piece by piece. Closing the iterator, or Ctrl-C inside it, ends the reply and keeps the talk.
 
         Args:
+            content: the user's text, or parts of it as in `Gemma.chat`.
             stats: filled in while the reply is made.
         Raises:
             ContextOverflow, ValueError: as `Gemma.generate`, before anything is computed; the turn is then not kept.
         """
-        messages = [*self.messages, {"role": "user", "content": content}]
-        ids = chat_ids(messages, self.gemma.tokenizer)
+        messages: list[Mapping[str, Any]] = [*self.messages, {"role": "user", "content": content}]
+        ids = chat_ids(messages, self.gemma.tokenizer, system=self.system)
+        context, new = self.gemma.config.max_position_embeddings, self.max_new_tokens
+        if len(ids) + new > context:
+            raise ContextOverflow(
+                f"the conversation is {len(ids)} tokens long, and {new} new ones exceed the context of {context}"
+            )
         kept = self._rolled_back(ids)
         options: Options = {**self.options, "cache": self.cache, "processors": self._processors(ids[:kept])}
         options["repetition_penalty"] = 1.0  # it is among the processors, which know the whole conversation
@@ -73,7 +90,7 @@ class Talk:
         pieces = self.gemma.stream(ids[kept:], self.max_new_tokens, **options)
         return self._kept(messages, pieces)
 
-    def _kept(self, messages: list[dict[str, str]], pieces: Iterator[str]) -> Generator[str, None, None]:
+    def _kept(self, messages: list[Mapping[str, Any]], pieces: Iterator[str]) -> Generator[str, None, None]:
         reply, failed = "", False
         try:
             for piece in pieces:
@@ -107,10 +124,9 @@ class Talk:
     def _processors(self, held: list[int]) -> list[Processor]:
         """The options' processors, given the whole conversation; the first notes what has been fed."""
         before = torch.tensor([held], dtype=torch.int64, device=self.gemma.model.device)
-        penalty = self.options.get("repetition_penalty", 1.0)
-        asked = list(self.options.get("processors", ()))
-        if penalty != 1.0:
-            asked.insert(0, repetition_penalty(penalty, torch.zeros(1, 1, device=before.device)))
+        asked = list(self.options.get("processors") or ())
+        if self._penalty != 1.0:
+            asked.insert(0, repetition_penalty(self._penalty, torch.zeros(1, 1, device=before.device)))
 
         def process(ids: Tensor, logits: Tensor) -> Tensor:
             whole = torch.cat((before, ids), dim=1)

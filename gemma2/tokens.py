@@ -102,27 +102,3 @@ def first_true(wrong: Tensor) -> list[int] | None:
     except RuntimeError:  # what vmap, meta and fake tensors answer
         return None
     return list(map(int, wrong.nonzero()[0].tolist())) if found else None
-
-
-OFFLOAD = (
-    "the embedding cannot be offloaded by itself, because the head reads it too; offload the layers instead, as "
-    "accelerate.cpu_offload(model.model.layers)"
-)
-
-
-def check_same_device(x: Tensor, weight: Tensor) -> None:
-    """Refuse a weight that is somewhere else: PyTorch answers a product with a meta tensor with uninitialised memory.
-
-    Raises:
-        RuntimeError: says what to do where a weight was moved away between two modules, as accelerate's offload does.
-    """
-    if weight.device != x.device:
-        raise RuntimeError(
-            f"the embedding's weight is on {weight.device} and what the head gets on {x.device}: {OFFLOAD}"
-        )
-
-
-def check_here(device: torch.device) -> None:
-    """Raises RuntimeError for the meta device: an embedding that was offloaded is there."""
-    if device.type == "meta":
-        raise RuntimeError(f"the embedding's weight is on {device}: {OFFLOAD}")

@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import gemma2
+from gemma2.checkpoints.folder import open_folder
 from gemma2.checkpoints.hf_config import config_dict, configs, published_config, read_config
-from gemma2.checkpoints.safetensors import open_folder
 from gemma2.checkpoints.weights import build
 from gemma2.generate import generate_ids
 from gemma2.load import POCKET

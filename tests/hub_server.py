@@ -18,22 +18,27 @@ from urllib.parse import unquote
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 import gemma2
+from gemma2.checkpoints.hf_config import config_dict, published_config
 from gemma2.checkpoints.safetensors import SINGLE
 
 NAME = "google/gemma-2-tiny"
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 WEIGHTS = bytes(range(256)) * 400
+CONFIG = json.dumps(config_dict(published_config("gemma-2-2b"))).encode()
 FILES = {
-    "config.json": b'{"model_type": "gemma2"}',
+    "config.json": CONFIG,
     "tokenizer.model": b"pieces " * 500,
     SINGLE: WEIGHTS,
     "README.md": b"# Read me",
     "pytorch_model.bin": b"pickle",
     "gemma-2-tiny.gguf": b"GGUF",
 }
+UNWEIGHTED = {file: data for file, data in FILES.items() if not file.endswith((".safetensors", ".bin", ".gguf"))}
+# Before version 1 the client waits between retries when there is no answer, and does not take up a cut connection.
+OLD_CLIENT = int(huggingface_hub.__version__.split(".")[0]) < 1
 LIST = "list of files"  # how a request for it is noted
 NEEDED = {"config.json", "tokenizer.model", SINGLE}
 
@@ -51,6 +56,7 @@ class Hub:
         self.refusal: tuple[int, str, str] | None = None  # status, X-Error-Code, X-Error-Message, for any request
         self.gated = False  # what the hub says of a repository anyone may know, and of its files only some may have
         self.listing: bytes | None = None  # in place of the right one
+        self.kind = "models"  # or "datasets", "spaces": what the repository of that name is
         self.after: Callable[[str], None] = lambda file: None
         self.push(FILES)
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, self))
@@ -71,7 +77,13 @@ class Hub:
     def stop(self) -> None:
         self.server.shutdown()
         self.server.server_close()
-        huggingface_hub.close_session()  # connections that are kept alive would be answered still
+        close_session()  # connections that are kept alive would be answered still
+
+
+def close_session() -> None:
+    """Let the client forget its connections. It had another name for this before version 1."""
+    close = getattr(huggingface_hub, "close_session", None) or huggingface_hub.utils.reset_sessions
+    close()
 
 
 def etag(file: str, data: bytes) -> str:
@@ -120,24 +132,39 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def tree(self, commit: str) -> None:
+        """What snapshot_download asks for: all files of a commit, with their hashes."""
+        files = self.hub.commits[commit]
+        self.send_json(
+            [{"type": "file", "path": file, "size": len(data), "oid": etag(file, data)} for file, data in files.items()]
+        )
+
+    def send_json(self, content: object) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
     def answer(self) -> None:
         hub, path = self.hub, self.path.partition("?")[0]
-        about = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path)
+        about = re.fullmatch(rf"/api/{hub.kind}/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
         parts = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         name, revision, file = (unquote(part) for part in parts.groups()) if parts else ("", "", path)
         if about:
-            name, revision, file = about[1], unquote(about[2] or "main"), LIST
+            name, revision, file = about[1], unquote(about[3] or "main"), LIST
         hub.requests.append((self.command, file))
         hub.headers.append({key.lower(): value for key, value in self.headers.items()})
         if hub.refusal:
             return self.refuse(*hub.refusal)
-        if name != NAME:
+        if name != NAME or (hub.kind != "models" and not about):
             return self.refuse(404, "RepoNotFound", "Repository not found")
         commit = hub.head if revision == "main" else revision
         if commit not in hub.commits:
             return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         if about:
-            return self.describe(commit)
+            return self.tree(commit) if about[2] == "tree" else self.describe(commit)
         if hub.gated:
             return self.refuse(403, "GatedRepo", f"Access to model {NAME} is restricted.")
         if file not in hub.commits[commit]:
@@ -181,7 +208,7 @@ def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float]) -> Iterator[Hub]:
     """A hub with one repository, an empty cache, and no way to any other machine."""
-    huggingface_hub.close_session()
+    close_session()
     hub = Hub(tmp_path / "cache")
     settings = {
         "ENDPOINT": hub.url,
@@ -197,7 +224,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float]) -> I
         "DOWNLOAD_CHUNK_SIZE": 2**13,
     }
     for key, value in settings.items():
-        monkeypatch.setattr(constants, key, value)
+        for module in (constants, file_download):  # versions before 1 know fewer, and copy some into the second
+            monkeypatch.setattr(module, key, value, raising=False)
     for key in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("NO_PROXY", "*")
@@ -235,9 +263,17 @@ def page(data: bytes) -> bytes:
     return b"<!DOCTYPE html><html>Sign in to this network</html>".ljust(len(data))[: len(data)]
 
 
+def no_symlinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of copies, as on Windows."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True)
+    if OLD_CLIENT:  # has no such setting
+        monkeypatch.setattr(file_download, "are_symlinks_supported", lambda *_: False)
+
+
 def offline(hub: Hub, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     if how == "asked for":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        close_session()
     elif how == "broken":
         hub.refusal = (503, "", "")
     else:

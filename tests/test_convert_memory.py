@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gemma2
+from gemma2 import BadModelFile
 from gemma2.checkpoints.checkpoint import open_checkpoint
 from gemma2.convert import convert
 from gemma2.load import POCKET
@@ -58,6 +59,22 @@ def test_a_trained_model_is_written_and_loads_to_the_bit(target: str, trained: g
     assert again.config == trained.config and again.chat_tuned is True
     assert again.tokenizer.to_proto() == trained.tokenizer.to_proto() or target.endswith("gguf")
     assert again.generate("And God", 12) == trained.generate("And God", 12)
+
+
+def test_a_model_alone_is_saved_with_the_tokenizer_that_is_given(trained: gemma2.Gemma, tmp_path: Path) -> None:
+    compiled: Any = torch.compile(trained.model)
+    held = gemma2.Gemma(compiled, trained.tokenizer)
+    given: dict[str, Any] = {"model": trained.model, "compiled": compiled, "held": held}
+    for name, model in given.items():
+        made = gemma2.save(model, tmp_path / name, tokenizer=POCKET / "tokenizer.model", progress=False)
+        again = gemma2.load(made.path, progress=False)
+        assert not unequal(trained.model, again.model)
+        assert again.tokenizer.to_proto() == trained.tokenizer.to_proto()
+    with pytest.raises(ValueError, match=r"a model alone has no tokenizer .* name one with tokenizer="):
+        gemma2.save(trained.model, tmp_path / "alone")
+    with pytest.raises(BadModelFile, match="the model in memory is of type Linear: give a Gemma"):
+        gemma2.save(nn.Linear(2, 2), tmp_path / "other", tokenizer=trained.tokenizer)  # type: ignore[arg-type]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compiled", "held", "model"]
 
 
 def test_transformers_opens_what_was_written_and_computes_the_same_bits(trained: gemma2.Gemma, tmp_path: Path) -> None:
@@ -194,7 +211,7 @@ def test_a_model_that_is_no_gemma_2_any_more_is_refused_by_name_and_nothing_is_w
 def test_a_source_that_is_neither_a_path_nor_a_gemma_is_refused(pocket: gemma2.Gemma, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="source is of type Gemma2: give a path, a name or a Gemma"):
         convert(pocket.model, tmp_path / "out")  # type: ignore[arg-type]
-    compiled = gemma2.Gemma(torch.compile(pocket.model), pocket.tokenizer)  # type: ignore[arg-type]
-    with pytest.raises(gemma2.BadModelFile, match="is of type OptimizedModule: give a Gemma whose model is a Gemma2"):
-        convert(compiled, tmp_path / "out")
+    wrapped = gemma2.Gemma(nn.Sequential(pocket.model), pocket.tokenizer)  # type: ignore[arg-type]
+    with pytest.raises(gemma2.BadModelFile, match="is of type Sequential: give a Gemma whose model is a Gemma2"):
+        convert(wrapped, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,14 @@ import sentencepiece
 from gemma2 import BadModelFile, Tokenizer
 from gemma2.chat import chat_ids
 from gemma2.checkpoints.gguf import GGUF, Value, read_header
-from gemma2.checkpoints.gguf_tokenizer import build_tokenizer, chat_tuned, notes, tokenizer_metadata, tokenizer_model
+from gemma2.checkpoints.gguf_tokenizer import (
+    build_tokenizer,
+    chat_tuned,
+    end_ids,
+    notes,
+    tokenizer_metadata,
+    tokenizer_model,
+)
 from gemma2.checkpoints.sentencepiece_proto import (
     BYTE,
     CONTROL,
@@ -29,6 +36,7 @@ from gemma2.checkpoints.sentencepiece_proto import (
 )
 from gemma2.load import POCKET
 from gemma2.tokenizer import SPACE
+from tests.chat_templates import GEMMA
 from tests.conftest import SHARED
 from tests.parity.recordings import PARITY, WRITTEN
 
@@ -199,7 +207,8 @@ def test_both_official_files_give_the_golden_ids(official: GGUF) -> None:
     rows = [json.loads(line) for line in (REAL / "golden.jsonl").read_text().splitlines()]
     assert len(rows) == 216
     for row in rows:
-        assert rebuilt.encode(row["text"], bos=False, special=True) == row["ids"], row["text"]
+        special = row["agrees_with_hf_tokenizers"]  # one has <bos> in it, which SentencePiece does not find
+        assert rebuilt.encode(row["text"], bos=False, special=special) == row["ids"], row["text"]
         assert rebuilt.decode(row["ids"]) == row["text"]
 
 
@@ -326,18 +335,21 @@ def test_the_html_tag_of_llamas_end_is_text_and_ends_nothing(kind: int, pocket: 
     assert 213 not in rebuilt.special.values() and chat_tuned(found) is None
 
 
-def test_control_pieces_that_gemma_does_not_have_are_never_read_from_text_and_are_said(
+def test_control_pieces_that_gemma_does_not_have_are_read_when_asked_for_alone_and_are_said(
     arrays: dict[str, list[Any]], pocket: Tokenizer
 ) -> None:
     more = [("<|im_start|>", -1000.0, CONTROL), ("<|im_end|>", -1000.0, CONTROL)]
     found = header(changed(arrays, more=more))
     rebuilt = build_tokenizer(found)
     assert len(rebuilt) == 4098
-    some = [*texts(9, 50), "<|im_start|>user\nHi<|im_end|>"]
-    assert_same(rebuilt, pocket, some)
+    assert_same(rebuilt, pocket, texts(9, 50))
+    turn = "<|im_start|>user\nHi<|im_end|>"
+    assert rebuilt.encode(turn) == pocket.encode(turn) and rebuilt.decode(rebuilt.encode(turn)) == turn
+    assert rebuilt.encode(turn, special=True) == [2, 4096, *pocket.encode("user\nHi", bos=False), 4097]
     assert rebuilt.decode([4096, *rebuilt.encode("a", bos=False)]) == "a"
-    said = "control pieces that Gemma 2 does not have ('<|im_start|>', '<|im_end|>'): no text is read as one of them"
-    assert notes(found)[-1] == said
+    said = "control pieces that Gemma 2 does not have ('<|im_start|>', '<|im_end|>'): "
+    assert notes(found)[-2:] == [said + "a text is read as one with special=True", "a text also ends at '<|im_end|>'"]
+    assert end_ids(found) == {1, 4097}
 
 
 def test_user_defined_pieces_that_a_fine_tune_added_are_found_in_text(
@@ -434,12 +446,13 @@ def test_unstated_bos_and_eos_are_the_pieces_of_that_spelling_and_not_llamas_num
     assert notes(found) == ["no bos or eos id is stated: <bos> and <eos> as spelled, where llama.cpp takes Llama's"]
 
 
-def test_a_file_is_tuned_for_chat_if_it_has_a_template_or_ends_with_a_turn() -> None:
+def test_a_file_is_tuned_for_chat_if_it_has_gemmas_template_or_ends_with_a_turn() -> None:
     turn = header(plain_arrays(), eos_token_id=Value("u32", 107))
     assert chat_tuned(header(plain_arrays())) is None and chat_tuned(turn) is True
     assert dict(build_tokenizer(turn).special) == dict(build_tokenizer(header(plain_arrays())).special)
-    template = {**header(plain_arrays()).metadata, "tokenizer.chat_template": Value("str", "{{ messages }}")}
-    assert chat_tuned(GGUF(Path("model.gguf"), 3, 32, template, {}, 0)) is True
+    for template, tuned in ((GEMMA, True), ("{{ messages }}", None)):
+        metadata = {**header(plain_arrays()).metadata, "tokenizer.chat_template": Value("str", template)}
+        assert chat_tuned(GGUF(Path("model.gguf"), 3, 32, metadata, {}, 0)) is tuned
 
 
 @pytest.mark.parametrize(

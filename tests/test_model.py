@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gemma2 import Gemma2, HybridCache
+from gemma2.checkpoints.hf_config import config_dict
 from gemma2.model import RMSNorm, ScaledEmbedding, Tap
 from gemma2.numerics import PROFILES, with_numerics
 from tests.conftest import ids, tiny
@@ -174,6 +176,34 @@ def test_the_model_keeps_nothing_between_calls() -> None:
 def test_ids_are_checked_at_the_front_door() -> None:
     with pytest.raises(ValueError, match="outside the vocabulary"):
         tiny()(torch.tensor([[1, 512]]))
+
+
+@pytest.mark.parametrize("with_head", [True, False], ids=["with lm_head", "without"])
+def test_the_state_dict_of_transformers_loads_strictly(with_head: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    said = config_dict(tiny("2b").config)
+    theirs = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**said, attn_implementation="eager")).eval()
+    state = theirs.state_dict()
+    assert "lm_head.weight" in state
+    if not with_head:
+        del state["lm_head.weight"]
+    ours = Gemma2(tiny("2b").config)
+    ours.load_state_dict(state, strict=True)
+    assert all(torch.equal(ours.state_dict()[name], tensor) for name, tensor in state.items() if "lm_head" not in name)
+    with torch.no_grad():
+        assert torch.equal(deepcopy(ours)(ids(1, 20)), theirs(ids(1, 20)).logits)
+
+
+def test_a_head_of_its_own_is_no_gemma_2() -> None:
+    model = tiny("2b")
+    state = model.state_dict()
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    state["lm_head.weight"][5, 3] += 1.0
+    with pytest.raises(RuntimeError, match=r"lm_head.weight differs from model.embed_tokens.weight, and .* is tied"):
+        model.load_state_dict(state)
+    del state["model.embed_tokens.weight"]
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        model.load_state_dict(state)
 
 
 def test_a_state_dict_carries_the_whole_model() -> None:

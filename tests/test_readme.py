@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,14 +19,24 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 CARD = ROOT / "gemma2" / "assets" / "pocket" / "README.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", CARD, *DOCS]
 README = (ROOT / "README.md").read_text()
-BLOCK = re.compile(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", re.DOTALL)
+# A block may stand below a comment that names the packages without which it is not run.
+BLOCK = re.compile(r"(?:<!-- needs ([^\n]*) -->\n)?```python\n(.*?)```(?:\n+```text\n(.*?)```)?", re.DOTALL)
+
+
+def there(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package above
+        return False
 
 
 def check_code(page: str) -> None:
     """The Python of a page runs, block after block, and prints what the page shows under each."""
     blocks, namespace = BLOCK.findall(page), dict[str, object]()
-    assert blocks and any(output for _, output in blocks)
-    for code, output in blocks:
+    assert blocks and any(output for _, _, output in blocks)
+    for packages, code, output in blocks:
+        if not all(map(there, filter(None, packages.split(", ")))):
+            continue
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compile(code, "page", "exec"), namespace)
         assert printed.getvalue().strip() == output.strip() or not output, code
@@ -47,6 +59,15 @@ def test_the_recipes_run_and_print_what_they_show(
     assert main(command.split()) == 1
     shown = re.findall(r"verdict: difference, first at [\w.]+", page)
     assert len(shown) == 1 and capsys.readouterr().out.splitlines()[-1].startswith(shown[0])
+
+
+def test_the_page_for_users_of_transformers_runs_and_prints_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(warnings, "filters", warnings.filters[:])  # the page changes them
+    check_code((ROOT / "docs" / "from-transformers.md").read_text())
 
 
 def test_the_reading_order_has_the_true_line_counts() -> None:

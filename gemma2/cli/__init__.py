@@ -32,9 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller: nothing to read, and nobody reads
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+    _set_encodings()
     try:
         interruptible()
         return _run(_parsed(argv))
@@ -46,7 +44,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         _drop_stdout()
-        return 128 + signal.SIGPIPE
+        return 128 + getattr(signal, "SIGPIPE", 13)  # Windows has no such signal
+
+
+def _set_encodings() -> None:
+    """Text in pipes and files is UTF-8, whatever the locale or code page. A terminal keeps its encoding, and shows a
+    question mark where it cannot show a character."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        terminal, errors = stream.isatty(), "strict" if stream is sys.stdin else "replace"
+        with contextlib.suppress(io.UnsupportedOperation):  # standard input that was read from before
+            if not (terminal and stream is sys.stdin):
+                stream.reconfigure(encoding=None if terminal else "utf-8", errors=errors)
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -92,4 +102,5 @@ def _complain(message: str, code: int) -> int:
 
 def _drop_stdout() -> None:
     """Send what is still buffered nowhere, else the interpreter complains on its way out."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(io.UnsupportedOperation):  # no descriptor, where a program runs the command inside itself
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

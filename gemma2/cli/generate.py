@@ -1,4 +1,8 @@
-"""Continue a text, and print the continuation as it is generated."""
+"""Continue a text, and print the continuation as it is generated. A text from
+standard input is UTF-8 and taken as it is: a newline at its end is part of it,
+and makes the continuation begin on a new line (printf has none, echo has). An
+empty text begins with the BOS alone. What is printed into a pipe or a file is
+UTF-8 too."""
 
 from __future__ import annotations
 

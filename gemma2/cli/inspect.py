@@ -80,7 +80,8 @@ def sections(found: Inspection, tensors: bool) -> Iterable[tuple[str, Sequence[s
         yield "tensors", table(listed)
     if found.tokenizer:
         special = ", ".join(f"{name} {token}" for name, token in found.tokenizer["special"].items())
-        yield "tokenizer", [f"{found.tokenizer['pieces']:,} pieces; {special}"]
+        ends = [f"a text ends at {', '.join(map(str, found.end_ids))}"] if found.end_ids else []
+        yield "tokenizer", [f"{found.tokenizer['pieces']:,} pieces; {special}", *ends]
     if found.memory and found.config:
         rows = [("dtype", "weights", "cache", "together")]
         for name, need in found.memory.items():

@@ -27,7 +27,11 @@ MODEL = (
     "pocket (the model in this package), a hub name (owner/repo, owner/repo:FILE.gguf), a folder, or a .gguf, "
     ".safetensors or .ckpt file"
 )
-TOKENIZER = "a tokenizer.model to use; default: the one in or beside the weights"
+TOKENIZER = (
+    "a tokenizer.model, a folder with one, or a hub name whose tokenizer is used; default: the one in or beside the "
+    "weights"
+)
+ADAPTER = "a PEFT adapter (LoRA, DoRA, IA3): a folder, or a hub name (owner/repo); needs the package peft"
 REVISION = "branch, tag or commit of a hub name; default: main"
 
 
@@ -42,6 +46,7 @@ def add_options(parser: argparse.ArgumentParser, new_tokens: int = MAX_NEW_TOKEN
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="MODEL", help=f"{MODEL}; default: pocket")
     add_loading_options(model)
+    model.add_argument("--adapter", metavar="A", help=f"{ADAPTER}; default: none")
     add_placing_options(model)
     add_sampling_options(parser, new_tokens)
     add_common_options(parser)
@@ -96,14 +101,18 @@ def add_sampling_options(parser: argparse.ArgumentParser, new_tokens: int) -> No
         help="divide the logits by T and sample; 0 takes the likeliest token; 0 to 1e30, default: 0",
     )
     sampling.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens; 0 keeps all; default: 0"
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="sample from the K likeliest tokens; 0 and -1 keep all; default: 0",
     )
     sampling.add_argument(
         "--top-p",
         type=float,
         default=1.0,
         metavar="P",
-        help="sample from the likeliest tokens that together have probability P; above 0, at most 1, default: 1",
+        help="sample from the likeliest tokens that together have probability P; 0 (the likeliest) to 1, default: 1",
     )
     sampling.add_argument(
         "--min-p",
@@ -120,7 +129,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, new_tokens: int) -> No
         help="divide positive logits of tokens seen so far by R, multiply negative ones; 1e-30 to 1e30, default: 1",
     )
     sampling.add_argument(
-        "--seed", type=int, metavar="S", help="the same S samples the same text again; 0 or more, default: random"
+        "--seed", type=int, metavar="S", help="the same S samples the same text again; -1 and the default: random"
     )
     sampling.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable; default: none"
@@ -142,7 +151,7 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     chosen = {name: getattr(args, name) for name in names}
     Sampling(**chosen)
     check_count("max_new_tokens", args.max_new_tokens)
-    if args.seed is not None:
+    if args.seed not in (None, -1):
         check_count("seed", args.seed)
     parse_stops(args.stop)
     return {**chosen, "max_new_tokens": args.max_new_tokens, "seed": args.seed, "stop": args.stop}
@@ -158,6 +167,7 @@ def load_model(args: argparse.Namespace) -> Gemma:
         dtype=args.dtype,
         tokenizer=args.tokenizer,
         revision=args.revision,
+        adapter=getattr(args, "adapter", None),  # trace and verify have none
         allow_nonfinite=args.allow_nonfinite,
         force_float16=args.force_float16,
         device_map=getattr(args, "device_map", None),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from gemma2.checkpoints.hf_config import read_json
@@ -36,9 +38,7 @@ def read_text(args: argparse.Namespace) -> str | list[int] | None:
         return read_ids(args.ids)
     if args.file is not None:
         try:
-            return str(args.file.read_bytes().decode())
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{args.file}: not valid UTF-8 at byte {error.start}") from None
+            return _decoded(args.file.read_bytes(), f"{args.file}:")
         except OSError as error:
             raise type(error)(f"--file {args.file}: {error.strerror}") from None
     return None if args.prompt is None else read_prompt(args.prompt)
@@ -49,10 +49,28 @@ def read_prompt(given: str) -> str:
     if given != "-":
         check_text(given)
         return given
+    return _decoded(sys.stdin.buffer.read(), "standard input is")
+
+
+def read_lines() -> Iterator[str]:
+    """The lines of standard input that is no terminal, each as it comes. Raises ValueError where it is not UTF-8."""
+    if not hasattr(sys.stdin, "buffer"):  # a program that runs the command inside itself may give it a StringIO
+        yield from sys.stdin
+        return
+    place = 0
+    for line in sys.stdin.buffer:
+        yield _decoded(line, "standard input is", place)
+        place += len(line)
+
+
+def _decoded(data: bytes, where: str, place: int = 0) -> str:
+    """Text of UTF-8, which begins at byte `place`. A byte order mark, which Windows puts before a text, is no part of
+    it."""
     try:
-        return sys.stdin.buffer.read().decode()
+        return data.decode("utf-8" if place else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"standard input is not valid UTF-8 at byte {error.start}") from None
+        mark = 3 if not place and data.startswith(codecs.BOM_UTF8) else 0  # it is not counted in error.start
+        raise ValueError(f"{where} not valid UTF-8 at byte {place + mark + error.start}") from None
 
 
 def read_ids(given: str) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -265,6 +265,3 @@ def check_alone(**others: object) -> None:
     for name, value in others.items():
         if value is not None:
             raise ValueError(f"device_map and {name} cannot be combined: give one of them")
-
-
-__all__: Sequence[str] = ("DeviceMap", "MaxMemory", "build_spread", "check_alone")

@@ -25,7 +25,8 @@ from gemma2.model import (
     SoftcapAttention,
     TiedHead,
 )
-from gemma2.tokens import check_same_device, check_tokens
+from gemma2.tied import check_same_device
+from gemma2.tokens import check_tokens
 
 Product = Callable[[Tensor, Tensor], Tensor]  # x [... n] and weight [m n] -> [... m]
 

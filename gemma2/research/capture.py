@@ -62,10 +62,10 @@ def capture(model: Any, sites: Iterable[str] | str = "*") -> Iterator[dict[str, 
 
 
 def model_of(model: Any) -> Gemma2:
-    """The `Gemma2` itself, of a `Gemma` or out of a wrapper. Raises ValueError where there is none."""
+    """The `Gemma2` itself, of a `Gemma`, of a face or out of a wrapper. Raises ValueError where there is none."""
     found = model
     while not isinstance(found, Gemma2):
-        inner = next((name for name in ("_orig_mod", "module", "model") if hasattr(found, name)), None)
+        inner = next((name for name in ("_orig_mod", "module", "whole", "model") if hasattr(found, name)), None)
         if inner is None:
             raise ValueError(f"expected a Gemma2 or a Gemma, not {type(model).__name__}")
         found = getattr(found, inner)

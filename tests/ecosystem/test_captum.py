@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,3 +40,16 @@ def test_gradient_times_activation_of_a_layer_is_that_of_a_hook(pocket: gemma2.G
     (gradient,) = torch.autograd.grad(pocket.model(tokens)[0, -1, 7], kept)
     hook.remove()
     assert found.any() and torch.allclose(found, gradient * kept[0], rtol=1e-4, atol=1e-6)
+
+
+def test_attributions_of_a_continuation_are_those_over_transformers_model(
+    face: Any, theirs: Any, their_tokenizer: Any
+) -> None:
+    features = captum.TextTokenInput("And God said", their_tokenizer, skip_tokens=[2])
+    found = []
+    for model in (face, theirs):
+        method = captum.LLMAttribution(captum.FeatureAblation(model), their_tokenizer)
+        # Its cached form gives transformers 5 the whole text again at each step.
+        found.append(method.attribute(features, target=" unto him", use_cached_outputs=False))
+    assert found[0].token_attr.shape == (2, 3) and found[0].token_attr.any()
+    assert torch.equal(found[0].token_attr, found[1].token_attr)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -70,3 +72,20 @@ def test_an_edit_of_the_root_during_generation_decides_the_ids(pocket: gemma2.Ge
             wrapped.output[..., token] = 1000.0
         text = nnsight.save(tracer.result)
     assert text == pocket.tokenizer.decode([token] * 6)
+
+
+def test_the_face_takes_several_texts_in_one_trace_and_reads_what_transformers_model_reads(
+    face: Any, theirs: Any, their_tokenizer: Any
+) -> None:
+    found = []
+    for model in (face, theirs):
+        wrapped = nnsight.TransformersModel(model, tokenizer=their_tokenizer)
+        with wrapped.trace() as tracer:
+            with tracer.invoke(PROMPT):
+                first = wrapped.model.layers[2].output.save()
+            with tracer.invoke("And God said, Let there be light"):
+                second = wrapped.model.layers[2].output.save()
+        found.append([x[0] if isinstance(x, tuple) else x for x in (first, second)])
+    for ours, others in zip(*found, strict=True):
+        assert torch.equal(ours[:, -3:], others[:, -3:])  # what stands before is padding
+    assert not torch.equal(found[0][0][:, -3:], found[0][1][:, -3:])

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import gemma2
 from gemma2.research.capture import capture
+from tests.conftest import ids
 from tests.ecosystem.conftest import needs
 
 peft = needs("peft")
@@ -92,3 +93,50 @@ def test_a_saved_adapter_loads_into_another_copy_of_the_model(
     plain = other(tokens)
     again = peft.PeftModel.from_pretrained(other, str(tmp_path))
     assert torch.equal(again(tokens), model(tokens)) and not torch.equal(plain, model(tokens))
+
+
+CAUSAL: dict[str, Any] = {
+    "lora": lambda: peft.LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False),
+    "every linear": lambda: peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, init_lora_weights=False, target_modules="all-linear"
+    ),
+    "with the embedding": lambda: peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, init_lora_weights=False, modules_to_save=["embed_tokens"]
+    ),
+    "prompt tuning": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "prefix tuning": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings", "ignore:Position ids are not supported")
+@pytest.mark.parametrize("kind", CAUSAL)
+@torch.no_grad()
+def test_an_adapter_for_causal_lm_serves_our_face_and_transformers_model_alike(
+    kind: str, face: Any, theirs: Any, tmp_path: Path
+) -> None:
+    models = []
+    inputs = {"input_ids": ids(2, 20, vocab=4096)}
+    plain = face(**inputs).logits
+    for place, model in (("ours", face), ("theirs", theirs)):
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(copy.deepcopy(model), CAUSAL[kind]()).eval()
+        adapted.save_pretrained(tmp_path / place)
+        models.append(adapted)
+    models.append(peft.PeftModel.from_pretrained(face, str(tmp_path / "theirs")))
+    models.append(peft.PeftModel.from_pretrained(theirs, str(tmp_path / "ours")))
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    first, *others = (model(**inputs).logits for model in models)
+    assert not torch.equal(first, plain) and all(torch.equal(other, first) for other in others)
+    first, *others = (model.generate(**inputs, max_new_tokens=6) for model in models)
+    assert all(torch.equal(other, first) for other in others)
+
+
+@torch.no_grad()
+def test_a_merged_adapter_leaves_the_model_with_transformers_weights(face: Any, theirs: Any) -> None:
+    merged = []
+    for model in (face, theirs):
+        torch.manual_seed(0)
+        merged.append(peft.get_peft_model(model, CAUSAL["lora"]()).merge_and_unload())
+    tokens = ids(1, 20, vocab=4096)
+    assert torch.equal(merged[0](tokens).logits, merged[1](tokens).logits)
+    assert torch.equal(face.whole(tokens), merged[1](tokens).logits)

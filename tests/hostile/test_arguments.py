@@ -56,17 +56,17 @@ ARGUMENTS: list[tuple[list[str], str]] = [
     (["generate", "x", "--temperature", "inf"], "temperature must be a number in [0, 1e30], not inf"),
     (["generate", "x", "--temperature=-inf"], "temperature must be a number in [0, 1e30], not -inf"),
     (["generate", "x", "--temperature", "1e400"], "temperature must be a number in [0, 1e30], not inf"),
-    (["generate", "x", "--top-p", "0"], "top_p must be a number in (0, 1], not 0.0"),
-    (["generate", "x", "--top-p", "1.1"], "top_p must be a number in (0, 1], not 1.1"),
-    (["generate", "x", "--top-p", "nan"], "top_p must be a number in (0, 1], not nan"),
-    (["generate", "x", "--top-k", "-1"], "top_k must be a non-negative integer, not -1"),
+    (["generate", "x", "--top-p", "-0.1"], "top_p must be a number in [0, 1], not -0.1"),
+    (["generate", "x", "--top-p", "1.1"], "top_p must be a number in [0, 1], not 1.1"),
+    (["generate", "x", "--top-p", "nan"], "top_p must be a number in [0, 1], not nan"),
+    (["generate", "x", "--top-k", "-2"], "top_k must be a non-negative integer, not -2"),
     (["generate", "x", "--top-k", "1.5"], "--top-k: invalid int value: '1.5'"),
     (["generate", "x", "--top-k", str(2**63)], "top_k must be a non-negative integer"),
     (["generate", "x", "--min-p", "-0.1"], "min_p must be a number in [0, 1], not -0.1"),
     (["generate", "x", "--min-p", "nan"], "min_p must be a number in [0, 1], not nan"),
     (["generate", "x", "--repetition-penalty", "0"], "repetition_penalty must be a number in [1e-30, 1e30], not 0.0"),
     (["generate", "x", "--repetition-penalty", "-2"], "repetition_penalty must be a number in [1e-30, 1e30], not -2.0"),
-    (["generate", "x", "--seed", "-1"], "seed must be a non-negative integer, not -1"),
+    (["generate", "x", "--seed", "-2"], "seed must be a non-negative integer, not -2"),
     (["generate", "x", "--seed", "1.0"], "--seed: invalid int value: '1.0'"),
     (["generate", "x", "--seed", str(2**63)], "seed must be a non-negative integer, not 9223372036854775808"),
     (["generate", "x", "--stop", ""], "a stop string must not be empty"),
@@ -136,7 +136,7 @@ def test_an_error_keeps_its_traceback_for_who_asks(broken: Path) -> None:
     with pytest.raises(BadModelFile, match=r"config\.json: not valid JSON"):
         main(["generate", "x", "--model", str(broken), "--debug"])
     with pytest.raises(ValueError, match="top_p"):
-        main(["generate", "x", "--top-p", "0", "--debug"])
+        main(["generate", "x", "--top-p", "2", "--debug"])
 
 
 def test_an_empty_prompt_generates_from_the_bos(pocket: Gemma, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,14 +167,14 @@ CALLS: dict[str, tuple[Call, type[Exception], str]] = {
     "chat beyond": (lambda g: g.stream_chat(CONTENT, 1020), ContextOverflow, "exceed the context of 1024"),
     # how chosen; the rest of this in the table below
     "temperature": (lambda g: g.stream("x", temperature=nan), ValueError, r"temperature must be a number in [0, 1e30]"),
-    "top_p": (lambda g: g.generate("x", top_p=0), ValueError, "top_p must be a number in (0, 1], not 0"),
+    "top_p": (lambda g: g.generate("x", top_p=2), ValueError, "top_p must be a number in [0, 1], not 2"),
     "top_k": (lambda g: g.chat(CONTENT, top_k=1.5), ValueError, "top_k must be a non-negative integer, not 1.5"),
     "min_p": (lambda g: g.stream_chat(CONTENT, min_p=2), ValueError, "min_p must be a number in [0, 1], not 2"),
     "penalty": (lambda g: g.stream("x", repetition_penalty=0), ValueError, "repetition_penalty must be a number in"),
     "temperature of 400 digits": (lambda g: Sampling(temperature=10**400), ValueError, "temperature must be a number"),
     "penalty of 400 digits": (lambda g: Sampling(repetition_penalty=10**400), ValueError, "repetition_penalty must"),
     "a tensor": (lambda g: Sampling(top_p=torch.ones(1)), ValueError, "top_p must be a number"),  # type: ignore[arg-type]
-    "seed -1": (lambda g: g.stream("x", seed=-1), ValueError, "seed must be a non-negative integer, not -1"),
+    "seed -2": (lambda g: g.stream("x", seed=-2), ValueError, "seed must be a non-negative integer, not -2"),
     "seed 1.5": (lambda g: g.stream("x", seed=1.5), ValueError, "seed must be a non-negative integer"),
     "seed '1'": (lambda g: g.stream("x", seed="1"), ValueError, "seed must be a non-negative integer"),
     "seed True": (lambda g: g.stream("x", seed=True), ValueError, "seed must be a non-negative integer"),
@@ -222,8 +222,8 @@ CALLS: dict[str, tuple[Call, type[Exception], str]] = {
     "tool": (lambda g: g.chat([{"role": "tool", "content": "x"}]), ValueError, "has role 'tool'; there are user and"),
     "model first": (lambda g: g.chat([{"role": "model", "content": "x"}]), ValueError, "must alternate, user first"),
     "user twice": (lambda g: g.stream_chat(CONTENT * 2), ValueError, "must alternate, user first"),
-    "no content": (lambda g: g.chat([{"role": "user"}]), ValueError, "must have exactly 'role' and 'content'"),
-    "a string for a turn": (lambda g: g.chat(["hi"]), ValueError, "must have exactly 'role' and 'content'"),
+    "no content": (lambda g: g.chat([{"role": "user"}]), ValueError, "message 0 has no content"),
+    "a string for a turn": (lambda g: g.chat(["hi"]), ValueError, "message 0 must be a dict with 'role' and 'content'"),
     "content 5": (lambda g: g.chat([{"role": "user", "content": 5}]), ValueError, "text must be a string"),
     "content not UTF-8": (lambda g: g.chat([{"role": "user", "content": "\ud800"}]), ValueError, f"{SURROGATE} 0"),
     # ids
@@ -304,16 +304,16 @@ def test_what_is_not_finite_while_generating_is_an_error_of_its_own(pocket: Gemm
 VALUES: dict[str, Any] = {label: float(label) for label in ("-0.0", "1e-40", "1e-6", "1.0001", "inf", "nan")}
 VALUES |= {"-1": -1, "0": 0, "1": 1, "2": 2, "text": "1", "None": None, "True": True}
 TAKEN = {
-    "temperature": ["-0.0", "0", "1e-40", "1e-6", "1", "1.0001", "2"],
-    "top_k": ["0", "1", "2"],
-    "top_p": ["1e-40", "1e-6", "1"],
-    "min_p": ["-0.0", "0", "1e-40", "1e-6", "1"],
-    "repetition_penalty": ["1e-6", "1", "1.0001", "2"],
+    "temperature": ["None", "-0.0", "0", "1e-40", "1e-6", "1", "1.0001", "2"],
+    "top_k": ["None", "-1", "0", "1", "2"],
+    "top_p": ["None", "-0.0", "0", "1e-40", "1e-6", "1"],
+    "min_p": ["None", "-0.0", "0", "1e-40", "1e-6", "1"],
+    "repetition_penalty": ["None", "1e-6", "1", "1.0001", "2"],
 }
 RANGES = {
     "temperature": "a number in [0, 1e30]",
     "top_k": "a non-negative integer",
-    "top_p": "a number in (0, 1]",
+    "top_p": "a number in [0, 1]",
     "min_p": "a number in [0, 1]",
     "repetition_penalty": "a number in [1e-30, 1e30]",
 }
@@ -331,7 +331,7 @@ def test_the_table_of_sampling_parameters(name: str, label: str, broken: Path, c
         assert str(caught.value) == f"{name} must be {RANGES[name]}, not {value!r}"
     # On the command line every value is text: "1" is the number, and a model that cannot be read shows what was taken.
     option = f"--{name.replace('_', '-')}={value}"
-    taken = label in TAKEN[name] or label == "text"
+    taken = (label in TAKEN[name] and label != "None") or label == "text"
     line = complaint("generate", "x", option, "--model", broken, code=1 if taken else 2)
     assert ("config.json: not valid JSON" in line) is taken
     assert taken or name in line or option.split("=")[0] in line
@@ -339,7 +339,7 @@ def test_the_table_of_sampling_parameters(name: str, label: str, broken: Path, c
 
 ONLY_THE_LIKELIEST: dict[str, list[float]] = {
     "top_k": [1],
-    "top_p": [1e-40, 1e-6],
+    "top_p": [-0.0, 0, 1e-40, 1e-6],
     "min_p": [1],
     "temperature": [-0.0, 0, 1e-40],
 }
