@@ -94,6 +94,6 @@ def test_a_thread_that_loads_first_while_another_load_starts_keeps_its_number(tm
 def said(script: str, place: Path) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     command = [sys.executable, "-c", script, str(place)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
