@@ -29,7 +29,9 @@ def written(place: Path, files: dict[str, Any]) -> Path:
     """The folder with small files in it; what is no text is written as JSON."""
     for name, content in files.items():
         (place / name).parent.mkdir(exist_ok=True)
-        (place / name).write_text(content if isinstance(content, str) else json.dumps(content, indent=2))
+        (place / name).write_text(
+            content if isinstance(content, str) else json.dumps(content, indent=2), encoding="utf-8"
+        )
     return place
 
 

@@ -73,7 +73,7 @@ COMMANDS = ("generate", "chat", "convert", "inspect", "parity", "trace", "verify
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_imports_no_other(command: str) -> None:
-    source = (Path(gemma2.__file__).parent / "cli" / f"{command}.py").read_text()
+    source = (Path(gemma2.__file__).parent / "cli" / f"{command}.py").read_text(encoding="utf-8")
     found = [node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
     assert not {f"gemma2.cli.{other}" for other in COMMANDS} & set(found) and "gemma2.cli" not in found
 
@@ -215,7 +215,7 @@ def test_a_template_of_another_model_is_noted_once(
     folder: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = folder()
-    (place / "chat_template.jinja").write_text(CHATML)
+    (place / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\n"))
     assert main(["chat", "-n", "2", "--model", str(place)]) == 0
     assert capsys.readouterr().err == f"note: {NOT_GEMMAS}\n"

@@ -65,7 +65,7 @@ def test_layers_alternate_and_the_first_is_local() -> None:
 
 def test_a_config_survives_being_written_and_read(tmp_path: Path) -> None:
     config = read_config(raw_config())
-    (tmp_path / "config.json").write_text(json.dumps(config_dict(config)))
+    (tmp_path / "config.json").write_text(json.dumps(config_dict(config)), encoding="utf-8")
     assert read_config(tmp_path / "config.json") == config
 
 
@@ -157,9 +157,9 @@ def test_a_config_means_the_numbers_that_transformers_takes_from_it(case: str) -
 def test_a_folder_with_such_a_config_gives_the_logits_of_transformers(case: str, folder: Callable[..., Path]) -> None:
     transformers = pytest.importorskip("transformers")
     place = folder()
-    raw = json.loads((place / "config.json").read_text()) | WRITTEN[case]
+    raw = json.loads((place / "config.json").read_text(encoding="utf-8")) | WRITTEN[case]
     raw = {key: value for key, value in raw.items() if value is not None}
-    (place / "config.json").write_text(json.dumps(raw))
+    (place / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     external = transformers.Gemma2ForCausalLM.from_pretrained(place, attn_implementation="eager").eval()
     tokens = ids(1, 40)
     assert torch.equal(gemma2.load(place, device="cpu").model(tokens), external(tokens, use_cache=False).logits)
@@ -173,9 +173,9 @@ def test_rotary_numbers_for_each_kind_of_layer_are_read_where_they_are_one() -> 
 
 def test_what_was_filled_in_is_a_note_of_the_loaded_model(folder: Callable[..., Path]) -> None:
     place = folder()
-    raw = json.loads((place / "config.json").read_text())
+    raw = json.loads((place / "config.json").read_text(encoding="utf-8"))
     del raw["hidden_activation"]
-    (place / "config.json").write_text(json.dumps(raw))
+    (place / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     said = (f"{place / 'config.json'} states no hidden_activation: gelu_pytorch_tanh, as every published Gemma 2 has",)
     assert gemma2.load(place, device="cpu").notes == said
     assert inspect(place).filled == list(said)

@@ -366,7 +366,7 @@ def test_under_a_limit_a_model_that_does_not_fit_runs_from_the_disk(folder: Call
     malloc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **malloc}
     command = [sys.executable, "-c", UNDER_A_LIMIT, str(place), str(needed // 2)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     refused, away = done.stdout.splitlines()
     assert f"the weights need {needed / 1e9:.3g} GB in float32" in refused and "RLIMIT_AS" in refused

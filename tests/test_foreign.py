@@ -52,8 +52,8 @@ def says(source: Path, *words: str) -> None:
 
 
 def state(place: Path, **changes: Any) -> None:
-    raw = json.loads((place / "config.json").read_text()) | changes
-    (place / "config.json").write_text(json.dumps(raw))
+    raw = json.loads((place / "config.json").read_text(encoding="utf-8")) | changes
+    (place / "config.json").write_text(json.dumps(raw), encoding="utf-8")
 
 
 # Adapters.
@@ -73,7 +73,7 @@ def adapter(place: Path) -> Path:
         "target_modules": ["q_proj", "v_proj"],
         "task_type": "CAUSAL_LM",
     }
-    (place / "adapter_config.json").write_text(json.dumps(stated, indent=2))
+    (place / "adapter_config.json").write_text(json.dumps(stated, indent=2), encoding="utf-8")
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
     save_file({name.format("A"): torch.ones(2, 112), name.format("B"): torch.ones(128, 2)}, place / ADAPTER)
     return place
@@ -241,7 +241,7 @@ def test_a_folder_of_the_hubs_cache_names_the_snapshot(tmp_path: Path, place: Pa
         (held / "snapshots" / commit).mkdir(parents=True)
     (held / "refs").mkdir()
     says(held, f"a folder of the Hugging Face cache: give {held / 'snapshots' / 'aa11'}")
-    (held / "refs" / "main").write_text("bb22")
+    (held / "refs" / "main").write_text("bb22", encoding="utf-8")
     says(held, f"a folder of the Hugging Face cache: give {held / 'snapshots' / 'bb22'}")
     (tmp_path / "hub").mkdir()
     held.rename(tmp_path / "hub" / held.name)
@@ -252,9 +252,9 @@ def test_a_folder_of_checkpoints_names_the_last(tmp_path: Path, place: Path) -> 
     runs = tmp_path / "run"
     for step in (500, 1000, 90):
         (runs / f"checkpoint-{step}").mkdir(parents=True)
-        (runs / f"checkpoint-{step}" / "config.json").write_text("{}")
+        (runs / f"checkpoint-{step}" / "config.json").write_text("{}", encoding="utf-8")
     (runs / "runs").mkdir()
-    (runs / "trainer_state.json").write_text("{}")
+    (runs / "trainer_state.json").write_text("{}", encoding="utf-8")
     says(runs, f"no checkpoint itself, but a folder of some: give {runs / 'checkpoint-1000'}, the last of 3")
 
 
@@ -346,7 +346,7 @@ def test_a_file_of_something_else_is_named(case: str, place: Path) -> None:
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.model", SINGLE])
 @pytest.mark.parametrize("content", [LFS, "<!DOCTYPE html><html>"], ids=["LFS", "HTML"])
 def test_pointers_and_pages_in_the_place_of_small_files_are_named(name: str, content: str, place: Path) -> None:
-    (place / name).write_text(content)
+    (place / name).write_text(content, encoding="utf-8")
     says(place, "a Git LFS pointer, not the" if content == LFS else "an HTML page, perhaps an error page")
 
 

@@ -204,7 +204,7 @@ def kinds_of(found: GGUF) -> list[int]:
 @needs_real
 def test_both_official_files_give_the_golden_ids(official: GGUF) -> None:
     rebuilt = build_tokenizer(official)
-    rows = [json.loads(line) for line in (REAL / "golden.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (REAL / "golden.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 216
     for row in rows:
         special = row["agrees_with_hf_tokenizers"]  # one has <bos> in it, which SentencePiece does not find

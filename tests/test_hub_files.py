@@ -234,7 +234,9 @@ def test_plain_weights_are_fetched_whatever_their_config_says_of_its_base(
     hub: Hub, folder: Callable[..., Path]
 ) -> None:
     place = folder("stored", size="2b", num_hidden_layers=1)
-    stated = json.loads((place / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    stated = json.loads((place / "config.json").read_text(encoding="utf-8")) | {
+        "quantization_config": {"quant_method": "gptq"}
+    }
     hub.push({**content(place), "config.json": json.dumps(stated).encode()})
     assert (download(NAME) / SINGLE).read_bytes() == (place / SINGLE).read_bytes()
     hub.push({**content(place), "config.json": json.dumps(stated | {"x": 1}).encode()})

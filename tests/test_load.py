@@ -45,7 +45,9 @@ def test_shards_with_an_index_give_the_same_model(folder: Folder) -> None:
         file = f"model-{part + 1:05}-of-00003.safetensors"
         save_file({name: stored[name] for name in names[part::3]}, place / file)
         index |= dict.fromkeys(names[part::3], file)
-    (place / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (place / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8"
+    )
     assert same(gemma2.load(place), stored)
 
 
@@ -164,7 +166,7 @@ def test_a_value_that_becomes_infinite_in_the_asked_dtype_is_refused(folder: Fol
 def test_a_tokenizer_of_another_model_or_none_at_all_is_refused(folder: Folder) -> None:
     place = folder("short", tensors=tensors_of(tiny(vocab_size=4096)))
     raw = raw_config(vocab_size=3000)
-    (place / "config.json").write_text(json.dumps(raw))
+    (place / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     with pytest.raises(gemma2.BadModelFile, match="4096 pieces, but the embedding has 3000 rows"):
         gemma2.load(place)
     (place / "tokenizer.model").unlink()
@@ -183,7 +185,7 @@ def test_whether_a_model_was_tuned_for_chat_is_read_from_its_stops(folder: Folde
     place = folder()
     assert gemma2.load(place).chat_tuned is None
     for stops, tuned in (([1, 107], True), (1, False), ([1], False)):
-        (place / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+        (place / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}), encoding="utf-8")
         assert gemma2.load(place).chat_tuned is tuned
 
 
@@ -246,7 +248,7 @@ def test_loading_takes_the_final_weights_and_little_more(tmp_path: Path, form: s
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in gemma2.Gemma2(read_config(raw)).named_parameters()}
     path = tmp_path / f"model.{form}"
-    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     if form == "gguf":
         write_zeros(path, read_config(raw), stored)
     elif form == "ckpt":

@@ -59,7 +59,7 @@ def shard(place: Path, tensors: Tensors, index: str, **listed: str | None) -> No
         write(place / file, {name: tensors[name] for name in tensors if files[name] == file})
     stated = {**files, **{name.replace("__", "."): file for name, file in listed.items()}}
     mapping = {name: file for name, file in stated.items() if file is not None}
-    (place / index).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": mapping}))
+    (place / index).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": mapping}), encoding="utf-8")
 
 
 def same(loaded: gemma2.Gemma, tensors: Tensors) -> bool:
@@ -285,8 +285,10 @@ def test_a_pickled_folder_of_16_bits_means_the_same_as_in_transformers(
 
 @pytest.mark.parametrize("name", ["sha256-ff", "x.GGUF", "x.bin", "x.safetensors", "x.ckpt"])
 def test_a_file_that_begins_as_a_gguf_is_one_whatever_its_name(name: str, bare: Path, good: Tensors) -> None:
-    stated = json.loads((bare / "config.json").read_text()) | {"query_pre_attn_scalar": 16}  # as a GGUF can state it
-    (bare / "config.json").write_text(json.dumps(stated))
+    stated = json.loads((bare / "config.json").read_text(encoding="utf-8")) | {
+        "query_pre_attn_scalar": 16
+    }  # as a GGUF can state it
+    (bare / "config.json").write_text(json.dumps(stated), encoding="utf-8")
     write(bare / SINGLE, good)
     path = gemma2.convert(bare, bare / "x.gguf.gguf", progress=False).path.rename(bare / name)
     assert form_of(path) == "gguf"

@@ -29,7 +29,7 @@ def real() -> Tokenizer:
 
 
 def golden() -> list[dict[str, object]]:
-    return [json.loads(line) for line in (REAL / "golden.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (REAL / "golden.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @needs_real
@@ -118,7 +118,9 @@ def test_the_model_file_is_the_one_a_bare_sentencepiece_reads(pocket: Tokenizer)
     import sentencepiece
 
     bare = sentencepiece.SentencePieceProcessor(model_file=str(POCKET / "tokenizer.model"))
-    text = re.sub("<(bos|eos|pad|unk)>", "", Path(__file__).read_text())  # which SentencePiece does not find
+    text = re.sub(
+        "<(bos|eos|pad|unk)>", "", Path(__file__).read_text(encoding="utf-8")
+    )  # which SentencePiece does not find
     assert pocket.encode(text, bos=False, special=True) == bare.encode(text)
 
 

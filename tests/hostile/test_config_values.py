@@ -63,7 +63,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
     def written(**changes: Any) -> Path:
         raw = {**raw_config(vocab_size=4096, **SMALL), **changes}
         text = json.dumps({key: value for key, value in raw.items() if value is not ABSENT})
-        (tmp_path / "config.json").write_text(text)
+        (tmp_path / "config.json").write_text(text, encoding="utf-8")
         return tmp_path
 
     return written

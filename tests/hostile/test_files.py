@@ -320,7 +320,7 @@ def shards(tmp_path: Path, good: dict[str, Tensor]) -> tuple[Path, dict[str, str
 
 def test_shards_with_a_good_index_load(shards: tuple[Path, dict[str, str]], good: dict[str, Tensor]) -> None:
     place, mapping = shards
-    (place / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": mapping}))
+    (place / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": mapping}), encoding="utf-8")
     loaded = gemma2.load(place).model.state_dict()
     assert all(torch.equal(loaded[name], good[name]) for name in good)
 
@@ -379,7 +379,7 @@ def test_an_index_that_lies_or_reaches_elsewhere_is_refused(
     case: str, shards: tuple[Path, dict[str, str]], refused: Refused
 ) -> None:
     (place, mapping), (change, words) = shards, INDEXES[case]
-    (place / INDEX).write_text(json.dumps(change(mapping)))
+    (place / INDEX).write_text(json.dumps(change(mapping)), encoding="utf-8")
     refused(place, words)
 
 
@@ -402,13 +402,13 @@ def test_a_tensor_in_two_shards_is_refused(
     place, mapping = shards
     tensors = {name: good[name] for name in good if "b" in mapping[name]}
     save_file({**tensors, Q: good[Q] + 1}, place / "b.safetensors")
-    (place / INDEX).write_text(json.dumps({"weight_map": mapping}))
+    (place / INDEX).write_text(json.dumps({"weight_map": mapping}), encoding="utf-8")
     refused(place, f"b.safetensors: tensor {Q} is also in a.safetensors, with other values")
 
 
 def test_a_damaged_shard_is_named(shards: tuple[Path, dict[str, str]], refused: Refused) -> None:
     place, mapping = shards
-    (place / INDEX).write_text(json.dumps({"weight_map": mapping}))
+    (place / INDEX).write_text(json.dumps({"weight_map": mapping}), encoding="utf-8")
     whole = (place / "b.safetensors").read_bytes()
     (place / "b.safetensors").write_bytes(whole[:-1])
     refused(place, "b.safetensors: not a whole safetensors file (")
