@@ -6,6 +6,7 @@ does around a model (beams, sampling, assisted decoding, saving, training) is it
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NoReturn
@@ -24,6 +25,8 @@ from gemma2.research.capture import check_shown
 from gemma2.tied import drop_equal_head
 
 LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")  # what transformers' loss takes beside logits and labels
+# Caches of later versions count by themselves; those of 5.0 are told which columns are new.
+BY_LENGTH = "query_length" in inspect.signature(Cache.get_mask_sizes).parameters
 SAID = ("cache_position",)  # what older versions pass too, and the cache says already
 
 
@@ -39,8 +42,9 @@ class Columns:
         still empty have columns that are yet to come, which no query sees."""
         first: int | Tensor = 0
         if self.cache is not None:
-            _, first = self.cache.get_mask_sizes(keys.shape[1], self.layer)
-            keys, values = self.cache.update(keys.transpose(1, 2), values.transpose(1, 2), self.layer)
+            asked, said = (keys.shape[1], ()) if BY_LENGTH else (positions[0], ({"cache_position": positions[0]},))
+            _, first = self.cache.get_mask_sizes(asked, self.layer)
+            keys, values = self.cache.update(keys.transpose(1, 2), values.transpose(1, 2), self.layer, *said)
             keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         columns = (torch.arange(keys.shape[1], device=keys.device) + first).expand(keys.shape[:2])
         if self.mask is not None:
