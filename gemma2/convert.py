@@ -21,16 +21,24 @@ from gemma2.checkpoints.gguf_write import FILE_TYPES, FINER
 from gemma2.checkpoints.hf_config import read_config
 from gemma2.checkpoints.memory import WHERE, MemoryWeights
 from gemma2.checkpoints.neutral import neutral
-from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer
+from gemma2.checkpoints.tokenizer_json import read_tokenizer_json
+from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer, same_tokenizer
 from gemma2.checkpoints.weights import hidden
 from gemma2.gemma import Gemma
-from gemma2.load import locate, locate_tokenizer
+from gemma2.load import load, locate, locate_tokenizer
 from gemma2.model import Gemma2
 from gemma2.tokenizer import Tokenizer
 
 TYPES = tuple(name.lower() for name in FILE_TYPES)
 # What a folder written here holds; one with anything else in it is never replaced.
-OWN = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json")
+OWN = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+)
 FILES = (".gguf", ".ckpt", ".safetensors", ".ggml", ".onnx", ".h5", ".npz", ".json", ".model", ".zip")  # never folders
 
 
@@ -53,6 +61,7 @@ def convert(
     force: bool = False,
     tokenizer: str | Path | Tokenizer | None = None,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     progress: bool | None = None,
 ) -> Converted:
     """Write `source` anew at `target`: a `.gguf`, a `.ckpt`, or a folder with safetensors.
@@ -67,6 +76,8 @@ def convert(
             they have several, and bf16 if they are quantized.
         force: replace what is there.
         tokenizer, revision, progress: as in `load`. A `Gemma` has no revision.
+        adapter: a PEFT adapter, as in `load`, to merge into the weights first. The merged model is in memory, in the
+            dtype that the source runs in.
     Raises:
         FileExistsError: the target is there, and not to be replaced.
         OSError: it cannot be written, or there is too little space for it.
@@ -74,6 +85,12 @@ def convert(
         ValueError: a type that the target's format does not have, an empty name, or a source that is neither a
             path nor a `Gemma`.
     """
+    if adapter is not None:
+        if isinstance(source, Gemma):
+            raise ValueError("adapter= is for a source that is loaded, and this one is a Gemma in memory")
+        _Target(target, type, force)  # before weights are read
+        merged = load(source, device="cpu", tokenizer=tokenizer, revision=revision, adapter=adapter, merge_adapter=True)
+        return save(merged, target, type=type, force=force, progress=progress)
     if isinstance(source, Gemma):
         if revision is not None:
             raise ValueError("revision= is for a hub name, and the source is a Gemma in memory")
@@ -152,8 +169,8 @@ def _in_memory(model: Gemma | Gemma2, tokenizer: str | Path | Tokenizer | None) 
             raise ValueError("a model alone has no tokenizer to write: give a Gemma, or name one with tokenizer=")
         model = Gemma(model, given)
     weights = MemoryWeights(getattr(model.model, "_orig_mod", model.model))
-    config, found = model.config, given or model.tokenizer
-    check_vocabulary(found, config)
+    config = model.config
+    found = check_vocabulary(given or model.tokenizer, config)
     tuned, template, ends = model.chat_tuned, model.chat_template, model.stop_ids
     return Checkpoint(Path(WHERE), "memory", config, weights, found, tuned, template, model.notes, ends)
 
@@ -218,6 +235,7 @@ def _beside(layout: Layout, opened: Checkpoint, folder: Path) -> dict[Path, byte
     same: dict[str, Callable[[Path], bool]] = {
         "config.json": lambda path: read_config(path) == opened.config,
         "tokenizer.model": lambda path: Tokenizer.from_file(path).to_proto() == layout.beside[path.name],
+        "tokenizer.json": lambda path: same_tokenizer(read_tokenizer_json(path), opened.tokenizer),
         "generation_config.json": lambda path: (
             chat_tuned(folder, opened.tokenizer) == opened.chat_tuned
             and end_ids(folder, opened.tokenizer) - gemmas == opened.end_ids - gemmas

@@ -16,14 +16,14 @@ import torch
 
 from gemma2.checkpoints import gguf, gguf_tokenizer, gguf_weights
 from gemma2.checkpoints.beside import chat_template, chat_tuned, end_ids, turn_notes
-from gemma2.checkpoints.checkpoint import config_of, folder_of, form_of, weights_of
+from gemma2.checkpoints.checkpoint import folder_of, form_of, stated_config, tokenizer_for, weights_of
 from gemma2.checkpoints.dtypes import RUNNABLE
 from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.google import GoogleWeights
 from gemma2.checkpoints.hf_config import PUBLISHED, config_dict, published_config
 from gemma2.checkpoints.neutral import neutral
-from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer, tokenizer_of
-from gemma2.checkpoints.weights import Weights, check_names, count_nonfinite, shapes_of
+from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer
+from gemma2.checkpoints.weights import PlainWeights, Weights, check_names, count_nonfinite, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
 from gemma2.load import locate, locate_tokenizer
@@ -122,10 +122,11 @@ def inspect(
     """
     tokenizer = locate_tokenizer(tokenizer)
     path = locate(source, revision, tokenizer_given=tokenizer is not None)
-    if path.is_file() and path.suffix == ".gguf":
-        found, weights = _inspect_gguf(path, tokenizer)
-    else:
-        found, weights = _inspect_other(path, tokenizer)
+    try:
+        form = form_of(path)
+    except BadModelFile as error:  # then there is no more to say
+        return Inspection(str(path), path.suffix[1:], path.stat().st_size, problems=[_reason(error, path)])
+    found, weights = _inspect_gguf(path, tokenizer) if form == "gguf" else _inspect_other(path, form, tokenizer)
     if weights is not None and values and not found.problems:
         bad = count_nonfinite(weights, progress=progress)
         for name, count in bad.items():
@@ -167,10 +168,9 @@ def _inspect_gguf(path: Path, tokenizer: Path | Tokenizer | None) -> tuple[Inspe
     return found, weights
 
 
-def _inspect_other(path: Path, tokenizer: Path | Tokenizer | None) -> tuple[Inspection, Weights | None]:
+def _inspect_other(path: Path, form: str, tokenizer: Path | Tokenizer | None) -> tuple[Inspection, Weights | None]:
     folder = folder_of(path)
-    form = "ckpt" if path.suffix == ".ckpt" else "safetensors"
-    files = [path] if path.is_file() else sorted(folder.glob("*.safetensors"))
+    files = [path] if path.is_file() else sorted(folder.glob("*.bin" if form == "bin" else "*.safetensors"))
     found = Inspection(str(path), form, sum(file.stat().st_size for file in files))
 
     def tried(part: Callable[[], T]) -> T | None:
@@ -182,15 +182,14 @@ def _inspect_other(path: Path, tokenizer: Path | Tokenizer | None) -> tuple[Insp
                 found.problems.append(_reason(error, path))
             return None
 
-    if tried(lambda: form_of(path)) is None:
-        return found, None
-    config = tried(lambda: config_of(path))
-    weights: Weights | None = None
+    config, notes = tried(lambda: stated_config(path)) or (None, ())
+    weights: PlainWeights | None = None
     if form != "ckpt" or not found.problems:  # a .ckpt cannot be read without its config
         weights = tried(lambda: weights_of(path, config))
     if isinstance(weights, GoogleWeights):
         config = weights.config
-    found_tokenizer = tried(lambda: tokenizer_of(folder, tokenizer))
+    found.filled = [*notes, *(weights.notes if weights is not None else ())]
+    found_tokenizer = tried(lambda: tokenizer_for(folder, tokenizer))
     if found_tokenizer is not None:
         found.chat_tuned = tried(lambda: chat_tuned(folder, found_tokenizer))
         found.end_ids = sorted(tried(lambda: end_ids(folder, found_tokenizer)) or ())
@@ -228,7 +227,7 @@ def _complete(
         found.problems.append(_reason(error, path))
     try:
         if tokenizer is not None:
-            check_vocabulary(tokenizer, config)
+            found.filled += check_vocabulary(tokenizer, config).notes
     except BadModelFile as error:
         found.problems.append(_reason(error, path))
 

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import torch
 
+from gemma2.checkpoints.adapters import open_adapter, plan_for
+from gemma2.checkpoints.apply_adapter import apply_adapter, check_installed, note_of
 from gemma2.checkpoints.checkpoint import open_checkpoint
 from gemma2.checkpoints.dtypes import RUNNABLE, dtype_name
 from gemma2.checkpoints.neutral import neutral
 from gemma2.checkpoints.vocabulary import parse_tokenizer
 from gemma2.checkpoints.weights import build
+from gemma2.distributed.device_map import DeviceMap, MaxMemory, build_spread, check_alone
 from gemma2.errors import BadModelFile, first_line
 from gemma2.gemma import Gemma
-from gemma2.hub import download, download_gguf, download_tokenizer
+from gemma2.hub import download, download_adapter, download_gguf, download_tokenizer
 from gemma2.numerics import check_profile, storage_of, twins_of
 from gemma2.tokenizer import Tokenizer
 from gemma2.twins import Make
@@ -25,6 +28,10 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FLOAT16 = (
     "float16 is too narrow for Gemma 2 (it holds nothing beyond 65,504, so activations can overflow to infinity): "
     "use bfloat16 or float32, or force it with force_float16=True (--force-float16)"
+)
+STORED_FLOAT16 = (
+    'holds float16, in which Gemma 2 overflows: it runs in float32, which holds all its values; dtype="bfloat16" '
+    "takes half the memory"
 )
 
 
@@ -40,6 +47,11 @@ def load(
     allow_nonfinite: bool = False,
     numerics: str | None = None,
     make: Make | None = None,
+    adapter: str | Path | None = None,
+    merge_adapter: bool = False,
+    device_map: DeviceMap | None = None,
+    max_memory: MaxMemory | None = None,
+    offload_folder: str | Path | None = None,
     progress: bool | None = None,
 ) -> Gemma:
     """Load a Gemma 2.
@@ -50,8 +62,8 @@ def load(
             beside it); or a hub name such as `google/gemma-2-2b`, `owner/repo:file.gguf`, or `owner/repo:Q4_K_M` if one
             GGUF alone has that in its name.
         device: default the best present: cuda, mps, cpu.
-        dtype: float32, bfloat16 or float64; default the dtype the checkpoint stores, and bfloat16 for a GGUF other than
-            F32.
+        dtype: float32, bfloat16 or float64; default the dtype the checkpoint stores, float32 if that is float16, and
+            bfloat16 for a GGUF other than F32.
         tokenizer: takes the place of the checkpoint's: a `tokenizer.model` or a folder with one, a hub name as above
             (its tokenizer alone is downloaded), or a `Tokenizer`.
         revision: branch, tag or commit, for a hub name.
@@ -60,11 +72,22 @@ def load(
         numerics: compute as another implementation does, rounding for rounding: one of the profiles of
             `gemma2/numerics/__init__.py`, as "gemma_pytorch" or "llama.cpp" (which computes in float32).
         make: puts twins of modules in before any weight is read, see `gemma2.twins.replaced`: packed linears, say.
+        adapter: a PEFT adapter (LoRA, DoRA, rsLoRA, IA3) to put into the model: a folder, or a hub name as
+            `owner/repo`. It needs the package peft. See `gemma2/checkpoints/apply_adapter.py` for what it computes in.
+        merge_adapter: add it into the weights, so that the model can be written; PEFT is then out of it again.
+        device_map: "auto" spreads the layers over all GPUs, memory and the disk, by accelerate; or a map of one's own.
+        max_memory, offload_folder: for a device_map, see `gemma2.distributed.device_map.build_spread`.
         progress: a bar while loading; None shows it on a terminal only.
     Raises:
+        ImportError: an adapter, and no peft; a device_map, and no accelerate.
+        MemoryError: there is too little memory; says how much is needed, how much is free, and what would fit.
         BadModelFile: anything that is not exactly a Gemma 2 this program runs; says what, where, and the cure.
         ValueError: an argument that cannot be.
     """
+    if device_map is not None:
+        check_alone(device=device, numerics=numerics, make=make, adapter=adapter)
+    elif max_memory is not None or offload_folder is not None:
+        raise ValueError("max_memory and offload_folder are for a device_map: give that too")
     where = parse_device(device)
     wanted = parse_dtype(dtype, force_float16)
     if numerics is not None:
@@ -72,17 +95,45 @@ def load(
         if make is not None:
             raise ValueError("numerics and make both replace modules: give one of them")
         wanted = wanted or (torch.float32 if numerics == "llama.cpp" else None)
-    given = parse_tokenizer(locate_tokenizer(tokenizer))  # refused before gigabytes come
-    opened = open_checkpoint(locate(source, revision, tokenizer_given=given is not None), given)
-    final = wanted or opened.weights.dtype
+    if adapter is None and merge_adapter:
+        raise ValueError("merge_adapter says to merge an adapter, and none is given with adapter")
+    if adapter is not None and (numerics is not None or make is not None):
+        raise ValueError(
+            "an adapter goes around Gemma 2's own modules, and numerics and make replace them: write the merged model "
+            "with convert, and load that"
+        )
+    added = None if adapter is None else open_adapter(locate_adapter(adapter))
+    if added is not None:
+        check_installed()
+    given = parse_tokenizer(locate_tokenizer(tokenizer))
+    opened = open_checkpoint(locate(source, revision, tokenizer_given=given is not None), given)  # gigabytes, so last
+    plan = None if added is None else plan_for(added, opened.config, merge=merge_adapter)
+    final, notes = wanted or opened.weights.dtype, opened.notes
     if final == torch.float16 and not force_float16:
-        raise BadModelFile(f"{opened.path}: {FLOAT16}")
+        final, notes = torch.float32, (*notes, f"{opened.path} {STORED_FLOAT16}")
     if numerics is not None:
         make = twins_of(numerics, None, final, storage_of(opened.weights))
-    model = build(
-        opened.weights, opened.config, where, final, make=make, allow_nonfinite=allow_nonfinite, progress=progress
-    )
-    return Gemma(model, opened.tokenizer, opened.chat_tuned, opened.notes, opened.chat_template, opened.end_ids)
+    if device_map is not None:
+        folder = None if offload_folder is None else Path(offload_folder).expanduser()
+        model, said = build_spread(
+            opened.weights,
+            opened.config,
+            final,
+            device_map,
+            max_memory,
+            folder,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+        )
+        notes = (*notes, said)
+    else:
+        model = build(
+            opened.weights, opened.config, where, final, make=make, allow_nonfinite=allow_nonfinite, progress=progress
+        )
+    if added is not None and plan is not None:
+        apply_adapter(model, added, plan, merge=merge_adapter)
+        notes = (*notes, note_of(added, plan, merge_adapter))
+    return Gemma(model, opened.tokenizer, opened.chat_tuned, notes, opened.chat_template, opened.end_ids)
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
@@ -138,6 +189,14 @@ def locate(source: str | Path | None, revision: str | None = None, *, tokenizer_
     raise BadModelFile(
         f"{source}: no such file or folder, nor a hub name like google/gemma-2-2b or owner/repo:file.gguf"
     )
+
+
+def locate_adapter(adapter: str | Path) -> Path:
+    """The local folder of a PEFT adapter, which is downloaded if it is on the hub."""
+    path = Path(adapter).expanduser()
+    if isinstance(adapter, str) and not path.exists() and REPOSITORY.fullmatch(adapter):
+        return download_adapter(adapter)
+    return path
 
 
 def locate_tokenizer(given: str | Path | Tokenizer | None) -> Path | Tokenizer | None:

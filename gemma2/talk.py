@@ -12,6 +12,7 @@ from torch import Tensor
 from gemma2.cache import HybridCache
 from gemma2.chat import Conversation, chat_ids, listed
 from gemma2.checks import check_count
+from gemma2.errors import ContextOverflow
 from gemma2.feed import Processor
 from gemma2.gemma import MAX_NEW_TOKENS, Gemma, Options, check_options, sampling_of, warn_of_chat
 from gemma2.sampling import repetition_penalty
@@ -77,6 +78,11 @@ class Talk:
         """
         messages: list[Mapping[str, Any]] = [*self.messages, {"role": "user", "content": content}]
         ids = chat_ids(messages, self.gemma.tokenizer, system=self.system)
+        context, new = self.gemma.config.max_position_embeddings, self.max_new_tokens
+        if len(ids) + new > context:
+            raise ContextOverflow(
+                f"the conversation is {len(ids)} tokens long, and {new} new ones exceed the context of {context}"
+            )
         kept = self._rolled_back(ids)
         options: Options = {**self.options, "cache": self.cache, "processors": self._processors(ids[:kept])}
         options["repetition_penalty"] = 1.0  # it is among the processors, which know the whole conversation

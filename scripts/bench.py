@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import gemma2
+from gemma2.checkpoints.folder import open_folder
 from gemma2.checkpoints.hf_config import config_dict, configs, published_config, read_config
-from gemma2.checkpoints.safetensors import open_folder
 from gemma2.checkpoints.weights import build
 from gemma2.generate import generate_ids
 from gemma2.load import POCKET
@@ -54,7 +54,7 @@ def make_2b(folder: Path, layers: int) -> Path:
         name: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
         for name, shape in tqdm(shapes.items(), desc="random weights", disable=None)
     }
-    (target / "config.json").write_text(json.dumps({**config_dict(config), "dtype": "bfloat16"}))
+    (target / "config.json").write_text(json.dumps({**config_dict(config), "dtype": "bfloat16"}), encoding="utf-8")
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
 
@@ -112,7 +112,7 @@ def child(system: str, folder: Path, prompt: int, new: int, device: str) -> None
     figures |= {"gemma2": run_gemma2, "transformers": run_transformers}[system](folder, ids, new, device)
     status = Path("/proc/self/status")  # ru_maxrss of a child starts at what its parent held when it forked
     if status.exists():
-        figures["peak"] = int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024 / 1e9  # type: ignore[index]
+        figures["peak"] = int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))[1]) * 1024 / 1e9  # type: ignore[index]
     print(json.dumps(figures))
 
 
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gemma2-bench")
     parser.add_argument("--child", nargs=2, metavar=("SYSTEM", "FOLDER"), help=argparse.SUPPRESS)
-    parser.set_defaults(**json.loads((configs() / "bench" / "generate.json").read_text()))
+    parser.set_defaults(**json.loads((configs() / "bench" / "generate.json").read_text(encoding="utf-8")))
     args = parser.parse_args()
     if args.child:
         return child(args.child[0], Path(args.child[1]), args.prompt, args.new, args.device)
@@ -162,7 +162,7 @@ def main() -> None:
             for system in SYSTEMS:
                 command = [sys.executable, __file__, "--child", system, str(folder), "--prompt", str(args.prompt)]
                 command += ["--new", str(args.new), "--device", args.device]
-                out = subprocess.run(command, capture_output=True, text=True, check=False)
+                out = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
                 if out.returncode:
                     sys.exit(f"{system} failed: {out.stderr.strip().splitlines()[-1]}")
                 found[system].append(json.loads(out.stdout.splitlines()[-1]))

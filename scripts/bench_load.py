@@ -95,7 +95,7 @@ def make_file(folder: Path, mix: str, layers: int) -> Path:
 
 
 def memory(field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert found
     return int(found[1]) * 1024
 
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gemma2-bench")
     parser.add_argument("--child", choices=SYSTEMS, help=argparse.SUPPRESS)
     parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
-    parser.set_defaults(**json.loads((configs() / "bench" / "load.json").read_text()))
+    parser.set_defaults(**json.loads((configs() / "bench" / "load.json").read_text(encoding="utf-8")))
     args = parser.parse_args()
     if args.child:
         print(json.dumps(child(args.child, args.path)))
@@ -167,7 +167,7 @@ def main() -> None:
     for _ in range(args.rounds):
         for system in args.systems:
             command = [sys.executable, __file__, "--child", system, "--path", str(path)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
             runs[system].append(json.loads(done.stdout.splitlines()[-1]))
     final = runs[args.systems[0]][0]["final"]
     copy = copy_seconds(path.stat().st_size, final)

@@ -80,7 +80,7 @@ def main() -> None:
     if not args.live:
         if args.source is None:
             parser.error("name the folder with the files and llama.cpp's logits, or --live")
-        ids = json.loads((args.source / "ids.json").read_text())
+        ids = json.loads((args.source / "ids.json").read_text(encoding="utf-8"))
         for name, reference in sorted(load_file(args.source / "llama_cpp_logits.safetensors").items()):
             print(row(args.source / f"{name}.gguf", ids, reference), flush=True)
         return

@@ -71,7 +71,7 @@ def has_cuda() -> bool:
 
 
 def pinned() -> str:
-    found = re.search(r"^torch==\S+", CONSTRAINTS.read_text(), re.MULTILINE)
+    found = re.search(r"^torch==\S+", CONSTRAINTS.read_text(encoding="utf-8"), re.MULTILINE)
     assert found
     return found[0]
 

@@ -188,7 +188,7 @@ def write_deepmind_traces(python: Path) -> None:
             folder = Path(place)
             for name in ("config.json", "model.safetensors"):
                 (folder / name).write_bytes((GOLDEN / name).read_bytes())
-            (folder / "ids.json").write_text(json.dumps({"all": {"ids": ids, "chunks": []}}))
+            (folder / "ids.json").write_text(json.dumps({"all": {"ids": ids, "chunks": []}}), encoding="utf-8")
             module = "studies.who_computes_what.run_one"
             command: list[str | Path] = [python.absolute(), "-m", module, "deepmind", folder, folder, dtype]
             subprocess.run(command, cwd=ROOT, env={**os.environ, **EIGEN}, check=True)
@@ -214,7 +214,7 @@ def main() -> None:
         return
     model = make_model()
     ids = torch.randint(RAW["vocab_size"], (LENGTH,), generator=torch.Generator().manual_seed(3))
-    (GOLDEN / "config.json").write_text(json.dumps(RAW, indent=2) + "\n")
+    (GOLDEN / "config.json").write_text(json.dumps(RAW, indent=2) + "\n", encoding="utf-8")
     made = {"made_by": "scripts/make_golden.py, seed 2", "format": "pt"}
     tensors = {name: tensor.bfloat16().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, GOLDEN / "model.safetensors", metadata=made)

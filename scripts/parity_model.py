@@ -90,7 +90,7 @@ def tokenizer_model() -> bytes:
 
 def write_folder(place: Path, gguf: bool = False) -> Path:
     """The model in Hugging Face's format, at a place that is there."""
-    (place / "config.json").write_text(json.dumps(raw_config(gguf), indent=2) + "\n")
+    (place / "config.json").write_text(json.dumps(raw_config(gguf), indent=2) + "\n", encoding="utf-8")
     (place / "tokenizer.model").write_bytes(tokenizer_model())
     save_file(weights(), place / "model.safetensors", metadata={"format": "pt"})
     return place

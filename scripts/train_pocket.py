@@ -170,7 +170,7 @@ def plot(out: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    log = json.loads((out / "training.json").read_text())
+    log = json.loads((out / "training.json").read_text(encoding="utf-8"))
     result = log["result"]
     reported = result["held_out_nats_per_token"]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--plot", type=Path, metavar="PNG", help="only draw the curve of --out/training.json")
     parser.add_argument("--score", action="store_true", help="only print the loss of the weights in --out")
-    parser.set_defaults(**json.loads(SETTINGS.read_text()))
+    parser.set_defaults(**json.loads(SETTINGS.read_text(encoding="utf-8")))
     args = parser.parse_args()
     if args.plot:
         return plot(args.out, args.plot)
@@ -213,12 +213,14 @@ def main() -> None:
         return score(args.out, held)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    raw = json.loads((POCKET / "config.json").read_text())  # a new pocket model has the shape of the present one
+    raw = json.loads(
+        (POCKET / "config.json").read_text(encoding="utf-8")
+    )  # a new pocket model has the shape of the present one
     config = read_config(raw)
     trained, held = documents(args.texts)
     proto = train_tokenizer(trained, config.vocab_size)
     (args.out / "tokenizer.model").write_bytes(proto)
-    (args.out / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    (args.out / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
     bos, eos = pieces.bos_id(), pieces.eos_id()
 
@@ -279,7 +281,7 @@ def main() -> None:
             if total / count < best:
                 best = total / count
                 save(model, args.out)
-            (args.out / "training.json").write_text(json.dumps(log))
+            (args.out / "training.json").write_text(json.dumps(log), encoding="utf-8")
         bar.set_postfix_str(f"step {step}, {seen / 1e6:.2f} M tokens, train {mean:.3f}, held out {best:.3f}")
         bar.update(100 * done - bar.n)
     bar.close()
@@ -303,7 +305,7 @@ def main() -> None:
         "held_out_nats_per_token": total / count,
         "held_out_bits_per_byte": total / math.log(2) / scored,
     }
-    (args.out / "training.json").write_text(json.dumps({**log, "result": result}))
+    (args.out / "training.json").write_text(json.dumps({**log, "result": result}), encoding="utf-8")
     print(json.dumps(result, indent=2))
 
 

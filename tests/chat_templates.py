@@ -11,7 +11,6 @@ GEMMA = (  # as in Google's tokenizer_config.json of gemma-2-2b-it
     "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
-NAMED_ROLE = "{% if message['role'] == 'assistant' %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}"
 # With text parts and a system message put before the first user message, as Gemma 3's does it.
 PARTS = """{{ bos_token }}
 {%- if messages[0]['role'] == 'system' -%}
@@ -57,8 +56,9 @@ GEMMAS = {
         "{% endif %}"
     ),
     "marks for training": (
-        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<start_of_turn>model\n' }}"
-        "{% generation %}{{ message['content'] | trim + '<end_of_turn>' }}{% endgeneration %}{{ '\n' }}{% else %}"
+        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        "{{ '<start_of_turn>model\n' }}{% generation %}{{ message['content'] | trim + '<end_of_turn>' }}"
+        "{% endgeneration %}{{ '\n' }}{% else %}"
         "{{ '<start_of_turn>user\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
     ),
@@ -84,7 +84,7 @@ INDENTED = """{{ bos_token }}
     {{'<start_of_turn>model\\n'}}
 {% endif %}"""
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 OTHERS = {
@@ -104,14 +104,14 @@ OTHERS = {
     "Mistral": "{{ bos_token }}{% for m in messages %}{{ '[INST]' + m['content'] + '[/INST]' }}{% endfor %}",
     "Phi": "{% for m in messages %}{{ '<|user|>\n' + m['content'] + '<|end|>\n<|assistant|>\n' }}{% endfor %}",
     "Zephyr": "{% for m in messages %}{{ '<|user|>\n' + m['content'] + eos_token + '<|assistant|>' }}{% endfor %}",
-    "DeepSeek": "{% for m in messages %}{{ '<\uff5cUser\uff5c>' + m['content'] + '<\uff5cAssistant\uff5c>' }}{% endfor %}",
+    "DeepSeek": "{% for m in messages %}{{ '<\uff5cUser\uff5c>' + m.content + '<\uff5cAssistant\uff5c>' }}{% endfor %}",
     "Command-R": (
         "{% for m in messages %}{{ '<|START_OF_TURN_TOKEN|><|USER_TOKEN|>' + m['content'] + '<|END_OF_TURN_TOKEN|>' }}"
         "{% endfor %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}"
     ),
     "Gemma 4": "{% for m in messages %}{{ '<|turn>' + m['role'] + '\n' + m['content'] + '<turn|>\n' }}{% endfor %}",
     "Gemma's tags with the role as it is": (
-        "{% for m in messages %}{{ '<start_of_turn>' + m['role'] + '\n' + m['content'] + '<end_of_turn>\n' }}{% endfor %}"
+        "{% for m in messages %}{{ '<start_of_turn>' + m['role'] + '\n' + m.content + '<end_of_turn>\n' }}{% endfor %}"
     ),
     "an assistant in Gemma's tags": GEMMA.replace("'model'", "'assistant'").replace("model\n", "assistant\n"),
     "Gemma's tags without newlines": GEMMA.replace("\n", " "),

@@ -108,7 +108,7 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
         raw = raw_config(vocab_size=4096, **changes)
         place = tmp_path / name
         place.mkdir()
-        (place / "config.json").write_text(json.dumps(raw))
+        (place / "config.json").write_text(json.dumps(raw), encoding="utf-8")
         (place / "tokenizer.model").write_bytes((POCKET / "tokenizer.model").read_bytes())
         save_file(tensors or tensors_of(tiny(vocab_size=4096, **changes)), place / "model.safetensors")
         return place

@@ -56,6 +56,7 @@ class Hub:
         self.refusal: tuple[int, str, str] | None = None  # status, X-Error-Code, X-Error-Message, for any request
         self.gated = False  # what the hub says of a repository anyone may know, and of its files only some may have
         self.listing: bytes | None = None  # in place of the right one
+        self.kind = "models"  # or "datasets", "spaces": what the repository of that name is
         self.after: Callable[[str], None] = lambda file: None
         self.push(FILES)
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, self))
@@ -131,24 +132,39 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def tree(self, commit: str) -> None:
+        """What snapshot_download asks for: all files of a commit, with their hashes."""
+        files = self.hub.commits[commit]
+        self.send_json(
+            [{"type": "file", "path": file, "size": len(data), "oid": etag(file, data)} for file, data in files.items()]
+        )
+
+    def send_json(self, content: object) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
     def answer(self) -> None:
         hub, path = self.hub, self.path.partition("?")[0]
-        about = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path)
+        about = re.fullmatch(rf"/api/{hub.kind}/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
         parts = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         name, revision, file = (unquote(part) for part in parts.groups()) if parts else ("", "", path)
         if about:
-            name, revision, file = about[1], unquote(about[2] or "main"), LIST
+            name, revision, file = about[1], unquote(about[3] or "main"), LIST
         hub.requests.append((self.command, file))
         hub.headers.append({key.lower(): value for key, value in self.headers.items()})
         if hub.refusal:
             return self.refuse(*hub.refusal)
-        if name != NAME:
+        if name != NAME or (hub.kind != "models" and not about):
             return self.refuse(404, "RepoNotFound", "Repository not found")
         commit = hub.head if revision == "main" else revision
         if commit not in hub.commits:
             return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         if about:
-            return self.describe(commit)
+            return self.tree(commit) if about[2] == "tree" else self.describe(commit)
         if hub.gated:
             return self.refuse(403, "GatedRepo", f"Access to model {NAME} is restricted.")
         if file not in hub.commits[commit]:

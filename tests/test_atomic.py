@@ -22,11 +22,11 @@ def names(folder: Path) -> list[str]:
 
 
 def fill(place: Path, text: str, folder: bool) -> None:
-    (place / "inside" if folder else place).write_text(text)
+    (place / "inside" if folder else place).write_text(text, encoding="utf-8")
 
 
 def content(place: Path) -> str:
-    return (place / "inside" if place.is_dir() else place).read_text()
+    return (place / "inside" if place.is_dir() else place).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
@@ -71,12 +71,12 @@ def test_several_targets_appear_together_or_not_at_all(tmp_path: Path) -> None:
     targets = [tmp_path / name for name in "abc"]
     with pytest.raises(ValueError), replacing(*targets) as places:
         for place in places:
-            place.write_text("new")
+            place.write_text("new", encoding="utf-8")
         raise ValueError
     assert names(tmp_path) == []
     with replacing(*targets) as places:
         for place in places:
-            place.write_text("new")
+            place.write_text("new", encoding="utf-8")
     assert names(tmp_path) == ["a", "b", "c"]
 
 
@@ -122,15 +122,15 @@ def test_leftovers_go_with_the_next_success_and_what_only_looks_like_one_stays(t
     target = tmp_path / "target"
     kept = [".target.0123.partial", ".other.0123456789abcdef.partial", "target.0123456789abcdef.partial", ".target.txt"]
     for name in [LEFT, *kept]:
-        (tmp_path / name).write_text("x")
+        (tmp_path / name).write_text("x", encoding="utf-8")
     left = tmp_path / ".target.0000000000000000.old"
     left.mkdir()
-    (left / "inside").write_text("x")
+    (left / "inside").write_text("x", encoding="utf-8")
     with pytest.raises(ValueError), replacing(target) as (place,):
         raise ValueError
     assert (tmp_path / LEFT).exists()
     with replacing(target) as (place,):
-        place.write_text("new")
+        place.write_text("new", encoding="utf-8")
     assert names(tmp_path) == sorted(["target", *kept])
 
 
@@ -145,7 +145,7 @@ def test_what_another_process_is_writing_is_no_leftover_until_that_process_is_go
         f"with replacing(Path(sys.argv[1]), folder={folder}) as (place,): print(place.name, flush=True); input()"
     )
     command = [sys.executable, "-c", script, str(target)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8") as child:
         assert child.stdout
         theirs = child.stdout.readline().strip()
         with replacing(target, folder=folder) as (place,):
@@ -160,17 +160,17 @@ def test_what_another_process_is_writing_is_no_leftover_until_that_process_is_go
 def test_two_at_once_in_one_process_leave_each_other_alone(tmp_path: Path) -> None:
     target = tmp_path / "target"
     with replacing(target) as (first,):
-        first.write_text("first")
+        first.write_text("first", encoding="utf-8")
         with replacing(target) as (second,):
-            second.write_text("second")
-        assert target.read_text() == "second" and first.exists()
-    assert target.read_text() == "first" and names(tmp_path) == ["target"]
+            second.write_text("second", encoding="utf-8")
+        assert target.read_text(encoding="utf-8") == "second" and first.exists()
+    assert target.read_text(encoding="utf-8") == "first" and names(tmp_path) == ["target"]
 
 
 def test_files_have_the_permissions_of_any_new_file(tmp_path: Path) -> None:
     with replacing(tmp_path / "target") as (place,):
-        place.write_text("new")
-    (tmp_path / "plain").write_text("x")
+        place.write_text("new", encoding="utf-8")
+    (tmp_path / "plain").write_text("x", encoding="utf-8")
     assert (tmp_path / "target").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
@@ -179,20 +179,20 @@ def test_a_symbolic_link_is_replaced_and_not_what_it_leads_to(tmp_path: Path) ->
     (tmp_path / "elsewhere").mkdir()
     for folder in (False, True):
         behind = tmp_path / "elsewhere" / f"{folder}"
-        behind.mkdir() if folder else behind.write_text("kept")
+        behind.mkdir() if folder else behind.write_text("kept", encoding="utf-8")
         target = tmp_path / f"target-{folder}"
         target.symlink_to(behind)
         with replacing(target, folder=folder) as (place,):
             fill(place, "new", folder)
         assert not target.is_symlink() and content(target) == "new"
-        assert behind.is_dir() == folder and (folder or behind.read_text() == "kept")
+        assert behind.is_dir() == folder and (folder or behind.read_text(encoding="utf-8") == "kept")
 
 
 def test_a_target_is_refused_with_the_reason_before_anything_is_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty").mkdir()
-    (tmp_path / "folder" / "notes.txt").write_text("mine")
+    (tmp_path / "folder" / "notes.txt").write_text("mine", encoding="utf-8")
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "pipe")
     check_target(tmp_path / "new")

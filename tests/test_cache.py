@@ -87,7 +87,7 @@ def test_four_thousand_steps_around_the_ring_stay_as_exact_as_the_first() -> Non
 def resident() -> int:
     """Bytes of this process in memory now; 0 where Linux's /proc is not there to tell."""
     found = Path("/proc/self/statm")
-    return int(found.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if found.exists() else 0
+    return int(found.read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE") if found.exists() else 0
 
 
 @torch.no_grad()

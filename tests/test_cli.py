@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import contextlib
 import io
 import os
 import re
+import select
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +21,10 @@ import pytest
 
 import gemma2
 from gemma2.cli import main
+from gemma2.cli.chat import trimmed
+from gemma2.templates import NOT_GEMMAS
+from tests.chat_templates import CHATML
+from tests.children import signals_restored
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +73,7 @@ COMMANDS = ("generate", "chat", "convert", "inspect", "parity", "trace", "verify
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_imports_no_other(command: str) -> None:
-    source = (Path(gemma2.__file__).parent / "cli" / f"{command}.py").read_text()
+    source = (Path(gemma2.__file__).parent / "cli" / f"{command}.py").read_text(encoding="utf-8")
     found = [node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
     assert not {f"gemma2.cli.{other}" for other in COMMANDS} & set(found) and "gemma2.cli" not in found
 
@@ -167,6 +174,106 @@ def test_chat_keeps_the_history_until_reset(
     assert seen == [1, 3, 1]
     assert out.count("\n") >= 3
     assert "not say that it was tuned for chat" in err and "no command /unknown" in err
+
+
+def test_a_piped_conversation_is_read_as_utf8_and_each_reply_has_a_line_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shipped: gemma2.Gemma
+) -> None:
+    """As Windows pipes it: a byte order mark, a code page, carriage returns, no newline at the end."""
+    given = codecs.BOM_UTF8 + "naïve café\r\n\r\nWho made the heaven?".encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="cp1252"))
+    assert main(["chat", "-n", "8"]) == 0
+    with pytest.warns(UserWarning):
+        whole = gemma2.Talk(shipped, 8)
+    replies = ["".join(whole.say(line)).strip() for line in ("naïve café", "Who made the heaven?")]
+    assert capsys.readouterr().out == "".join(f"{reply}\n" for reply in replies)
+
+
+def test_a_system_text_is_merged_into_the_first_message_and_outlives_reset(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shipped: gemma2.Gemma
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who?\n/reset\nWho?\n"))
+    assert main(["chat", "-n", "8", "--system", "Thou shalt answer."]) == 0
+    with pytest.warns(UserWarning):
+        answer = shipped.chat([{"role": "user", "content": "Thou shalt answer.\n\nWho?"}], 8)
+    assert capsys.readouterr().out == f"{answer}\n" * 2
+
+
+def test_a_turn_that_does_not_fit_is_said_and_the_exit_code_of_a_pipe_tells(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("word " * 1100 + "\nhello\n"))
+    assert main(["chat", "-n", "2"]) == 1
+    out, err = capsys.readouterr()
+    assert re.search(
+        r"error: the conversation is 1\d+ tokens long, and 2 new ones exceed the context of 1024; /reset", err
+    )
+    assert out.endswith("\n") and out.count("\n") <= 2
+
+
+def test_a_template_of_another_model_is_noted_once(
+    folder: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = folder()
+    (place / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\n"))
+    assert main(["chat", "-n", "2", "--model", str(place)]) == 0
+    assert capsys.readouterr().err == f"note: {NOT_GEMMAS}\n"
+
+
+def test_white_space_around_a_reply_is_not_shown_and_what_is_inside_is() -> None:
+    assert list(trimmed(["\n", " ", "a ", "", "b", " \n", "\n", "c", "  ", "\n"])) == ["a", " b", " \n\nc"]
+    assert list(trimmed([" ", "\n"])) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_at_a_terminal_ctrl_c_ends_a_reply_and_at_the_prompt_the_program() -> None:
+    import pty
+
+    terminal, end = pty.openpty()
+    command = [sys.executable, "-m", "gemma2", "chat", "-n", "900", "--device", "cpu"]
+    plain = {**os.environ, "TERM": "dumb"}  # the line editor writes no escape sequences
+    with signals_restored():
+        child = subprocess.Popen(command, stdin=end, stdout=end, stderr=subprocess.DEVNULL, env=plain)
+    os.close(end)
+
+    def until(pattern: bytes) -> None:
+        seen = b""
+        while not re.search(pattern, seen):
+            assert select.select([terminal], [], [], 60)[0], seen
+            seen += os.read(terminal, 4096)
+
+    try:
+        until(rb"> $")
+        for question in (b"Who made the heaven?", b"Who?"):
+            os.write(terminal, question + b"\n")
+            until(re.escape(question) + rb"\r\n[^\r]")  # what was typed, and the beginning of the reply
+            child.send_signal(signal.SIGINT)
+            until(rb"\r\n> $")
+        for _ in range(6):  # one that comes just before the line editor waits for keys is seen with the next
+            time.sleep(0.3)
+            child.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=10)
+                break
+        assert child.returncode == 130
+    finally:
+        child.kill()
+        child.wait()
+        os.close(terminal)
+
+
+def test_a_closed_pipe_ends_the_command_where_there_is_no_signal_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows, say."""
+    monkeypatch.delattr(signal, "SIGPIPE", raising=False)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert main(["generate", "x", "-n", "1"]) == 141
 
 
 def test_chat_ends_with_its_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

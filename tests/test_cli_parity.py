@@ -181,9 +181,9 @@ def test_the_page_is_whole_stands_alone_and_replaces_an_older_one(
 ) -> None:
     pytest.importorskip("matplotlib", reason="the chart needs the extra gemma2[plots]")
     page = tmp_path / "page.html"
-    page.write_text("older")
+    page.write_text("older", encoding="utf-8")
     lines(capsys, small, "--against", f"self:model={other}", "--ids", IDS, "--html", page, code=1)
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     assert text.startswith("<!doctype html>") and text.rstrip().endswith("</html>")
     assert f"MODEL is {small}. REF is gemma2 " in text and "Text: 11 token ids given by --ids." in text
     assert text.count("<svg") == text.count("</svg>") == 1, "one chart"
@@ -199,9 +199,9 @@ def test_a_page_is_drawn_of_a_single_site_and_of_values_that_are_not_finite(tmp_
     path = written(tmp_path, lambda model: model.get_parameter("model.layers.0.mlp.up_proj.weight").mul_(1e4))
     argv = [path, "--against", "self", "--dtype", "float16", "--ids", IDS, "--no-cases", "--html", tmp_path / "p.html"]
     lines(capsys, *argv, code=1)
-    assert "ours not finite" in (tmp_path / "p.html").read_text()
+    assert "ours not finite" in (tmp_path / "p.html").read_text(encoding="utf-8")
     lines(capsys, *argv, "--sites", "hook_embed")
-    assert "None was run." in (tmp_path / "p.html").read_text()
+    assert "None was run." in (tmp_path / "p.html").read_text(encoding="utf-8")
 
 
 def test_nothing_but_the_result_is_written_to_a_pipe(small: Path) -> None:
@@ -212,7 +212,7 @@ def test_nothing_but_the_result_is_written_to_a_pipe(small: Path) -> None:
 
 def test_a_text_a_file_and_a_window_of_sites_are_taken_as_given(small: Path, tmp_path: Path, capsys: Capture) -> None:
     text = tmp_path / "text.txt"
-    text.write_text("In the beginning")
+    text.write_text("In the beginning", encoding="utf-8")
     shown = ["--sites", "hook_embed", "--sites", "blocks.1.hook_resid_*", "--no-cases", "--all"]
     by_prompt = lines(capsys, small, "--against", "self", "--prompt", "In the beginning", *shown)
     by_file = lines(capsys, small, "--against", "self", "--file", text, *shown)
@@ -244,7 +244,9 @@ def test_the_chart_numbers_the_blocks_whichever_sites_are_shown(shown: str, smal
     page = tmp_path / "page.html"
     argv = ["--ids", IDS, "--no-cases", "--sites", shown, "--html", str(page)]
     assert main(["parity", str(small), "--against", "self", *argv]) == 0
-    written_as = re.findall(r"<!-- (.*?) -->", page.read_text())  # matplotlib draws letters as paths, after a comment
+    written_as = re.findall(
+        r"<!-- (.*?) -->", page.read_text(encoding="utf-8")
+    )  # matplotlib draws letters as paths, after a comment
     numbers = [label for label in written_as if label in ("0", "1")]
     assert numbers == (["0", "1"] if shown != "hook_embed" else [])
 
@@ -256,7 +258,7 @@ def shape(text: str) -> list[str]:
 
 def test_the_page_shows_what_is_printed(capsys: Capture) -> None:
     pytest.importorskip("transformers", reason="the page's example is one with transformers")
-    page = (Path(__file__).resolve().parents[1] / "docs" / "parity.md").read_text()
+    page = (Path(__file__).resolve().parents[1] / "docs" / "parity.md").read_text(encoding="utf-8")
     shown = page.split("```text\n")[1].split("```")[0]
     assert shape("\n".join(lines(capsys, "pocket", "--against", "transformers"))) == shape(shown)
 
@@ -264,7 +266,7 @@ def test_the_page_shows_what_is_printed(capsys: Capture) -> None:
 def test_the_pages_modified_copy_ends_as_the_page_says(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = (Path(__file__).resolve().parents[1] / "docs" / "parity.md").read_text()
+    page = (Path(__file__).resolve().parents[1] / "docs" / "parity.md").read_text(encoding="utf-8")
     _, about = page.split("## Comparing a modified copy\n")
     code, verdict = about.split("```python\n")[1].split("```")[0], about.split("```text\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)

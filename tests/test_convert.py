@@ -134,7 +134,9 @@ def test_the_type_is_the_sources_own_unless_asked(source: Make, tmp_path: Path) 
         assert kinds(place, "out.gguf") == {own, "F32"}
         assert kinds(tmp_path / "out.gguf", "again") == {own}
         assert kinds(place, "out") == {own}
-        assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == str(dtype)[6:]
+        assert (
+            json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["torch_dtype"] == str(dtype)[6:]
+        )
         for asked in ("f32", "BF16", "f16"):
             assert kinds(place, "out", type=asked) == {asked.upper()}
     quantized = convert(source(**WIDE), tmp_path / "q.gguf", type="q8_0", progress=False).path

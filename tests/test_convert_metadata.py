@@ -119,9 +119,11 @@ def test_texts_have_the_same_ids_afterwards(start: str, end: str, source: Make, 
 @pytest.mark.parametrize("tuned", [True, False])
 def test_what_is_said_about_chat_survives(tuned: bool, template: str | None, source: Make, tmp_path: Path) -> None:
     place = source()
-    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 107] if tuned else 1}))
+    (place / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [1, 107] if tuned else 1}), encoding="utf-8"
+    )
     if template:
-        (place / "chat_template.jinja").write_text(template)
+        (place / "chat_template.jinja").write_text(template, encoding="utf-8")
     for name in TARGETS.values():
         first = convert(place, tmp_path / name, progress=False).path
         again = convert(first, tmp_path / f"again-{name}", progress=False).path

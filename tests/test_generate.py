@@ -6,7 +6,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -291,3 +293,18 @@ def test_a_repetition_penalty_makes_greedy_text_repeat_less(pocket: gemma2.Gemma
         return len(written) - len(set(written))
 
     assert repeats(1.3) < repeats(1.0)
+
+
+def test_options_that_are_none_are_not_set_and_numbers_of_numpy_and_pytorch_are_taken(
+    pocket: Any, recwarn: pytest.WarningsRecorder
+) -> None:
+    """`pocket` is Any, since to a type checker these numbers are no int and no float."""
+    plain = pocket.generate("In the beginning", 12)
+    unset = {"stop": None, "top_p": None, "top_k": None, "min_p": None, "temperature": None, "processors": None}
+    off = {"top_k": -1, "seed": -1, "top_p": np.float64(1.0), "min_p": torch.tensor(0.0)}
+    assert pocket.generate("In the beginning", np.int64(12), **unset) == plain
+    assert pocket.generate("In the beginning", torch.tensor(12), **off) == plain
+    assert not recwarn.list, "nothing of this is an option that has no effect"
+    drawn = pocket.generate("In the beginning", 12, temperature=np.float32(0.9), seed=np.int64(3), top_k=np.int64(40))
+    assert drawn == pocket.generate("In the beginning", 12, temperature=float(np.float32(0.9)), seed=3, top_k=40)
+    assert pocket.generate("In the beginning", 12, temperature=1.0, top_p=0) == plain

@@ -17,7 +17,14 @@ import sentencepiece
 from gemma2 import BadModelFile, Tokenizer
 from gemma2.chat import chat_ids
 from gemma2.checkpoints.gguf import GGUF, Value, read_header
-from gemma2.checkpoints.gguf_tokenizer import build_tokenizer, chat_tuned, notes, tokenizer_metadata, tokenizer_model
+from gemma2.checkpoints.gguf_tokenizer import (
+    build_tokenizer,
+    chat_tuned,
+    end_ids,
+    notes,
+    tokenizer_metadata,
+    tokenizer_model,
+)
 from gemma2.checkpoints.sentencepiece_proto import (
     BYTE,
     CONTROL,
@@ -197,10 +204,11 @@ def kinds_of(found: GGUF) -> list[int]:
 @needs_real
 def test_both_official_files_give_the_golden_ids(official: GGUF) -> None:
     rebuilt = build_tokenizer(official)
-    rows = [json.loads(line) for line in (REAL / "golden.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (REAL / "golden.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 216
     for row in rows:
-        assert rebuilt.encode(row["text"], bos=False, special=True) == row["ids"], row["text"]
+        special = row["agrees_with_hf_tokenizers"]  # one has <bos> in it, which SentencePiece does not find
+        assert rebuilt.encode(row["text"], bos=False, special=special) == row["ids"], row["text"]
         assert rebuilt.decode(row["ids"]) == row["text"]
 
 
@@ -327,18 +335,21 @@ def test_the_html_tag_of_llamas_end_is_text_and_ends_nothing(kind: int, pocket: 
     assert 213 not in rebuilt.special.values() and chat_tuned(found) is None
 
 
-def test_control_pieces_that_gemma_does_not_have_are_never_read_from_text_and_are_said(
+def test_control_pieces_that_gemma_does_not_have_are_read_when_asked_for_alone_and_are_said(
     arrays: dict[str, list[Any]], pocket: Tokenizer
 ) -> None:
     more = [("<|im_start|>", -1000.0, CONTROL), ("<|im_end|>", -1000.0, CONTROL)]
     found = header(changed(arrays, more=more))
     rebuilt = build_tokenizer(found)
     assert len(rebuilt) == 4098
-    some = [*texts(9, 50), "<|im_start|>user\nHi<|im_end|>"]
-    assert_same(rebuilt, pocket, some)
+    assert_same(rebuilt, pocket, texts(9, 50))
+    turn = "<|im_start|>user\nHi<|im_end|>"
+    assert rebuilt.encode(turn) == pocket.encode(turn) and rebuilt.decode(rebuilt.encode(turn)) == turn
+    assert rebuilt.encode(turn, special=True) == [2, 4096, *pocket.encode("user\nHi", bos=False), 4097]
     assert rebuilt.decode([4096, *rebuilt.encode("a", bos=False)]) == "a"
-    said = "control pieces that Gemma 2 does not have ('<|im_start|>', '<|im_end|>'): no text is read as one of them"
-    assert notes(found)[-1] == said
+    said = "control pieces that Gemma 2 does not have ('<|im_start|>', '<|im_end|>'): "
+    assert notes(found)[-2:] == [said + "a text is read as one with special=True", "a text also ends at '<|im_end|>'"]
+    assert end_ids(found) == {1, 4097}
 
 
 def test_user_defined_pieces_that_a_fine_tune_added_are_found_in_text(

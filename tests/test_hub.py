@@ -74,7 +74,7 @@ def test_a_sharded_repository_gives_the_same_model(hub: Hub, tiny_repository: Pa
         file = f"model-{part + 1:05}-of-00003.safetensors"
         save_file({name: stored[name] for name in names[part::3]}, tiny_repository / file)
         where |= dict.fromkeys(names[part::3], file)
-    (tiny_repository / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (tiny_repository / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}), encoding="utf-8")
     # A pickle of the weights and a shard that no index names are of no use.
     hub.push(
         {**UNWEIGHTED, **content(tiny_repository), "pytorch_model.bin": b"", "model-00004-of-00003.safetensors": b""}
@@ -176,7 +176,7 @@ def test_an_unchanged_cache_is_hashed_once(hub: Hub, monkeypatch: pytest.MonkeyP
 
 def test_a_cache_whose_verdicts_cannot_be_noted_still_serves(hub: Hub) -> None:
     hub.cache.mkdir()
-    (hub.cache / ".gemma2-verified").write_text("a file where the folder should be")
+    (hub.cache / ".gemma2-verified").write_text("a file where the folder should be", encoding="utf-8")
     assert (download(NAME) / SINGLE).read_bytes() == WEIGHTS
 
 
@@ -374,7 +374,9 @@ def test_a_process_killed_while_downloading_leaves_nothing_that_a_later_one_take
 def test_the_command_ends_in_one_line_that_says_what_to_do(hub: Hub, tmp_path: Path) -> None:
     hub.refusal = (401, "GatedRepo", f"Access to model {NAME} is restricted.")
     command = [sys.executable, "-m", "gemma2", "generate", "Hello", "--model", NAME]
-    done = subprocess.run(command, env=environment(hub, tmp_path / "home"), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, env=environment(hub, tmp_path / "home"), capture_output=True, encoding="utf-8", timeout=120
+    )
     assert done.returncode == 1 and not done.stdout
     lines = done.stderr.splitlines()
     assert len(lines) == 1 and f"{hub.url}/{NAME}" in lines[0] and "`hf auth login`" in lines[0]

@@ -445,7 +445,7 @@ def test_refusals_of_the_hub_are_told_as_for_a_folder(repository: Hub, file: str
 
 def command(hub: Hub, home: Path, model: str) -> subprocess.CompletedProcess[str]:
     argv = [sys.executable, "-m", "gemma2", "generate", "Hello", "-n", "2", "--model", model]
-    return subprocess.run(argv, env=environment(hub, home), capture_output=True, text=True, timeout=120)
+    return subprocess.run(argv, env=environment(hub, home), capture_output=True, encoding="utf-8", timeout=120)
 
 
 def test_the_command_takes_the_same_names(hub: Hub, tmp_path: Path) -> None:

@@ -103,10 +103,10 @@ def test_folders_with_parts_missing_list_each(folder: Folder) -> None:
     place = folder()
     tensors = load_file(place / "model.safetensors")
     save_file({name: tensor for name, tensor in tensors.items() if "layers.1" not in name}, place / "model.safetensors")
-    raw = json.loads((place / "config.json").read_text())
-    (place / "config.json").write_text(json.dumps(raw | {"vocab_size": 4000}))
+    raw = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    (place / "config.json").write_text(json.dumps(raw | {"vocab_size": 3000}), encoding="utf-8")
     problems = inspect(place).problems
-    assert any("4096 pieces, but the embedding has 4000 rows" in problem for problem in problems)
+    assert any("4096 pieces, but the embedding has 3000 rows" in problem for problem in problems)
     assert any("11 missing" in problem and "1 misshapen" in problem for problem in problems)
 
 
@@ -114,18 +114,20 @@ def test_each_part_of_a_folder_that_is_absent_or_damaged_is_a_problem_of_its_own
     place = folder()
     (place / "config.json").unlink()
     (place / "tokenizer.model").unlink()
-    (place / "tokenizer_config.json").write_text("{")
+    (place / "tokenizer_config.json").write_text("{", encoding="utf-8")
     absent, tokenizer, template = inspect(place).problems
-    assert "no config.json" in absent and "tokenizer.model: no such file" in tokenizer
+    assert "no config.json" in absent and "neither tokenizer.json nor tokenizer.model" in tokenizer
     assert "tokenizer_config.json: not valid JSON" in template
-    (place / "config.json").write_text("[]")
+    (place / "config.json").write_text("[]", encoding="utf-8")
     (place / "model.safetensors").write_bytes(b"")
     assert len(inspect(place).problems) == 4
 
 
 def test_a_tokenizer_that_is_not_there_is_a_problem(tmp_path: Path) -> None:
     path = written(tmp_path, tiny_model())
-    assert inspect(path, tokenizer=tmp_path / "none.model").problems == [f"{tmp_path}/none.model: no such file"]
+    assert inspect(path, tokenizer=tmp_path / "none.model").problems == [
+        f"{tmp_path}/none.model: no such file or folder"
+    ]
 
 
 # The command.

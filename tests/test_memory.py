@@ -99,7 +99,7 @@ def limited(name: str, room: int, folder: Path) -> list[str]:
     """What is said of two loads, the second in bfloat16, where so many bytes more are allowed."""
     command = [sys.executable, "-c", LIMITED, name, str(room), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

@@ -69,7 +69,7 @@ def test_what_cannot_be_filled_is_refused_before_anything_is_read(monkeypatch: p
     def explode(*_: object) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr("gemma2.checkpoints.safetensors.SafetensorsWeights.read", explode)
+    monkeypatch.setattr("gemma2.checkpoints.folder.FileWeights.read", explode)
     cases: dict[str, Callable[[], object]] = {
         "a twin has other parameters": lambda: gemma2.load(device="cpu", make=on(nn.Linear, LoRA)),
         "nothing was replaced": lambda: gemma2.load(device="cpu", make=on(nn.Conv1d, LoRA)),

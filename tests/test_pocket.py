@@ -105,7 +105,7 @@ def test_it_writes_words_of_the_language_it_was_trained_on(pocket: gemma2.Gemma)
 
 @pytest.mark.needs("shared", "data/early-modern-english")
 def test_the_reported_held_out_loss_is_that_of_the_shipped_weights(pocket: gemma2.Gemma) -> None:
-    card = (POCKET / "README.md").read_text()
+    card = (POCKET / "README.md").read_text(encoding="utf-8")
     reported = re.search(r"\*\*([\d.]+) nats per token\*\*", card)
     script = load_script("train_pocket")
     _, held = script.documents(SHARED / "data" / "early-modern-english")
@@ -126,7 +126,7 @@ def load_script(name: str) -> Any:
 
 
 def test_its_training_is_recorded_beside_it() -> None:
-    log = json.loads((POCKET / "training.json").read_text())
+    log = json.loads((POCKET / "training.json").read_text(encoding="utf-8"))
     result, losses = log["result"], [loss for _, loss in log["held_out"]]
     assert len(losses) > 5 and losses[0] > min(losses)
     assert result["held_out_bits_per_byte"] < 2 and result["held_out_tokens"] > 10_000

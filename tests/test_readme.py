@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 CARD = ROOT / "gemma2" / "assets" / "pocket" / "README.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", CARD, *DOCS]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A block may stand below a comment that names the packages without which it is not run.
 BLOCK = re.compile(r"(?:<!-- needs ([^\n]*) -->\n)?```python\n(.*?)```(?:\n+```text\n(.*?)```)?", re.DOTALL)
 
@@ -51,7 +51,7 @@ def test_the_recipes_run_and_print_what_they_show(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("transformers")
-    page = (ROOT / "docs" / "recipes.md").read_text()
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     check_code(page)
     (command,) = re.findall(r"\$ gemma2 (parity .*)", page)
@@ -67,28 +67,28 @@ def test_the_page_for_users_of_transformers_runs_and_prints_what_it_shows(
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(warnings, "filters", warnings.filters[:])  # the page changes them
-    check_code((ROOT / "docs" / "from-transformers.md").read_text())
+    check_code((ROOT / "docs" / "from-transformers.md").read_text(encoding="utf-8"))
 
 
 def test_the_reading_order_has_the_true_line_counts() -> None:
     rows = re.findall(r"\| \[`(gemma2/\w+\.py)`\]\([^)]*\) \| (\d+) \|", README)
     assert len(rows) >= 5
     for name, lines in rows:
-        assert len((ROOT / name).read_text().splitlines()) == int(lines), name
+        assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) == int(lines), name
     total = re.search(r"\*\*(\d+) lines\*\*", README)
     assert total and int(total[1]) == sum(int(lines) for _, lines in rows)
 
 
 @pytest.mark.parametrize("index", [ROOT / "README.md", ROOT / "docs" / "README.md"], ids=["README", "docs/README"])
 def test_an_index_links_every_page(index: Path) -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", index.read_text())
+    links = re.findall(r"\]\(([^)#]+)\)", index.read_text(encoding="utf-8"))
     found = {(index.parent / link).resolve() for link in links if "://" not in link}
     assert not set(DOCS) - {index} - found
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if not target.startswith(("http://", "https://")):
             assert (page.parent / target).exists(), target
 
@@ -96,7 +96,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_tests_that_pages_name_exist(page: Path) -> None:
     names = {
-        name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+        name
+        for path in (ROOT / "tests").rglob("*.py")
+        for name in re.findall(r"def (test_\w+)", path.read_text(encoding="utf-8"))
     }
-    for name in re.findall(r"`(test_[a-z_0-9]+)`", page.read_text()):
+    for name in re.findall(r"`(test_[a-z_0-9]+)`", page.read_text(encoding="utf-8")):
         assert name in names, name

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -137,3 +140,42 @@ def test_the_same_seed_gives_the_same_draws_and_a_generator_is_used_as_it_is() -
 def test_values_that_cannot_be_are_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=name):
         Sampling(**{name: value})  # type: ignore[arg-type]
+
+
+def test_none_is_the_default_and_minus_one_is_no_top_k() -> None:
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    assert Sampling(**dict.fromkeys(names)) == Sampling() == Sampling(top_k=-1)  # type: ignore[arg-type]
+    assert Sampling(top_k=np.int64(-1)) == Sampling()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16, torch.tensor, np.array, float])
+def test_numbers_of_numpy_and_pytorch_are_numbers(kind: Callable[[float], Any]) -> None:
+    taken = Sampling(temperature=kind(0.5), top_p=kind(0.25), min_p=kind(0.0), repetition_penalty=kind(2.0))
+    assert taken == Sampling(temperature=0.5, top_p=0.25, min_p=0.0, repetition_penalty=2.0)
+    assert all(type(value) in (float, int) for value in vars(taken).values())
+    with pytest.raises(ValueError, match="top_p must be a number in"):
+        Sampling(top_p=kind(1.5))
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8, torch.tensor, np.array, int])
+def test_integers_of_numpy_and_pytorch_are_integers(kind: Callable[[int], Any]) -> None:
+    assert Sampling(top_k=kind(3)) == Sampling(top_k=3)
+    cpu = torch.device("cpu")
+    assert make_generator(kind(5), cpu).initial_seed() == make_generator(5, cpu).initial_seed() == 5
+    for wrong in (
+        np.float64(3.0),
+        np.bool_(True),
+        torch.tensor(True),
+        torch.tensor([3]),
+        torch.empty((), device="meta"),
+    ):
+        with pytest.raises(ValueError, match="top_k must be a non-negative integer"):
+            Sampling(top_k=wrong)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="seed must be a non-negative integer"):
+            make_generator(wrong, cpu)  # type: ignore[arg-type]
+
+
+def test_a_seed_of_minus_one_is_another_each_time() -> None:
+    cpu = torch.device("cpu")
+    seeds = {make_generator(seed, cpu).initial_seed() for seed in (-1, -1, np.int64(-1), None)}  # type: ignore[arg-type]
+    assert len(seeds) == 4 and not {5, -1, 2**64 - 1} & seeds

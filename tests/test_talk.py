@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ def test_a_pass_that_is_broken_off_in_the_middle_costs_the_cache_and_not_the_tal
 
 def test_a_turn_that_does_not_fit_or_fails_is_not_kept(gemma: Gemma) -> None:
     talk = Talk(gemma, 900)
-    with pytest.raises(ContextOverflow):
+    with pytest.raises(ContextOverflow, match=r"the conversation is \d+ tokens long, and 900 new ones exceed"):
         talk.say("word " * 300)
     assert talk.messages == []
 
@@ -111,6 +112,66 @@ def test_reset_forgets_and_a_foreign_cache_is_refused(gemma: Gemma) -> None:
         Talk(gemma, 10, repetition_penalty=-3)
     with pytest.raises(TypeError, match="generation has no option 'foo'"):
         Talk(gemma, 10, foo=3)  # type: ignore[call-arg]
+
+
+def test_a_system_message_is_merged_once_and_stays_when_the_talk_is_reset(gemma: Gemma) -> None:
+    instructions = {"role": "system", "content": "Answer in the words of the Bible."}
+    talk, fed = Talk(gemma, 20, messages=[instructions], system="merge"), list[int]()
+    hook = gemma.model.register_forward_pre_hook(lambda m, inputs: fed.append(inputs[0].shape[1]))
+    for _ in range(2):
+        messages: list[Mapping[str, object]] = [instructions]
+        for content in SAID:
+            fed.clear()
+            reply = "".join(talk.say(content))
+            kept, messages = sum(fed), [*messages, {"role": "user", "content": content}]
+            assert reply == "".join(gemma.stream_chat(messages, 20, system="merge"))
+            messages = [*messages, {"role": "assistant", "content": reply}]
+        assert talk.messages == messages and kept < 45, "the last turn alone was computed"
+        talk.reset()
+        assert talk.messages == [instructions]
+    hook.remove()
+
+
+def test_a_talk_can_begin_with_earlier_turns_and_parts_of_text(gemma: Gemma) -> None:
+    earlier = [{"role": "user", "content": SAID[0]}, {"role": "assistant", "content": "God made it."}]
+    talk, parts = Talk(gemma, 12, messages=earlier), [{"type": "text", "text": SAID[1]}]
+    whole = "".join(gemma.stream_chat([*earlier, {"role": "user", "content": SAID[1]}], 12))
+    assert "".join(talk.say(parts)) == whole and len(talk.messages) == 4 and len(earlier) == 2
+
+
+def test_what_a_talk_cannot_begin_with_is_refused_at_once(gemma: Gemma) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    for messages, options, words in (
+        ([system], {}, 'message 0 is from "system"'),
+        ([system], {"system": "Be brief."}, 'system must be "merge" or None'),
+        ([{"role": "user", "content": "Who?"}], {}, "message 1 is from 'user'; user and assistant must alternate"),
+        ("Be brief.", {}, "messages must be a list of them, not str"),
+        (["Be brief."], {}, "message 0 must be a dict"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            Talk(gemma, 5, messages=messages, **options)  # type: ignore[arg-type]
+
+
+def test_options_that_are_none_are_not_set(gemma: Gemma) -> None:
+    plain = "".join(Talk(gemma, 12).say(SAID[0]))
+    unset = {"repetition_penalty": None, "temperature": None, "top_k": -1, "processors": None, "stop": None, "seed": -1}
+    assert "".join(Talk(gemma, np.int64(12), **unset).say(SAID[0])) == plain  # type: ignore[arg-type]
+
+
+def test_ctrl_c_before_the_first_piece_ends_the_reply_and_keeps_the_talk(gemma: Gemma) -> None:
+    """In the middle of the prompt, say."""
+    talk = Talk(gemma, 20)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = gemma.model.model.layers[3].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(talk.say(SAID[0]))
+    hook.remove()
+    assert talk.messages == [{"role": "user", "content": SAID[0]}, {"role": "assistant", "content": ""}]
+    messages = [*talk.messages, {"role": "user", "content": SAID[1]}]
+    assert "".join(talk.say(SAID[1])) == "".join(gemma.stream_chat(messages, 20))
 
 
 def test_without_chat_tuning_it_warns_once(pocket: Gemma) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def real() -> Tokenizer:
 
 
 def golden() -> list[dict[str, object]]:
-    return [json.loads(line) for line in (REAL / "golden.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (REAL / "golden.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @needs_real
@@ -36,7 +37,8 @@ def test_the_golden_ids_are_reproduced(real: Tokenizer) -> None:
     rows = golden()
     assert len(rows) == 216
     for row in rows:
-        assert real.encode(str(row["text"]), bos=False, special=True) == row["ids"], row["text"]
+        special = bool(row["agrees_with_hf_tokenizers"])  # one has <bos> in it, which SentencePiece does not find
+        assert real.encode(str(row["text"]), bos=False, special=special) == row["ids"], row["text"]
 
 
 @needs_real
@@ -66,6 +68,7 @@ def test_the_pocket_vocabulary_has_gemmas_layout_up_to_the_bytes(real: Tokenizer
     assert len(pocket) == 4096
 
 
+@pytest.mark.filterwarnings("ignore:the text begins with <bos>")
 def test_bos_is_on_by_default_and_never_twice(pocket: Tokenizer) -> None:
     assert pocket.encode("")[:1] == [2] and pocket.encode("", bos=False) == []
     assert pocket.encode("a") == [2, *pocket.encode("a", bos=False)]
@@ -115,7 +118,9 @@ def test_the_model_file_is_the_one_a_bare_sentencepiece_reads(pocket: Tokenizer)
     import sentencepiece
 
     bare = sentencepiece.SentencePieceProcessor(model_file=str(POCKET / "tokenizer.model"))
-    text = Path(__file__).read_text()
+    text = re.sub(
+        "<(bos|eos|pad|unk)>", "", Path(__file__).read_text(encoding="utf-8")
+    )  # which SentencePiece does not find
     assert pocket.encode(text, bos=False, special=True) == bare.encode(text)
 
 

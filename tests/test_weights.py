@@ -78,7 +78,7 @@ torch.set_num_threads(4)
 
 def threads(script: str) -> str:
     command = [sys.executable, "-c", THREADS + script]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    return subprocess.run(command, check=True, capture_output=True, encoding="utf-8", timeout=120).stdout
 
 
 def test_loads_at_once_leave_the_number_of_threads_as_it_was() -> None:

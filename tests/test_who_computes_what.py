@@ -25,7 +25,7 @@ from studies.who_computes_what.runs import compared, compared_again, look_at, tr
 
 without_window = changes.changed(layer_types=(GLOBAL,) * TINY["num_hidden_layers"])
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = (ROOT / "docs" / "who-computes-what.md").read_text()
+PAGE = (ROOT / "docs" / "who-computes-what.md").read_text(encoding="utf-8")
 
 
 def run_here(tmp_path: Path, one: Implementation) -> tuple[Path, Gemma2]:
@@ -230,7 +230,7 @@ def test_an_empty_slot_is_a_key_and_a_value_of_zeros_and_sums_are_on_capped_scor
 
 
 def test_a_run_that_fails_has_its_error(tmp_path: Path) -> None:
-    (tmp_path / "64, prefill 32.txt").write_text("ValueError: too long")
+    (tmp_path / "64, prefill 32.txt").write_text("ValueError: too long", encoding="utf-8")
     found = {one.run: one for one in compared(tmp_path, random_model(TINY))}
     assert (found["64, prefill 32"].verdict, found["64, prefill 32"].said) == ("fails", "ValueError: too long")
     assert found["64"].verdict == "not run"

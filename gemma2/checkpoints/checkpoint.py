@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma2.checkpoints import gguf, gguf_tokenizer, gguf_weights, google, safetensors
+from gemma2.checkpoints import gguf, gguf_tokenizer, gguf_weights
 from gemma2.checkpoints.beside import chat_template, chat_tuned, end_ids, turn_notes
-from gemma2.checkpoints.hf_config import read_config
+from gemma2.checkpoints.folder import PICKLED, PICKLED_INDEX, FileWeights, chosen, open_folder
+from gemma2.checkpoints.foreign import quantization, refuse_file, refuse_folder, refuse_foreign, refuse_names
+from gemma2.checkpoints.google import GoogleWeights
+from gemma2.checkpoints.hf_config import MOST_CONFIG, config_and_notes, read_json
+from gemma2.checkpoints.pickled import PICKLE, ZIP, PickledFile, names_are_googles
+from gemma2.checkpoints.safetensors_file import SafetensorsFile
 from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer, tokenizer_of
-from gemma2.checkpoints.weights import Weights, check_names, shapes_of
+from gemma2.checkpoints.weights import PlainWeights, Weights, check_names, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
 from gemma2.templates import NOT_GEMMAS, is_gemmas
@@ -17,6 +22,10 @@ from gemma2.tokenizer import Tokenizer
 
 # GGUF has no key for `Checkpoint.chat_tuned`, so this project writes one, which other readers leave alone.
 CHAT_TUNED = "gemma2.chat_tuned"
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+TORCH = (".bin", ".pt", ".pth")  # how the names of PyTorch's files end; .ckpt is Google's
+LONGEST_HEADER = 100_000_000  # bytes, the most that safetensors reads
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,7 @@ class Checkpoint:
 
     Attributes:
         path: the folder or file; for a model in memory a name for messages.
-        form: "safetensors", "gguf", "ckpt" or "memory".
+        form: "safetensors", "gguf", "ckpt", "bin" or "memory".
         chat_tuned: whether it says that it was tuned for chat; None when it says nothing.
         chat_template: the text of a chat template in it, passed on when converting and never run.
         notes: a line for everything that the file does not state and that was filled in.
@@ -49,31 +58,35 @@ def open_checkpoint(path: Path, tokenizer: str | Path | Tokenizer | None = None)
     Raises:
         BadModelFile: anything that is not exactly a Gemma 2 this program runs; says what, where, and the cure.
     """
-    form = form_of(path)
-    if form == "gguf":
-        return _open_gguf(path, tokenizer)
-    config = config_of(path)
-    weights = weights_of(path, config)
-    if isinstance(weights, google.GoogleWeights):
-        config = weights.config
-    assert config is not None  # as `config_of` says
-    found = tokenizer_of(folder_of(path), tokenizer)
-    check_vocabulary(found, config)
-    folder = folder_of(path)
-    tuned, template, ends = chat_tuned(folder, found), chat_template(folder), end_ids(folder, found)
-    said = tuple(turn_notes(folder, found))
-    return Checkpoint(path, form, config, weights, found, tuned, template, said, ends)
+    try:
+        form = form_of(path)
+        return _open_gguf(path, tokenizer) if form == "gguf" else _open_other(path, form, tokenizer)
+    except OSError as error:
+        raise BadModelFile(f"{error.filename or path}: cannot be read ({error.strerror})") from None
 
 
 def form_of(path: Path) -> str:
-    """ "gguf", "ckpt" or "safetensors", by the name. Raises BadModelFile for a file of another name."""
-    if path.is_dir() or path.suffix == ".safetensors":
+    """ "gguf", "safetensors", "ckpt" (Google's) or "bin" (other files of PyTorch).
+
+    The content decides, and the name where the content begins as none of them does.
+
+    Raises:
+        BadModelFile: it is anything else; says what.
+    """
+    if path.is_dir():
+        first = chosen(path)
+        return "bin" if first is not None and first.name in (PICKLED, PICKLED_INDEX) else "safetensors"
+    with path.open("rb") as file:
+        head = file.read(9)
+    ending = path.suffix.lower()
+    if head.startswith(b"GGUF"):
+        return "gguf"
+    if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= LONGEST_HEADER:
         return "safetensors"
-    if path.suffix in (".gguf", ".ckpt"):
-        return path.suffix[1:]
-    raise BadModelFile(
-        f"{path}: give a folder, a .gguf, a .safetensors file or Google's .ckpt, not a {path.suffix!r} file"
-    )
+    if head.startswith((ZIP, PICKLE)):
+        return "ckpt" if ending == ".ckpt" or names_are_googles(path) else "bin"
+    forms = {".safetensors": "safetensors", ".gguf": "gguf", ".ckpt": "ckpt"} | dict.fromkeys(TORCH, "bin")
+    return forms.get(ending) or refuse_file(path)
 
 
 def folder_of(path: Path) -> Path:
@@ -82,20 +95,85 @@ def folder_of(path: Path) -> Path:
 
 
 def config_of(path: Path) -> Gemma2Config | None:
-    """What the config.json of a folder, a `.safetensors` file or a `.ckpt` states; None for a `.ckpt` without one."""
-    stated = folder_of(path) / "config.json"
+    """What the config.json of a folder or file states: `stated_config` without the notes."""
+    return stated_config(path)[0]
+
+
+def stated_config(path: Path) -> tuple[Gemma2Config | None, tuple[str, ...]]:
+    """What the config.json of a folder or file states, and a line for what was filled in; None for a `.ckpt` without
+    one, which has the config of the published model of its shape."""
+    stated = folder_of(path) / CONFIG
     if stated.is_file():
-        return read_config(stated)
-    if path.suffix == ".ckpt" and path.is_file():
-        return None
-    raise BadModelFile(f"{stated.parent}: no config.json, and the shapes and scales of a model are never guessed")
+        return config_and_notes(stated)
+    if not path.is_dir() and form_of(path) == "ckpt":
+        return None, ()
+    if path.is_dir() or path.name.startswith("adapter_model."):
+        refuse_folder(folder_of(path))
+    raise BadModelFile(
+        f"{stated.parent}: no config.json, and the shapes and scales of a model are never guessed{_ggufs(path)}"
+    )
 
 
-def weights_of(path: Path, config: Gemma2Config | None) -> Weights:
-    """The weights of a folder, a `.safetensors` file or a `.ckpt`, for which `config` is needed."""
+def weights_of(path: Path, config: Gemma2Config | None) -> PlainWeights:
+    """The weights of a folder, a `.safetensors` file or a PyTorch file.
+
+    Args:
+        config: needed for Google's `.ckpt`.
+    """
+    form = form_of(path)
     if path.is_dir():
-        return safetensors.open_folder(path)
-    return google.GoogleWeights(path, config) if path.suffix == ".ckpt" else safetensors.open_file(path)
+        weights: PlainWeights = open_folder(path)
+    elif form == "ckpt":
+        weights = GoogleWeights(path, config)
+    else:
+        weights = FileWeights([PickledFile(path) if form == "bin" else SafetensorsFile(path)], str(path))
+    stated = folder_of(path) / CONFIG
+    read = read_json(stated, MOST_CONFIG) if stated.is_file() else {}
+    raw = read if isinstance(read, dict) else {}
+    if config is None or not _fits(weights, config):
+        refuse_names([weights.in_file(name) for name in weights.tensors], weights.where, raw)
+    named = raw.get("transformers_weights") if path.is_dir() else None
+    if named is not None and named != getattr(chosen(path), "name", None):
+        raise BadModelFile(f"{stated}: transformers_weights names {named!r:.100} as the weights: give that file itself")
+    if path.is_dir() and (path / ADAPTER).is_file():
+        weights.notes += (f"{path / ADAPTER} is beside whole weights: they were read without an adapter",)
+    if how := quantization(raw):
+        weights.notes += (f"{stated} says quantized by {how}, but the tensors are plain: they were read as they are",)
+    return weights
+
+
+def tokenizer_for(folder: Path, tokenizer: str | Path | Tokenizer | None) -> Tokenizer:
+    """The tokenizer that is given, or else the one in a folder, which must not be a pointer or a page instead."""
+    for name in TOKENIZERS if tokenizer is None else ():
+        if (folder / name).is_file():
+            refuse_foreign(folder / name, kind="tokenizer")
+    return tokenizer_of(folder, tokenizer)
+
+
+def _open_other(path: Path, form: str, tokenizer: str | Path | Tokenizer | None) -> Checkpoint:
+    config, notes = stated_config(path)
+    weights = weights_of(path, config)
+    if isinstance(weights, GoogleWeights):
+        config = weights.config
+    assert config is not None  # as `stated_config` says
+    folder = folder_of(path)
+    found = check_vocabulary(tokenizer_for(folder, tokenizer), config)
+    tuned, template, ends = chat_tuned(folder, found), chat_template(folder), end_ids(folder, found)
+    said = (*notes, *weights.notes, *found.notes, *turn_notes(folder, found))
+    return Checkpoint(path, form, config, weights, found, tuned, template, said, ends)
+
+
+def _fits(weights: PlainWeights, config: Gemma2Config) -> bool:
+    try:
+        check_names(weights, shapes_of(config))
+    except BadModelFile:
+        return False
+    return True
+
+
+def _ggufs(path: Path) -> str:
+    held = sorted(file.name for kind in ("gguf", "ckpt") for file in folder_of(path).glob(f"*.{kind}"))
+    return f"; it holds {', '.join(held[:3])}: give that file itself" if held and path.is_dir() else ""
 
 
 def _open_gguf(path: Path, tokenizer: str | Path | Tokenizer | None) -> Checkpoint:
@@ -106,7 +184,7 @@ def _open_gguf(path: Path, tokenizer: str | Path | Tokenizer | None) -> Checkpoi
     found = parse_tokenizer(tokenizer)
     if found is None:
         found, notes = gguf_tokenizer.build_tokenizer(header), notes + gguf_tokenizer.notes(header)
-    check_vocabulary(found, config)
+    found = check_vocabulary(found, config)
     template = gguf_tokenizer.chat_template(header)
     notes += [] if template is None or is_gemmas(template) else [NOT_GEMMAS]
     tuned = header.metadata.get(CHAT_TUNED)
@@ -118,5 +196,6 @@ def _open_gguf(path: Path, tokenizer: str | Path | Tokenizer | None) -> Checkpoi
         found,
         tuned.value if tuned is not None and tuned.type == "bool" else gguf_tokenizer.chat_tuned(header),
         template,
-        tuple(notes),
+        (*notes, *found.notes),
+        gguf_tokenizer.end_ids(header),
     )

@@ -38,6 +38,8 @@ from gemma2.checkpoints.gguf_write import (
 )
 from gemma2.checkpoints.hf_config import config_dict
 from gemma2.checkpoints.threads import one_thread_per_core
+from gemma2.checkpoints.tokenizer_json_write import tokenizer_json
+from gemma2.checkpoints.vocabulary import AS_TYPED
 from gemma2.checkpoints.weights import (
     EMBEDDING,
     RELEASE_BYTES,
@@ -158,26 +160,29 @@ def _write_flat(path: Path, header: bytes, tensors: Iterator[Iterator[bytes]], a
 
 def _companions(opened: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, bytes]:
     """The small files beside weights, for formats whose weights do not state config, tokenizer and template."""
-    special = opened.tokenizer.special
+    tokenizer, special = opened.tokenizer, opened.tokenizer.special
     ids = {f"{name}_token_id": special[name] for name in ("bos", "eos", "pad")}
     stated = {} if dtype is None else {"torch_dtype": dtype_name(dtype)}
-    tokenizer = {
+    settings = {
         "tokenizer_class": "GemmaTokenizer",
         "add_bos_token": True,
         "add_eos_token": False,
-        **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad")},
+        **{f"{name}_token": tokenizer.piece(special[name]) for name in ("bos", "eos", "unk", "pad")},
+        **({} if tokenizer.typed is None else {AS_TYPED: True}),
         **({} if opened.chat_template is None else {"chat_template": opened.chat_template}),
     }
     files: dict[str, Any] = {
         "config.json": config_dict(opened.config) | ids | stated,
-        "tokenizer_config.json": tokenizer,
+        "tokenizer_config.json": settings,
     }
     own, more = _end_ids(opened)
     if more or (opened.chat_tuned is not None and "end_of_turn" in special):
         stops = own + more
         files["generation_config.json"] = ids | {"eos_token_id": stops if len(stops) > 1 else stops[0]}
     texts = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
-    return texts | {"tokenizer.model": opened.tokenizer.to_proto()}
+    # transformers reads tokenizer.json, for which it needs no other package. A .ckpt's readers know tokenizer.model.
+    fast = tokenizer_json(tokenizer) if dtype is not None or tokenizer.typed is not None else None
+    return texts | {"tokenizer.model": tokenizer.to_proto()} | ({} if fast is None else {"tokenizer.json": fast})
 
 
 def _end_ids(opened: Checkpoint) -> tuple[list[int], list[int]]:
@@ -193,10 +198,8 @@ def _gguf_header(opened: Checkpoint, entries: list[Entry], main: str, title: str
     metadata["general.name"] = Value("str", title)
     metadata["general.file_type"] = Value("u32", FILE_TYPES[main])
     metadata["general.quantization_version"] = Value("u32", 2)
-    metadata |= tokenizer_metadata(opened.tokenizer.to_proto(), opened.tokenizer.where)
-    _, more = _end_ids(opened)
-    for kind, token in zip(("eot", "eom"), more, strict=False):  # llama.cpp finds <end_of_turn> by its name
-        metadata[f"tokenizer.ggml.{kind}_token_id"] = Value("u32", token)
+    tokenizer = opened.tokenizer
+    metadata |= tokenizer_metadata(tokenizer.to_proto(), tokenizer.where, opened.config.vocab_size, opened.end_ids)
     if opened.chat_template is not None:
         metadata["tokenizer.chat_template"] = Value("str", opened.chat_template)
     if opened.chat_tuned is not None:

@@ -19,8 +19,8 @@ from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
+from gemma2.checkpoints.foreign import refuse_foreign
 from gemma2.checkpoints.ggml import TYPES, GGMLType
-from gemma2.checkpoints.weights import refuse_foreign
 from gemma2.errors import BadModelFile
 
 VERSIONS = (2, 3)

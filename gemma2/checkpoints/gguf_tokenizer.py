@@ -8,18 +8,20 @@ in text. So what is one symbol whatever surrounds it (USER_DEFINED) is decided b
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemma2.checkpoints.gguf import GGUF, Value
 from gemma2.checkpoints.sentencepiece_proto import (
     BYTE,
+    BYTE_PIECE,
     CONTROL,
     NORMAL,
-    UNKNOWN,
+    SPECIAL,
+    SYMBOL,
     UNUSED,
     USER_DEFINED,
     Vocabulary,
@@ -35,12 +37,11 @@ PREFIX = "tokenizer.ggml."
 ARRAYS = {"tokens": "str[]", "scores": "f32[]", "token_type": "i32[]"}  # types are numbered as in SentencePiece
 # GGUF's name of a special token -> the piece that Gemma 2 uses for it.
 DECLARED = {"bos": "<bos>", "eos": "<eos>", "unknown": "<unk>", "eot": "<end_of_turn>"}
-SPECIAL = {"<pad>": CONTROL, "<eos>": CONTROL, "<bos>": CONTROL, "<unk>": UNKNOWN}
-BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
-# Gemma's own symbols: what steers, whitespace in runs, and HTML tags. `</s>` is one of those, and no end of anything.
-TAGS = "table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code"
-SYMBOL = re.compile(rf"{STEERING.pattern}|\n+|\t+|[ {SPACE}]{{2,}}|</?(?:{TAGS})>")
+ENDS = ("eos", "eot", "eom")  # GGUF's names of what a text ends at
+# Pieces at which llama.cpp ends a text whatever the keys say (src/llama-vocab.cpp, special_eog_ids).
+ENDINGS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<EOT>")
 ADDED = -1000.0  # the score that llama.cpp's converter gives to what a tokenizer_config.json adds to the pieces
+PADDED = -10000.0  # and to `[PAD4097]` and the like, with which it fills the rows of an embedding that have no piece
 ELSEWHERE = "name a tokenizer.model with tokenizer="
 
 
@@ -49,11 +50,16 @@ def build_tokenizer(header: GGUF) -> Tokenizer:
 
     Raises:
         BadModelFile: no vocabulary, arrays of unequal length or another type, special tokens that are not Gemma's, or
-            what `Tokenizer` refuses.
+            what `Tokenizer` refuses; or not one piece for each row of the embedding.
     """
     proto = tokenizer_model(header)
+    listed, embedding = len(header.metadata[PREFIX + "tokens"].value), header.tensors.get("token_embd.weight")
+    if embedding is not None and embedding.shape[0] != listed:
+        raise BadModelFile(
+            f"{header.path}: {listed} pieces, but the embedding has {embedding.shape[0]} rows; {ELSEWHERE}"
+        )
     try:
-        return Tokenizer(proto, str(header.path))
+        return Tokenizer(proto, str(header.path), rows=listed)
     except BadModelFile as error:
         raise BadModelFile(f"{error}; {ELSEWHERE}") from None
 
@@ -94,7 +100,12 @@ def notes(header: GGUF) -> list[str]:
         foreign = [piece for piece in control if piece not in SPECIAL and not SYMBOL.fullmatch(piece)]
         if foreign:
             listed = ", ".join(map(repr, foreign[:3])) + (", ..." if foreign[3:] else "")
-            said.append(f"control pieces that Gemma 2 does not have ({listed:.200}): no text is read as one of them")
+            said.append(
+                f"control pieces that Gemma 2 does not have ({listed:.200}): a text is read as one with special=True"
+            )
+    ends = [pieces[i] for i in sorted(end_ids(header)) if pieces[i] not in (DECLARED["eos"], DECLARED["eot"])]
+    if ends:
+        said.append(f"a text also ends at {', '.join(map(repr, ends)):.200}")
     return said
 
 
@@ -102,6 +113,16 @@ def chat_template(header: GGUF) -> str | None:
     """The chat template in the file, which is never run."""
     stated = header.metadata.get("tokenizer.chat_template")
     return stated.value if stated is not None and stated.type == "str" else None
+
+
+def end_ids(header: GGUF) -> frozenset[int]:
+    """The ids at which the file says that a text ends, and those of pieces at which llama.cpp always ends one."""
+    tokens = header.metadata.get(PREFIX + "tokens")
+    pieces = tokens.value if tokens is not None and tokens.type == ARRAYS["tokens"] else []
+    stated = [header.metadata.get(f"{PREFIX}{name}_token_id") for name in ENDS]
+    found = {value.value for value in stated if value is not None and value.type == "u32" and value.value < len(pieces)}
+    found = {i for i in found if pieces[i] not in SPECIAL or pieces[i] == DECLARED["eos"]}
+    return frozenset(found | {i for i, piece in enumerate(pieces) if piece in ENDINGS})
 
 
 def chat_tuned(header: GGUF) -> bool | None:
@@ -115,14 +136,19 @@ def chat_tuned(header: GGUF) -> bool | None:
     return True if pieces.value[eos.value] == DECLARED["eot"] else None
 
 
-def tokenizer_metadata(proto: bytes, where: str = "tokenizer.model") -> dict[str, Value]:
+def tokenizer_metadata(
+    proto: bytes, where: str = "tokenizer.model", rows: int | None = None, ends: Iterable[int] = ()
+) -> dict[str, Value]:
     """The tokenizer's part of a GGUF, key for key and in the order of llama.cpp's converter for Gemma 2.
 
     Args:
         proto: the bytes of a `tokenizer.model`.
         where: its name, for error messages.
+        rows: of the embedding; default: one for each piece.
+        ends: ids at which a text ends beside Gemma's own; a GGUF has room for two.
     Raises:
-        BadModelFile: what `Tokenizer` refuses, and settings other than Gemma's, which a GGUF could not hold.
+        BadModelFile: what `Tokenizer` refuses, more pieces than rows, and settings other than Gemma's, which a GGUF
+            could not hold.
     """
     special = Tokenizer(proto, where).special
     found = read_proto(proto, where)
@@ -133,6 +159,14 @@ def tokenizer_metadata(proto: bytes, where: str = "tokenizer.model") -> dict[str
         types[i] = USER_DEFINED if types[i] == USER_DEFINED and not steers else CONTROL
         if types[i] == USER_DEFINED:
             pieces[i] = pieces[i].replace(SPACE, " ")
+    missing = 0 if rows is None else rows - len(pieces)
+    if missing < 0:
+        raise BadModelFile(f"{where}: {len(pieces)} pieces for an embedding of {rows} rows, which a GGUF cannot state")
+    pieces += [f"[PAD{i}]" for i in range(len(pieces), len(pieces) + missing)]
+    scores = np.append(scores, np.full(missing, PADDED, "<f4"))
+    types = np.append(types, np.full(missing, UNUSED, "<i4"))
+    others = sorted(set(ends) - {special["eos"], special.get("end_of_turn")})
+    others = [i for i in others if i < len(found.pieces) and _may_end(found.pieces[i], int(found.kinds[i]))]
     return {
         PREFIX + "model": Value("str", "llama"),
         PREFIX + "pre": Value("str", "default"),
@@ -147,6 +181,7 @@ def tokenizer_metadata(proto: bytes, where: str = "tokenizer.model") -> dict[str
         PREFIX + "add_sep_token": Value("bool", False),
         PREFIX + "add_eos_token": Value("bool", False),
         PREFIX + "add_space_prefix": Value("bool", found.space_prefix),
+        **{f"{PREFIX}{name}_token_id": Value("u32", id) for name, id in zip(ENDS[1:], others, strict=False)},
     }
 
 
@@ -174,7 +209,10 @@ def _vocabulary(header: GGUF) -> Vocabulary:
         raise BadModelFile(
             f"{where}: {PREFIX}scores has {scores[i]} for token {i}, which is not a finite number; {ELSEWHERE}"
         )
-    _check_declared(metadata, tokens, where)
+    end = len(tokens)
+    while end and types[end - 1] == UNUSED and tokens[end - 1] == f"[PAD{end - 1}]":
+        end -= 1  # rows of the embedding that have no piece
+    tokens, scores, types = tokens[:end], scores[:end], types[:end]
     pieces, own_scores, kinds = list(tokens), scores.copy(), types.copy()
     # Before the bytes Gemma keeps what no merge makes.
     first_byte = pieces.index("<0x00>") if "<0x00>" in pieces else 0
@@ -184,6 +222,7 @@ def _vocabulary(header: GGUF) -> Vocabulary:
             pieces[i] = pieces[i].replace(" ", SPACE)  # the converter writes the spaces of such pieces bare
         if kinds[i] not in (NORMAL, UNUSED):
             own_scores[i] = 0
+    _check_declared(metadata, tokens, kinds, where)
     merges = np.flatnonzero(kinds == NORMAL)
     if merges.size and merges[0] < first_byte:
         i = int(merges[0])
@@ -213,9 +252,9 @@ def _kind(piece: str, stated: int, below_bytes: bool) -> int:
     return stated
 
 
-def _check_declared(metadata: Mapping[str, Value], pieces: list[str], where: str) -> None:
-    """Every id that the file states is the piece that Gemma 2 uses for it."""
-    for name, piece in DECLARED.items():
+def _check_declared(metadata: Mapping[str, Value], pieces: list[str], kinds: NDArray[np.integer], where: str) -> None:
+    """Every id that the file states is the piece that Gemma 2 uses for it, or one that a fine-tune may use for it."""
+    for name in (*DECLARED, "eom"):
         key = f"{PREFIX}{name}_token_id"
         if key not in metadata:
             continue
@@ -223,11 +262,21 @@ def _check_declared(metadata: Mapping[str, Value], pieces: list[str], where: str
         token = stated.value
         if stated.type != "u32" or token >= len(pieces):
             raise BadModelFile(f"{where}: {key} is {stated}, and must be a u32 below {len(pieces)}; {ELSEWHERE}")
-        # Chat models made by others often state the end of a turn as the end of everything.
-        if pieces[token] != piece and not (name == "eos" and pieces[token] == DECLARED["eot"]):
+        piece = DECLARED.get(name, DECLARED["eot"])
+        # Chat models made by others end with pieces of their own, and state the end of a turn as that of everything.
+        free = name in ENDS and _may_end(pieces[token], int(kinds[token]))
+        if pieces[token] != piece and not free:
             raise BadModelFile(
                 f"{where}: {key} is {token}, which is {pieces[token]!r:.80} and not {piece}; {ELSEWHERE}"
             )
+
+
+def _may_end(piece: str, kind: int) -> bool:
+    """Whether a text may end at a piece: a control piece, or one that is a symbol, but no white space and no tag."""
+    if piece in SPECIAL:
+        return piece == DECLARED["eos"]
+    own = SYMBOL.fullmatch(piece) is not None and STEERING.fullmatch(piece) is None
+    return kind == CONTROL or (kind == USER_DEFINED and not own)
 
 
 def _array(metadata: Mapping[str, Value], name: str, kind: str, where: str) -> Any:

@@ -59,7 +59,8 @@ def check_parameters(model: Gemma2) -> None:
         if found[name].shape != shape:
             raise BadModelFile(f"{WHERE}: {name} is {list(found[name].shape)}, and its config makes it {list(shape)}")
         if found[name].is_meta:
-            raise BadModelFile(f"{WHERE}: {name} has no values here, because it is on the meta device")
+            offloaded = "; accelerate has moved it away: load the model whole, without device_map"
+            raise BadModelFile(f"{WHERE}: {name} has no values here, because it is on the meta device{offloaded}")
     foreign = [name for name in found if name not in expected]
     if foreign:
         raise BadModelFile(f"{WHERE}: {', '.join(foreign[:3])}: no Gemma 2 has that; {cure}")

@@ -8,6 +8,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from gemma2.checkpoints.threads import settle
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -21,6 +23,7 @@ def neutral(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        settle()
         # Tensors made in inference mode could not be trained, nor written to by other threads.
         with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
             return function(*args, **kwargs)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from gemma2.checkpoints.dtypes import SAFETENSORS
+from gemma2.checkpoints.foreign import refuse_foreign
+from gemma2.errors import BadModelFile
 
 MOST_HEADER = 100_000_000  # bytes of the header, as the library takes
 # Bits of a value, of every dtype that the format has.
@@ -42,35 +44,43 @@ class Stored:
 
 
 class SafetensorsFile:
-    """The tensors of one file: their description at once, their rows when asked for.
+    """A `TensorFile` over one safetensors file. The header is read at once, tensors when asked for.
 
     Raises:
-        ValueError: the file is not whole, or not a safetensors file; says why.
-        OSError: it cannot be read.
+        BadModelFile: the file is not whole, or not a safetensors file; says why.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        with path.open("rb") as file:
-            self.tensors = _described(file, path.stat().st_size)
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._stored = _described(file, path.stat().st_size)
+        except FileNotFoundError:
+            raise BadModelFile(f"{path}: no such file") from None
+        except (ValueError, OSError) as error:
+            refuse_foreign(path, gguf=True)
+            raise BadModelFile(f"{path}: not a whole safetensors file ({error})") from None
+        # A dtype that the table does not have is called uint8, and refused as that is.
+        self.tensors = {
+            name: (stored.shape, SAFETENSORS.get(stored.dtype, torch.uint8)) for name, stored in self._stored.items()
+        }
 
-    def read(self, name: str, start: int, out: Tensor) -> None:
-        """Fill `out` with rows of a tensor, from row `start` on."""
-        tensor = self.tensors[name]
-        dtype = SAFETENSORS[tensor.dtype]
-        direct = out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous()
-        rows = out if direct else torch.empty(out.shape, dtype=dtype, device="cpu")
-        before = start * (rows.nbytes // max(1, len(rows)))
-        with self._path.open("rb", buffering=0) as file:
-            file.seek(tensor.start + before)
-            view, done = rows.view(-1).view(torch.uint8).numpy().data, 0
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        stored, (shape, dtype) = self._stored[name], self.tensors[name]
+        rows = torch.empty(stop - start, *shape[1:], dtype=dtype, device="cpu")
+        size = rows.nbytes // max(1, stop - start)
+        view, done = rows.view(-1).view(torch.uint8).numpy().data, 0
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(stored.start + start * size)
             while done < len(view):  # Linux gives 2 GB at a time
                 count = file.readinto(view[done:])
                 if not count:
-                    raise ValueError("it ended while it was read: it has become shorter")
+                    raise BadModelFile(f"{self.path}: it ended while it was read: it has become shorter")
                 done += count
-        if not direct:
-            out.copy_(rows)
+        return rows
+
+    def release(self) -> None:
+        """Nothing is mapped."""
 
 
 def _described(file: BinaryIO, size: int) -> dict[str, Stored]:

@@ -6,8 +6,9 @@ constant of Gemma's tokenizers, written here as Google's file has it and held ag
 
 from __future__ import annotations
 
+import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,8 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma2.errors import BadModelFile
+from gemma2.tokenizer import CONTROL as STEERING
+from gemma2.tokenizer import NAMES, RESPELLED, SPACE
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
+SPECIAL = {"<pad>": CONTROL, "<eos>": CONTROL, "<bos>": CONTROL, "<unk>": UNKNOWN}
+BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+# Gemma's own symbols: what steers, whitespace in runs, and HTML tags. `</s>` is one of those, and no end of anything.
+TAGS = "table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code"
+SYMBOL = re.compile(rf"{STEERING.pattern}|\n+|\t+|[ {SPACE}]{{2,}}|</?(?:{TAGS})>")
 PIECES, TRAINER, NORMALIZER = 1, 2, 3
 PIECE, SCORE, KIND = 1, 2, 3
 BPE = 2
@@ -55,14 +63,35 @@ def write_proto(vocabulary: Vocabulary) -> bytes:
     trainer = _integer(3, BPE) + _integer(4, len(pieces))
     trainer += _integer(24, 0) + _integer(25, 1) + _integer(26, 1)  # split_digits, allow_whitespace_only_pieces
     trainer += _integer(35, 1)
-    special = [f"<{name}>" for name in ("unk", "bos", "eos", "pad")]
-    for number, piece in enumerate(special, start=40):
-        trainer += _integer(number, pieces.index(piece) if piece in pieces else -1)
-    for number, piece in enumerate(special, start=45):
+    special = [_special(vocabulary, name) for name in ("unk", "bos", "eos", "pad")]
+    for number, (place, _) in enumerate(special, start=40):
+        trainer += _integer(number, place)
+    for number, (_, piece) in enumerate(special, start=45):
         trainer += _bytes(number, piece.encode())
     normalizer = _bytes(1, b"identity") + _integer(SPACE_PREFIX, int(vocabulary.space_prefix))
     normalizer += _integer(4, 0) + _integer(5, 1)
     return bytes(out + _bytes(TRAINER, trainer) + _bytes(NORMALIZER, normalizer))
+
+
+def with_kinds(proto: bytes, changes: Iterable[tuple[str, float, int]]) -> bytes:
+    """What `write_proto` gave, with other scores and kinds for some pieces, which stand in the order of their ids."""
+    out, at = bytearray(proto), 0
+    for piece, score, kind in changes:
+        text = piece.encode()
+        head = _piece_head(len(text)) + text + b"\x15"
+        at = out.index(head, at) + len(head)
+        out[at : at + 6] = struct.pack("<f", score) + b"\x18" + kind.to_bytes()
+    return bytes(out)
+
+
+def _special(vocabulary: Vocabulary, name: str) -> tuple[int, str]:
+    """The id of a special piece, and how it is spelled: in fine-tunes not always as by Google."""
+    piece, place = f"<{name}>", NAMES.index(name)
+    if piece in vocabulary.pieces:
+        return vocabulary.pieces.index(piece), piece
+    if name in RESPELLED and place < len(vocabulary.pieces) and vocabulary.kinds[place] == CONTROL:
+        return place, vocabulary.pieces[place]
+    return -1, piece
 
 
 def read_proto(proto: bytes, where: str) -> Vocabulary:

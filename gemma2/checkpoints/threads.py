@@ -12,12 +12,20 @@ import torch
 _STARTING = Lock()  # one pool at a time may have PyTorch's number of threads changed
 
 
+def settle() -> None:
+    """Let PyTorch set up the thread that calls this. Otherwise it would do so at the thread's first computation, which
+    another thread's pool may have changed the number for at that moment."""
+    with _STARTING:
+        torch.get_num_threads()
+
+
 @contextlib.contextmanager
 def one_thread_per_core() -> Iterator[ThreadPoolExecutor]:
     """A pool of as many threads as PyTorch would use here. Each computes alone: chunks are independent and small.
 
     An error or Ctrl-C ends the work at once, and what has not begun is dropped.
     """
+    settle()
     count = torch.get_num_threads()
     pool = ThreadPoolExecutor(count, "gemma2-load", initializer=_compute_alone)
     try:

@@ -2,37 +2,142 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
+from gemma2.checkpoints import gguf, gguf_tokenizer
+from gemma2.checkpoints.added_tokens import Added, add, added_beside
+from gemma2.checkpoints.hf_config import read_json
+from gemma2.checkpoints.sentencepiece_proto import SPECIAL, SYMBOL, Vocabulary, read_proto, write_proto
+from gemma2.checkpoints.tokenizer_json import read_tokenizer_json
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
 from gemma2.tokenizer import Tokenizer
 
+# The key of tokenizer_config.json with which this project says that a tokenizer.model was made from the tokenizer.json
+# beside it, whose rules for runs of spaces hold (see `Tokenizer.typed`). Other readers leave it alone.
+AS_TYPED = "gemma2.added_tokens_as_typed"
+MODEL, JSON = "tokenizer.model", "tokenizer.json"
+ELSEWHERE = (
+    "any Gemma 2 repository, as google/gemma-2-2b, has a tokenizer.model (4.7 MB): put it there, or name a tokenizer "
+    "with tokenizer="
+)
 
-def tokenizer_of(folder: Path, tokenizer: str | Path | Tokenizer | None) -> Tokenizer:
-    """The tokenizer that is given, or else the one in a folder."""
-    given = parse_tokenizer(tokenizer)
-    if given is not None:
+Given = str | Path | Tokenizer | None
+Fetch = Callable[[str], Path]  # the name of a repository on the hub -> a folder with its small files
+
+
+def tokenizer_of(folder: Path, given: Given, fetch: Fetch | None = None) -> Tokenizer:
+    """The tokenizer that is given, or else the one in a folder.
+
+    As in transformers, tokenizer.json comes before tokenizer.model. Where both say the same, as Google's do, the
+    tokenizer is that of tokenizer.model. Tokens that are added by the files beside them are part of it.
+
+    Raises:
+        BadModelFile: neither is there, or neither can be read.
+    """
+    found = parse_tokenizer(given, fetch)
+    if found is not None:
+        return found
+    model, fast = folder / MODEL, folder / JSON
+    if not fast.is_file():
+        if not model.is_file():
+            raise BadModelFile(f"{folder}: neither {JSON} nor {MODEL}; {ELSEWHERE}")
+        return _with_added(Tokenizer.from_file(model), folder)
+    try:
+        found = read_tokenizer_json(fast, [token for some in added_beside(folder) for token in some])
+    except BadModelFile as error:
+        if not model.is_file():
+            raise BadModelFile(f"{error}; {ELSEWHERE}") from None
+        note = f"{JSON} cannot be used, so {MODEL} is: {str(error).removeprefix(f'{fast}: ')}"
+        return _noting(_with_added(Tokenizer.from_file(model), folder), note)
+    if not model.is_file():
+        return found
+    try:
+        other = Tokenizer.from_file(model)
+        if other.to_proto() != found.to_proto():
+            other = _with_added(other, folder)
+        if same_tokenizer(other, found):
+            return found if _made_here(folder) else other
+    except BadModelFile:
+        return _noting(found, f"{MODEL} cannot be read; {JSON} is used")
+    return _noting(
+        found, f"{JSON} ({len(found)} pieces) is used, as in transformers; {MODEL} ({len(other)}) is another"
+    )
+
+
+def parse_tokenizer(given: Given, fetch: Fetch | None = None) -> Tokenizer | None:
+    """A tokenizer by itself, or by what it is in; None for None.
+
+    Args:
+        given: a tokenizer.model, a tokenizer.json, a GGUF, a folder that has one of the first two, or with `fetch` a
+            repository on the hub.
+        fetch: gets a folder for the name of a repository.
+    Raises:
+        BadModelFile: no such file, or one that has no tokenizer of a Gemma 2 in it.
+    """
+    if given is None or isinstance(given, Tokenizer):
         return given
-    beside = folder / "tokenizer.model"
-    if not beside.is_file():
-        raise BadModelFile(f"{beside}: no such file; put the tokenizer.model there or name one with tokenizer=")
-    return Tokenizer.from_file(beside)
+    path = Path(given).expanduser()
+    if path.is_dir():
+        return tokenizer_of(path, None)
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(64)
+        if start.startswith(b"GGUF"):
+            header = gguf.read_parts(path)
+            return _noting(gguf_tokenizer.build_tokenizer(header), *gguf_tokenizer.notes(header))
+        if path.suffix == ".json" or start.lstrip().startswith(b"{"):
+            return read_tokenizer_json(path)
+        return Tokenizer.from_file(path)
+    if fetch is not None and not path.exists():
+        return tokenizer_of(fetch(str(given)), None)
+    raise BadModelFile(f"{path}: no such file or folder")
 
 
-def parse_tokenizer(tokenizer: str | Path | Tokenizer | None) -> Tokenizer | None:
-    """A tokenizer by its path or itself; None for None. Raises BadModelFile where there is no such file."""
-    if tokenizer is None or isinstance(tokenizer, Tokenizer):
-        return tokenizer
-    path = Path(tokenizer)
-    if not path.is_file():
-        raise BadModelFile(f"{path}: no such file")
-    return Tokenizer.from_file(path)
+def check_vocabulary(tokenizer: Tokenizer, config: Gemma2Config) -> Tokenizer:
+    """The tokenizer for the rows of the embedding. Raises BadModelFile if it cannot be this model's."""
+    return tokenizer.for_rows(config.vocab_size)
 
 
-def check_vocabulary(tokenizer: Tokenizer, config: Gemma2Config) -> None:
-    """Raises BadModelFile unless every piece has a row of the embedding, and every row a piece."""
-    if len(tokenizer) != config.vocab_size:
-        raise BadModelFile(
-            f"{tokenizer.where}: {len(tokenizer)} pieces, but the embedding has {config.vocab_size} rows"
-        )
+def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers have the same pieces, which merge in the same order."""
+    if one.to_proto() == other.to_proto():
+        return True
+    a, b = (read_proto(each.to_proto(), each.where) for each in (one, other))
+    same = a.pieces == b.pieces and np.array_equal(a.kinds, b.kinds) and a.space_prefix == b.space_prefix
+    return same and np.array_equal(np.argsort(-a.scores, kind="stable"), np.argsort(-b.scores, kind="stable"))
+
+
+def _with_added(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.model, with the tokens that the files beside it add."""
+    added, named = added_beside(folder)
+    if all(_is_there(token, tokenizer) for token in (*added, *named)):
+        return tokenizer  # as in Google's folders; reading 256,000 pieces is saved
+    found = read_proto(tokenizer.to_proto(), tokenizer.where)
+    pieces, kinds = list(found.pieces), found.kinds.tolist()
+    notes = add(pieces, kinds, [*added, *named], str(folder))
+    scores = np.zeros(len(pieces), np.float32)
+    scores[: len(found.scores)] = found.scores
+    more = Vocabulary(pieces, scores, np.array(kinds, np.int32), found.space_prefix)
+    return Tokenizer(write_proto(more), tokenizer.where, notes=notes)
+
+
+def _is_there(token: Added, tokenizer: Tokenizer) -> bool:
+    """Whether an added token changes nothing, because it is one of Gemma's own symbols in its place."""
+    found = tokenizer.id_of(token.text)
+    own = token.text in SPECIAL or SYMBOL.fullmatch(token.text) is not None
+    return own and found is not None and token.id in (None, found)
+
+
+def _made_here(folder: Path) -> bool:
+    path = folder / "tokenizer_config.json"
+    stated = read_json(path) if path.is_file() else None
+    return isinstance(stated, dict) and stated.get(AS_TYPED) is True
+
+
+def _noting(tokenizer: Tokenizer, *notes: str) -> Tokenizer:
+    tokenizer.notes = (*tokenizer.notes, *notes)
+    return tokenizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -79,15 +79,36 @@ class Places(Protocol):
         """Keep rows of a tensor that is on the disk, from row `start` on."""
 
 
+class TensorFile(Protocol):
+    """One file of plain tensors under the names that it has for them."""
+
+    path: Path
+
+    @property
+    def tensors(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name -> shape and stored dtype."""
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor's first axis."""
+
+    def release(self) -> None:
+        """Let go of the mapped pages read so far."""
+
+
 class PlainWeights:
     """The part of `Weights` that formats of plain floats have in common.
 
     A `.ckpt` may hold int8 rows with a scale each: those count as the floats that they are multiplied out to.
     """
 
+    where: str
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    notes: tuple[str, ...] = ()  # what was chosen where the files leave a choice
 
     def read(self, name: str, start: int, out: Tensor) -> None:
+        raise NotImplementedError  # each format's own
+
+    def release(self) -> None:
         raise NotImplementedError  # each format's own
 
     @property
@@ -140,7 +161,7 @@ def build(
     """
     shapes = shapes_of(config)
     check_names(weights, shapes)
-    model = _empty(config)
+    model = empty_model(config)
     twins = replaced(model, make).twins if make else {}
     own = {path: twin for path, twin in twins.items() if hasattr(twin, "fill")}
     inside = tuple(f"{path}." for path in own)
@@ -249,7 +270,7 @@ def shapes_of(config: Gemma2Config) -> dict[str, tuple[int, ...]]:
 
     One layer is built and stands for all, since a file may claim a thousand: building those takes seconds.
     """
-    one = _empty(replace(config, num_hidden_layers=1, layer_types=config.layer_types[:1]))
+    one = empty_model(replace(config, num_hidden_layers=1, layer_types=config.layer_types[:1]))
     own = {name: tuple(parameter.shape) for name, parameter in one.named_parameters()}
     inside = {name: shape for name, shape in own.items() if name.startswith(FIRST_LAYER)}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -263,7 +284,7 @@ def shapes_of(config: Gemma2Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _empty(config: Gemma2Config) -> Gemma2:
+def empty_model(config: Gemma2Config) -> Gemma2:
     with torch.device("meta"), _Uninitialised():
         return Gemma2(config)
 
@@ -290,25 +311,6 @@ def check_names(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None
     ]
     if lines:
         raise BadModelFile(f"{weights.where}: tensors do not fit the config: {'; '.join(lines)}")
-
-
-def refuse_foreign(path: Path) -> None:
-    """Say what a file is when it is not a checkpoint at all."""
-    if path.is_dir():
-        raise BadModelFile(f"{path}: a folder where a file was expected")
-    with path.open("rb") as file:
-        head = file.read(64)
-    known: dict[str, Callable[[bytes], bool]] = {
-        "an empty file": lambda h: not h,
-        "a Git LFS pointer, not the weights: run `git lfs pull`": lambda h: h.startswith(b"version https://git-lfs"),
-        "an HTML page, perhaps an error page that was saved": lambda h: (
-            h.lstrip().lower().startswith((b"<!doctype", b"<html"))
-        ),
-        "a GGUF file: its name must end in .gguf": lambda h: h.startswith(b"GGUF") and path.suffix != ".gguf",
-    }
-    for what, holds in known.items():
-        if holds(head):
-            raise BadModelFile(f"{path}: {what}")
 
 
 def check_head(weights: Weights, shape: tuple[int, ...]) -> None:

@@ -8,7 +8,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from gemma2.cli.options import REVISION, TOKENIZER, add_command, add_debug, add_model
+from gemma2.cli.options import ADAPTER, REVISION, TOKENIZER, add_command, add_debug, add_model
 from gemma2.convert import TYPES, convert
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--force", action="store_true", help="replace TARGET if it is there")
     parser.add_argument("--tokenizer", metavar="FILE", help=TOKENIZER)
     parser.add_argument("--revision", metavar="R", help=REVISION)
+    parser.add_argument("--adapter", metavar="A", help=f"{ADAPTER}; it is merged into the weights")
     add_debug(parser)
     parser.set_defaults(run=run)
 
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
         force=args.force,
         tokenizer=args.tokenizer,
         revision=args.revision,
+        adapter=args.adapter,
     )
     for note in done.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -27,7 +27,11 @@ MODEL = (
     "pocket (the model in this package), a hub name (owner/repo, owner/repo:FILE.gguf), a folder, or a .gguf, "
     ".safetensors or .ckpt file"
 )
-TOKENIZER = "a tokenizer.model to use; default: the one in or beside the weights"
+TOKENIZER = (
+    "a tokenizer.model, a folder with one, or a hub name whose tokenizer is used; default: the one in or beside the "
+    "weights"
+)
+ADAPTER = "a PEFT adapter (LoRA, DoRA, IA3): a folder, or a hub name (owner/repo); needs the package peft"
 REVISION = "branch, tag or commit of a hub name; default: main"
 
 
@@ -42,6 +46,8 @@ def add_options(parser: argparse.ArgumentParser, new_tokens: int = MAX_NEW_TOKEN
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="MODEL", help=f"{MODEL}; default: pocket")
     add_loading_options(model)
+    model.add_argument("--adapter", metavar="A", help=f"{ADAPTER}; default: none")
+    add_placing_options(model)
     add_sampling_options(parser, new_tokens)
     add_common_options(parser)
 
@@ -63,6 +69,18 @@ def add_loading_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--force-float16", action="store_true", help="allow --dtype float16, in which values overflow")
     group.add_argument("--allow-nonfinite", action="store_true", help="take weights with NaN or infinity in them")
+
+
+def add_placing_options(group: argparse._ArgumentGroup) -> None:
+    """Where the layers of a model go that does not fit on one device."""
+    group.add_argument(
+        "--device-map",
+        metavar="M",
+        help="auto spreads the layers over GPUs, memory and the disk (needs accelerate); also balanced, sequential",
+    )
+    group.add_argument(
+        "--offload-folder", metavar="DIR", help="where layers on the disk go; default: a temporary folder"
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, new_tokens: int) -> None:
@@ -149,8 +167,11 @@ def load_model(args: argparse.Namespace) -> Gemma:
         dtype=args.dtype,
         tokenizer=args.tokenizer,
         revision=args.revision,
+        adapter=getattr(args, "adapter", None),  # trace and verify have none
         allow_nonfinite=args.allow_nonfinite,
         force_float16=args.force_float16,
+        device_map=getattr(args, "device_map", None),
+        offload_folder=getattr(args, "offload_folder", None),
     )
     if args.verbose:
         device, count = gemma.model.device, gemma.config.parameter_count

@@ -170,7 +170,7 @@ def _verified(path: Path, name: str, file: str) -> bool:
     blob = path.readlink().name if path.is_symlink() else ""
     commit = _commit(path, file)
     marker = Path(constants.HF_HUB_CACHE) / ".gemma2-verified" / (blob or f"{commit}-{file}")
-    if marker.is_file() and marker.read_text() == seen:
+    if marker.is_file() and marker.read_text(encoding="utf-8") == seen:
         return True
     stated = blob or _asked(name, file, commit)
     if SHA256.fullmatch(stated):
@@ -190,7 +190,7 @@ def _verified(path: Path, name: str, file: str) -> bool:
         return False
     with contextlib.suppress(OSError):  # a cache that is read-only is hashed every time
         marker.parent.mkdir(parents=True, exist_ok=True)
-        marker.write_text(seen)
+        marker.write_text(seen, encoding="utf-8")
     return True
 
 

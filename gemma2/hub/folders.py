@@ -31,7 +31,7 @@ def download(name: str, revision: str | None = None, *, tokenizer_given: bool = 
     repository = Repository(name, revision)
     with named(repository):
         config = repository.fetch(CONFIG)
-        check_config(config, f"{name}/{CONFIG}")
+        check_config(repository, config)
         if not tokenizer_given:
             _fetch_tokenizer(repository, "; a tokenizer can be given with tokenizer=")
         for file in ABOUT_CHAT:

@@ -9,11 +9,13 @@ from typing import Any
 
 from gemma2.checkpoints.gguf import PART
 from gemma2.checkpoints.hf_config import read_config, read_json
+from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
 from gemma2.hub.client import Absent, NoRepository, Repository, Unfit, Unreached, is_plain
 
 ADAPTER = "adapter_config.json"
 MOST_NAMES = 20  # files in one message
+PLAIN_BYTES = 1.9  # of a parameter at least, if it is not quantized: two
 # Files of other programs: what they are, and the endings of their names.
 OTHER_KINDS = {
     "Keras": (".keras", ".h5"),
@@ -47,36 +49,52 @@ def named(repository: Repository) -> Iterator[None]:
         raise (BadModelFile(f"{repository.name}: a {kind} of the hub, not a model") if kind else error) from None
 
 
-def check_config(path: Path, where: str) -> None:
-    """Refuse a config.json that is not a Gemma 2's, before gigabytes of weights come.
+def check_config(repository: Repository, path: Path) -> None:
+    """Refuse a repository by its config.json, before gigabytes of weights come.
 
     Raises:
         Unfit: it is quantized, a classifier, or what `read_config` refuses.
     """
+    where = f"{repository.name}/{path.name}"
     try:
         raw = read_json(path)
-        if other := other_model(raw) if isinstance(raw, Mapping) else None:
+        config = read_config(raw, where)
+        if other := classifier(raw):
             raise BadModelFile(f"{where}: {other}")
-        read_config(raw, where)
+        if (how := quantization(raw)) and _is_small(repository, config):
+            raise BadModelFile(f"{where}: {how}, which is not read: take the unquantized model, or a GGUF of it")
     except BadModelFile as error:
         raise Unfit(str(error)) from None
 
 
-def other_model(raw: Mapping[str, Any]) -> str | None:
-    """What a parsed config.json says that its weights are, and what to do, where they are not a plain language model's;
-    else None."""
+def classifier(raw: Mapping[str, Any]) -> str:
+    """What a parsed config.json says that the model is, if it is a classifier."""
+    stated = raw.get("architectures")
+    for name in stated if isinstance(stated, list) else []:
+        if isinstance(name, str) and name.endswith("Classification") and name.isprintable():
+            return f"a classifier ({name:.60}), which has no language head: use transformers for it"
+    return ""
+
+
+def quantization(raw: Mapping[str, Any]) -> str:
+    """What a parsed config.json says that quantized the weights; nothing where it says nothing."""
     stated = raw.get("quantization_config")
     method = stated.get("quant_method") if isinstance(stated, Mapping) else None
     if method is None and isinstance(raw.get("quantization"), Mapping):
         method = "MLX"
-    if stated is not None or method is not None:
-        by = f"quantized by {method:.40}" if isinstance(method, str) and method.isprintable() else "quantized"
-        return f"the weights are {by}, which is not read: take the unquantized model, or a GGUF"
-    architectures = raw.get("architectures")
-    for architecture in architectures if isinstance(architectures, list) else []:
-        if isinstance(architecture, str) and architecture.endswith("Classification") and architecture.isprintable():
-            return f"a classifier ({architecture:.60}), which writes no text: use transformers for it"
-    return None
+    if isinstance(method, str) and method.isprintable():
+        return f"quantized by {method:.40}"
+    return "quantized" if isinstance(stated, Mapping) else ""
+
+
+def _is_small(repository: Repository, config: Gemma2Config) -> bool:
+    """Whether the weights have fewer bytes than plain ones would. Some plain models keep the config of their base."""
+    try:
+        files = repository.listed()
+    except BadModelFile:  # then the tensors will say it
+        return False
+    size = sum(size for file, size in files.items() if file.endswith((".safetensors", ".bin")) and "/" not in file)
+    return 0 < size < PLAIN_BYTES * config.parameter_count
 
 
 def adapter_base(repository: Repository) -> str | None:

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from gemma2.atomic import check_space, check_target, replacing, reserve
 from gemma2.checkpoints.dtypes import RUNNABLE, dtype_name, stored_name
+from gemma2.checkpoints.foreign import refuse_foreign
 from gemma2.checkpoints.hf_config import config_dict, read_config
 from gemma2.checkpoints.safetensors import header_bytes
-from gemma2.checkpoints.weights import refuse_foreign
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile, NonFiniteError
 from gemma2.model import Gemma2

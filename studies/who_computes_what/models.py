@@ -68,13 +68,13 @@ def write_model(folder: Path, raw: Mapping[str, Any], gguf: bool) -> Gemma2:
     """What `run_one.py` reads."""
     folder.mkdir()
     model = random_model(raw)
-    (folder / "config.json").write_text(json.dumps(dict(raw)))
+    (folder / "config.json").write_text(json.dumps(dict(raw)), encoding="utf-8")
     (folder / "tokenizer.model").write_bytes((POCKET / "tokenizer.model").read_bytes())
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     ids = torch.randint(raw["vocab_size"], (CAPACITY,), generator=torch.Generator().manual_seed(1)).tolist()
     runs = {name: {"ids": ids[:length], "chunks": chunks} for name, (length, chunks) in RUNS.items()}
-    (folder / "ids.json").write_text(json.dumps(runs))
+    (folder / "ids.json").write_text(json.dumps(runs), encoding="utf-8")
     if gguf:
         convert(folder, folder / "model.gguf", type="F32", progress=False)
     return model

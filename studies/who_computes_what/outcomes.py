@@ -79,13 +79,17 @@ def differing(outcomes: Iterable[Outcome]) -> frozenset[str]:
 
 
 def read(path: Path = FILE) -> dict[str, Found]:
-    return {entry["name"]: _found(entry) for entry in json.loads(path.read_text())} if path.exists() else {}
+    return (
+        {entry["name"]: _found(entry) for entry in json.loads(path.read_text(encoding="utf-8"))}
+        if path.exists()
+        else {}
+    )
 
 
 def write(found: Iterable[Found], path: Path = FILE) -> None:
     entries = [_entry(one) for one in found]
     with replacing(path) as (place,):
-        place.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
+        place.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _entry(one: Found) -> dict[str, Any]:

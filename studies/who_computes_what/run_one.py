@@ -37,8 +37,8 @@ RECIPES: dict[str, Callable[..., Built]] = {
 def main() -> None:
     recipe, folder, out, dtype, *options = sys.argv[1:]
     torch.set_num_threads(1)
-    place, config = Path(out), json.loads((Path(folder) / "config.json").read_text())
-    runs = json.loads((Path(folder) / "ids.json").read_text())
+    place, config = Path(out), json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    runs = json.loads((Path(folder) / "ids.json").read_text(encoding="utf-8"))
     longest = max(len(run["ids"]) for run in runs.values())
     given = Given(Path(folder), config, getattr(torch, dtype), longest)
     built = RECIPES[recipe](given, **dict(option.split("=", 1) for option in options))
@@ -53,7 +53,7 @@ def main() -> None:
                 else:
                     continue
             except Exception as error:  # whatever it may raise is recorded
-                (place / f"{name}.txt").write_text(f"{type(error).__name__}: {error}")
+                (place / f"{name}.txt").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
                 continue
         about = {"format": "gemma2-trace 1", "system": built.system, "dtype": dtype, "config": json.dumps(config)}
         about["versions"] = json.dumps({"torch": torch.__version__, "python": sys.version.split()[0]})

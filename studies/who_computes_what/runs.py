@@ -36,11 +36,15 @@ def environment(folder: Path, one: Implementation) -> Path:
     place = folder.resolve() / one.environment
     python, done = place / "bin" / "python", place / "installed"
     asked = "\n".join((*BASE, *one.requires))
-    if not done.exists() or done.read_text() != asked:
+    if not done.exists() or done.read_text(encoding="utf-8") != asked:
         venv.create(place, with_pip=True, clear=True)
         wanted = asked.split()
-        _said(subprocess.run([python, "-m", "pip", "install", "-q", *wanted], cwd=ROOT, capture_output=True, text=True))
-        done.write_text(asked)
+        _said(
+            subprocess.run(
+                [python, "-m", "pip", "install", "-q", *wanted], cwd=ROOT, capture_output=True, encoding="utf-8"
+            )
+        )
+        done.write_text(asked, encoding="utf-8")
     return python
 
 
@@ -49,7 +53,7 @@ def traces(python: Path, one: Implementation, model: Path, out: Path, dtype: str
     out.mkdir(parents=True)
     module = "studies.who_computes_what.run_one"
     command: list[str | Path] = [python, "-m", module, one.recipe, model, out, dtype, *one.options]
-    _said(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600))
+    _said(subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=600))
 
 
 def _said(done: subprocess.CompletedProcess[str]) -> None:
@@ -68,7 +72,7 @@ def compared(out: Path, model: Gemma2, profile: str | None = None, instead: Chan
             theirs = with_numerics(ours, profile) if profile else None
             yield judged(run, ours, trace.ids, {name: trace[name] for name in trace.names}, theirs)
         else:
-            said = " ".join(error.read_text().split())[:LONGEST] if error.exists() else ""
+            said = " ".join(error.read_text(encoding="utf-8").split())[:LONGEST] if error.exists() else ""
             yield Outcome(run, "fails" if said else "not run", said=said)
 
 

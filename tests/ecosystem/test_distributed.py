@@ -27,7 +27,7 @@ def test_two_processes_have_the_logits_sites_gradients_and_texts_of_one(what: st
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
         )
         for rank in range(RANKS)
     ]

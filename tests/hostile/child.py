@@ -33,7 +33,7 @@ def in_a_child(work: Callable[..., Iterable[Any]], *arguments: Any, seconds: flo
     """All that `work(*arguments)` yields, each within so many seconds."""
     command = [sys.executable, "-m", __name__, work.__module__, work.__name__, str(seconds)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, input=json.dumps(arguments), capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, input=json.dumps(arguments), capture_output=True, encoding="utf-8", env=environment)
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, f"ended with {done.returncode} after {len(results)} results: {done.stderr[-2000:]}"
     return results
@@ -43,7 +43,7 @@ def memory(field: str) -> int:
     """Bytes of a line of /proc/self/status: VmSize, VmRSS now, or VmHWM at its peak."""
     if not STATUS.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    line = next(line for line in STATUS.read_text(encoding="utf-8").splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
 
 
@@ -115,7 +115,7 @@ def merged(*tables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _serve(module: str, name: str, seconds: str) -> None:
-    results = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    results = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     work = getattr(importlib.import_module(module), name)
     if STATUS.exists():
         most = memory("VmSize") + MOST_MEMORY

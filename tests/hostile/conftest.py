@@ -29,7 +29,9 @@ def shell(place: Path, **changes: Any) -> Path:
     """A folder with everything but weights, for the pocket tokenizer; a change to None leaves that key out."""
     place.mkdir(exist_ok=True)
     raw = raw_config(**{"vocab_size": 4096, **SMALL, **changes})
-    (place / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
+    (place / "config.json").write_text(
+        json.dumps({key: value for key, value in raw.items() if value is not None}), encoding="utf-8"
+    )
     (place / "tokenizer.model").write_bytes((POCKET / "tokenizer.model").read_bytes())
     return place
 

@@ -331,7 +331,7 @@ def test_the_table_of_sampling_parameters(name: str, label: str, broken: Path, c
         assert str(caught.value) == f"{name} must be {RANGES[name]}, not {value!r}"
     # On the command line every value is text: "1" is the number, and a model that cannot be read shows what was taken.
     option = f"--{name.replace('_', '-')}={value}"
-    taken = label in TAKEN[name] and label != "None" or label == "text"
+    taken = (label in TAKEN[name] and label != "None") or label == "text"
     line = complaint("generate", "x", option, "--model", broken, code=1 if taken else 2)
     assert ("config.json: not valid JSON" in line) is taken
     assert taken or name in line or option.split("=")[0] in line

@@ -103,10 +103,10 @@ def test_a_target_that_cannot_be_is_refused_before_the_source_is_looked_at(
 ) -> None:
     target, options, words = NOT_THERE[case]
     for name in ("there.gguf", "there.ckpt", "file"):
-        (tmp_path / name).write_text("x")
+        (tmp_path / name).write_text("x", encoding="utf-8")
     (tmp_path / "gone.gguf").symlink_to(tmp_path / "nowhere")
     (tmp_path / "folder.gguf").mkdir()
-    (shell(tmp_path / "foreign") / "notes.txt").write_text("x")
+    (shell(tmp_path / "foreign") / "notes.txt").write_text("x", encoding="utf-8")
     shell(tmp_path / "plain")
     before = tree(tmp_path)
     assert words in complaint("convert", "absent/model.ckpt", tmp_path / target, *options, code=1)
@@ -262,6 +262,7 @@ BESIDE: dict[str, tuple[str, bytes]] = {
     "another config": ("config.json", b"{}"),
     "another tokenizer": ("tokenizer.model", b"x"),
     "other stops": ("generation_config.json", b'{"eos_token_id": [1, 107]}'),
+    "other end ids": ("generation_config.json", b'{"eos_token_id": [1, 88]}'),
     "another template": ("tokenizer_config.json", b'{"chat_template": "x"}'),
     "a template": ("chat_template.jinja", b"x"),
 }

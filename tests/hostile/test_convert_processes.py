@@ -65,7 +65,7 @@ class Driver:
         return self._ask(f"wait\t{process}")
 
     def output(self, number: int = 0) -> str:
-        return self.said.with_suffix(f".{number}").read_text()
+        return self.said.with_suffix(f".{number}").read_text(encoding="utf-8")
 
     def _ask(self, line: str) -> int:
         assert self.child.stdin and self.child.stdout
@@ -77,7 +77,7 @@ class Driver:
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     command = [sys.executable, "-c", DRIVER]
     with signals_restored():
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
     with child:
         yield Driver(child, tmp_path_factory.mktemp("said") / "output")
         assert child.stdin
@@ -239,7 +239,7 @@ def test_a_disk_that_is_full_at_any_byte_leaves_what_was_there_and_says_so(
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     before = {str(file): file.stat().st_mtime_ns for file in files}
     command = [sys.executable, "-c", FULL, str(heavy), str(tmp_path / target), str(size - 80_000)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
     *full, last = map(json.loads, done.stdout.splitlines())
     for code, said, after in full:
         line = f"gemma2: error: {tmp_path / target}: File too large while writing; make room or choose another place\n"
@@ -278,7 +278,7 @@ def test_a_conversion_takes_less_memory_than_the_model(tmp_path: Path) -> None:
         (ckpt, str(tmp_path / "again.gguf"), "q8_0"),
     ]
     words = [word for step in steps for word in step]
-    done = subprocess.run([sys.executable, "-c", PEAK, *words], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", PEAK, *words], capture_output=True, encoding="utf-8", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     for (source, target, _), line in zip(steps, done.stdout.splitlines(), strict=True):
         before, peak = map(int, line.split())

@@ -119,7 +119,7 @@ def test_what_is_accepted_is_what_gguf_py_reads(tmp_path: Path) -> None:
 
 def test_twenty_thousand_damaged_files_are_refused_or_sound() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "fuzz_gguf.py"), "--runs", "20000", "--seed", "1000000000"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-3000:]
     counts = re.fullmatch(r"20,000 files in .*: ([\d,]+) refused, ([\d,]+) accepted; .*\n", done.stdout)
     assert counts is not None, done.stdout

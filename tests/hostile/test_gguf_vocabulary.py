@@ -141,8 +141,6 @@ VOCABULARIES: dict[str, tuple[Make, str]] = {
     **{
         f"no {piece}": (at(PIECES.index(piece), "<odd>"), words)
         for piece, words in {
-            "<pad>": "<pad> is piece none, but",
-            "<eos>": "eos_token_id is 1, which is '<odd>' and not <eos>",
             "<bos>": "bos_token_id is 2, which is '<odd>' and not <bos>",
             "<unk>": "unknown_token_id is 3, which is '<odd>' and not <unk>",
         }.items()
@@ -157,7 +155,7 @@ VOCABULARIES: dict[str, tuple[Make, str]] = {
         f"{name} id {what} ({kind})": (pair(f"{name}_token_id", kind, what), f"tokenizer.ggml.{name}_token_id is ")
         for name in ("bos", "eos", "unknown")
         for kind, what in (
-            ("u32", 7),
+            ("u32", 3000),
             ("u32", SIZE),
             ("u32", 2**32 - 1),
             ("i32", -1),

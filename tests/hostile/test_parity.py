@@ -80,7 +80,7 @@ def test_arguments_that_cannot_be_exit_with_two(argv: list[str], words: str, pat
 
 def test_ids_that_are_none_are_refused(path: Path, tmp_path: Path, complaint: Complaint) -> None:
     file = tmp_path / "ids.json"
-    file.write_text("[]")
+    file.write_text("[]", encoding="utf-8")
     line = complaint("parity", path, "--against", "self", "--ids", file, code=2)
     assert f"{file}: an empty list; give at least one token id" in line
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import random
@@ -61,10 +62,40 @@ def test_a_traceback_comes_with_debug_and_only_then() -> None:
     assert done.stderr.startswith(b"Traceback") and b"BadModelFile: absent/x.ckpt: no such file" in done.stderr
 
 
-def test_standard_input_is_the_prompt_and_a_terminal_without_unicode_shows_question_marks() -> None:
-    done = run("generate", "-", "--echo", "-n", "1", given="日本\0é".encode(), PYTHONIOENCODING="ascii")
+@pytest.mark.parametrize(("encoding", "mark"), [("ascii", b""), ("cp1252", codecs.BOM_UTF8)])
+def test_a_pipe_carries_utf8_whatever_the_locale(encoding: str, mark: bytes) -> None:
+    """And the mark that Windows puts before a text is no part of it."""
+    text = "日本\0é naïve café €".encode()
+    done = run("generate", "-", "--echo", "-n", "1", given=mark + text, PYTHONIOENCODING=encoding, LC_ALL="C")
     assert done.returncode == 0 and done.stderr == b""
-    assert done.stdout.startswith(b"??\0?") and done.stdout.endswith(b"\n")
+    assert done.stdout.startswith(text) and done.stdout.endswith(b"\n")
+
+
+def test_an_error_in_a_pipe_is_utf8_too() -> None:
+    done = run("generate", "x", "--model", "abwesend/größe.ckpt", PYTHONIOENCODING="cp1252")
+    assert "abwesend/größe.ckpt: no such file".encode() in complaint(done, 1)
+
+
+def test_a_terminal_without_unicode_shows_question_marks() -> None:
+    import pty
+
+    terminal, end = pty.openpty()
+    command = [*COMMAND, "generate", "日é", "--echo", "-n", "1"]
+    with subprocess.Popen(
+        command, stdout=end, stderr=subprocess.PIPE, env=environment(PYTHONIOENCODING="ascii")
+    ) as child:
+        os.close(end)
+        seen = os.read(terminal, 100)
+        assert child.stderr and child.stderr.read() == b"" and seen.startswith(b"??")
+    os.close(terminal)
+
+
+@pytest.mark.parametrize("start", [b"", codecs.BOM_UTF8])
+def test_a_line_of_a_conversation_that_is_not_utf8_ends_it_and_names_the_byte(start: bytes) -> None:
+    done = run("chat", "-n", "3", given=start + b"hi\r\ncaf\xe9\nwho?\n")
+    assert done.returncode == 2 and done.stdout.count(b"\n") == 1, done
+    place = len(start) + 7
+    assert done.stderr.endswith(b"error: standard input is not valid UTF-8 at byte %d\n" % place)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

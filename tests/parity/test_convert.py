@@ -80,7 +80,7 @@ def test_texts_have_the_same_ids_in_transformers(form: str, tmp_path: Path) -> N
     """There, control pieces in a text are always taken as such. The chat template is there too."""
     pytest.importorskip("google.protobuf", reason="transformers needs it for tokenizer.model")
     place = source(tmp_path, "2b", torch.float32)
-    (place / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0]['content'] }}")
+    (place / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0]['content'] }}", encoding="utf-8")
     path = convert(place, tmp_path / ("out" if form == "folder" else "out.gguf"), progress=False).path
     named = {"gguf_file": path.name} if form == "gguf" else {}
     external = transformers.AutoTokenizer.from_pretrained(path if form == "folder" else tmp_path, **named)

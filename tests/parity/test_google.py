@@ -118,7 +118,12 @@ def test_where_other_kernels_give_other_bits_the_fingerprints_say_so_and_roundin
     root = PARITY.parents[2]
     path = os.pathsep.join([str(root), str(root / "scripts")])
     done = subprocess.run(
-        command, cwd=root, env={**os.environ, **kernels, "PYTHONPATH": path}, capture_output=True, text=True, check=True
+        command,
+        cwd=root,
+        env={**os.environ, **kernels, "PYTHONPATH": path},
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
     )
     for demanded, found in json.loads(done.stdout.splitlines()[-1]).values():
         assert found != DIFFERENCE

@@ -57,7 +57,7 @@ def test_a_trace_without_a_bos_differs_in_the_token_ids(tmp_path: Path, capsys: 
 
     ids = tmp_path / "ids.json"
     gemma = gemma2.load(device="cpu")
-    ids.write_text(json.dumps(gemma.tokenizer.encode("In the beginning God created", bos=False)))
+    ids.write_text(json.dumps(gemma.tokenizer.encode("In the beginning God created", bos=False)), encoding="utf-8")
     trace = tmp_path / "trace.safetensors"
     assert main(["trace", "pocket", "--ids", str(ids), "-o", str(trace), "--sites", "logits"]) == 0
     capsys.readouterr()

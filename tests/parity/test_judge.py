@@ -75,7 +75,7 @@ def written(place: Path, change: Callable[[Gemma2], object] = lambda model: None
     model = tiny("2b", vocab_size=4096, num_hidden_layers=2)
     with torch.no_grad():
         change(model)
-    (place / "config.json").write_text(json.dumps({**COMMON, "vocab_size": 4096, **SMALL, **changes}))
+    (place / "config.json").write_text(json.dumps({**COMMON, "vocab_size": 4096, **SMALL, **changes}), encoding="utf-8")
     (place / "tokenizer.model").write_bytes((POCKET / "tokenizer.model").read_bytes())
     save_file(tensors_of(model), place / "model.safetensors")
     return place

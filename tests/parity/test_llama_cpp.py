@@ -74,7 +74,7 @@ def test_the_logits_are_as_far_from_llama_cpp_as_its_rounding_takes_them(name: s
 @pytest.mark.needs("shared", "data/parity-model")
 @pytest.mark.parametrize("name", FOUR_LAYERS)
 def test_the_logits_of_a_deeper_model_are_as_far_from_llama_cpp_as_its_rounding_takes_them(name: str) -> None:
-    tokens = torch.tensor([json.loads((DATA / "ids.json").read_text())])
+    tokens = torch.tensor([json.loads((DATA / "ids.json").read_text(encoding="utf-8"))])
     check(DATA / f"{name}.gguf", tokens, load_file(DATA / "llama_cpp_logits.safetensors")[name], FOUR_LAYERS[name])
 
 

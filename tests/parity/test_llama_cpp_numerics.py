@@ -147,7 +147,7 @@ def test_llama_cpps_logits_are_met_to_the_bit_for_every_type(name: str) -> None:
 def test_llama_cpps_logits_of_a_deeper_model_are_met_to_the_bit_for_every_type(name: str) -> None:
     theirs = load_file(DATA / "llama_cpp_logits.safetensors")[name]
     model, kinds = opened(DATA / f"{name}.gguf")
-    tokens = torch.tensor([json.loads((DATA / "ids.json").read_text())])
+    tokens = torch.tensor([json.loads((DATA / "ids.json").read_text(encoding="utf-8"))])
     assert torch.equal(with_numerics(model, "llama.cpp", storage=kinds)(tokens)[0, -len(theirs) :], theirs)
 
 

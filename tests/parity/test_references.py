@@ -158,8 +158,8 @@ def test_a_folder_that_is_no_gemma_pytorch_is_refused_and_leaves_no_module(folde
     (source / "gemma").mkdir(parents=True)
     with pytest.raises(BadModelFile, match=r"source: no gemma/model\.py in it; give the folder of a checkout"):
         open_reference(f"gemma_pytorch:{source}", path)
-    (source / "gemma" / "config.py").write_text("")
-    (source / "gemma" / "model.py").write_text("import gemma.of_another_time")
+    (source / "gemma" / "config.py").write_text("", encoding="utf-8")
+    (source / "gemma" / "model.py").write_text("import gemma.of_another_time", encoding="utf-8")
     mine = types.ModuleType("gemma")
     sys.modules["gemma"] = mine
     try:
@@ -167,7 +167,7 @@ def test_a_folder_that_is_no_gemma_pytorch_is_refused_and_leaves_no_module(folde
             ImportError, match=r"gemma_pytorch cannot be imported \(No module named 'gemma\.of_another_time'\)"
         ):
             open_reference(f"gemma_pytorch:{source}", path)
-        (source / "gemma" / "model.py").write_text("")
+        (source / "gemma" / "model.py").write_text("", encoding="utf-8")
         with pytest.raises(BadModelFile, match="its code is not that of revision 014acb7"):
             open_reference(f"gemma_pytorch:{source}", path)
         assert sys.modules["gemma"] is mine and "gemma.model" not in sys.modules and str(source) not in sys.path

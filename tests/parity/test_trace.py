@@ -167,7 +167,7 @@ def test_without_sites_every_site_is_written_and_dtype_is_taken(tmp_path: Path) 
 def test_ids_come_from_the_line_or_a_json_file_and_text_from_a_file_or_standard_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "ids.json").write_text("[2, 17, 5]")
+    (tmp_path / "ids.json").write_text("[2, 17, 5]", encoding="utf-8")
     (tmp_path / "text").write_bytes("Ægypt\r\n".encode())
     options = ["--sites", "ln_final", "--force"]
     encode = gemma2.load(device="cpu").tokenizer.encode
@@ -198,7 +198,7 @@ def test_the_pages_example_is_a_trace_of_transformers_and_equals_ours_to_the_bit
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("transformers", reason="the page's example is one with transformers")
-    code = PAGE.read_text().split("```python\n")[1].split("```")[0]
+    code = PAGE.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     assert len(code.strip().splitlines()) <= 22 and "gemma-2-2b" in code and "import gemma2" not in code
     monkeypatch.chdir(tmp_path)
     exec(compile(code.replace("gemma-2-2b", str(POCKET)), str(PAGE), "exec"), {})

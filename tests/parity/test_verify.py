@@ -229,6 +229,6 @@ def test_what_keeps_the_command_from_a_verdict_is_exit_code_2(
 
 
 def test_contributing_has_the_table_of_tolerances() -> None:
-    page = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text()
+    page = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for dtype, tolerance in TOLERANCES.items():
         assert f"| {str(dtype).removeprefix('torch.')} | {tolerance} | {tolerance.why} |" in page

@@ -224,6 +224,6 @@ def _revision(folder: Path) -> str:
         return "of unknown revision"
     command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "of unknown revision"

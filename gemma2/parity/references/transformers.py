@@ -133,7 +133,7 @@ def _loaded(opened: Checkpoint, dtype: torch.dtype) -> Any:
     # Built in `dtype` rather than moved to it afterwards, which would round its rotary table too.
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": ATTENTION, "output_loading_info": True}
     path, source = opened.path, None
-    if opened.form == "safetensors" and path.is_dir():
+    if opened.form in ("safetensors", "bin") and path.is_dir() and not _has_other_names(opened):
         source = path
     else:
         stated = config_dict(opened.config)
@@ -156,6 +156,11 @@ def _loaded(opened: Checkpoint, dtype: torch.dtype) -> Any:
     if odd:
         raise BadModelFile(f"{path}: transformers reads it otherwise: {', '.join(odd)}")
     return model.eval()
+
+
+def _has_other_names(opened: Checkpoint) -> bool:
+    """Whether the file's names are not those that transformers reads."""
+    return any(opened.weights.in_file(name) != name for name in opened.weights.tensors)
 
 
 def _is_one_gguf(opened: Checkpoint) -> bool:

@@ -1,0 +1,297 @@
+"""A PEFT adapter on disk: `adapter_config.json` and its tensors, checked before anything is computed.
+
+It is read without PEFT, and nothing of it is run. PEFT warns of tensors that are missing or left over, and goes on with
+random values; here they are refused by name. `apply_adapter.py` puts the adapter into a model.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gemma2.checkpoints.adapter_config import MERGED, check_config
+from gemma2.checkpoints.dtypes import FLOATS, SAFETENSORS
+from gemma2.checkpoints.foreign import refuse_foreign
+from gemma2.checkpoints.hf_config import read_json
+from gemma2.checkpoints.weights import shapes_of
+from gemma2.config import Gemma2Config
+from gemma2.errors import BadModelFile, first_line
+
+CONFIG, SAFE, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+DELTA = "token_adapter.trainable_tokens_delta"
+NOT_MERGED = (
+    "it trains the head apart from the embedding, and in a Gemma 2 they are one matrix: load it without merging "
+    "(merge_adapter=False)"
+)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What `open_adapter` gives.
+
+    Attributes:
+        where: its folder.
+        config: the content of `adapter_config.json`.
+        tensors: name, without PEFT's prefix -> shape.
+    """
+
+    where: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, tuple[int, ...]]
+
+    @property
+    def base(self) -> str | None:
+        """The name of the model that it was made for, as it states it."""
+        stated = self.config.get("base_model_name_or_path")
+        return stated if isinstance(stated, str) and stated.isprintable() and 0 < len(stated) <= 200 else None
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head follows a trained embedding. With transformers' model it does so only when asked to."""
+        mapping = self.config.get("auto_mapping") or {}
+        return bool(self.config.get("ensure_weight_tying")) or mapping.get("base_model_class") == "Gemma2"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where an adapter goes in a model, by modules' paths.
+
+    Attributes:
+        targets: those that it goes around.
+        saved: those that it holds whole.
+        tokens: ids whose rows of the embedding it trains; None for none.
+        own_head: whether the head becomes a matrix of its own.
+        tensors: the adapter's, by PEFT's names, on the CPU.
+    """
+
+    targets: tuple[str, ...]
+    saved: tuple[str, ...]
+    tokens: list[int] | None
+    own_head: bool
+    tensors: Mapping[str, Tensor]
+
+
+def open_adapter(folder: Path) -> Adapter:
+    """Open an adapter's folder. The values of its tensors are not read.
+
+    Raises:
+        BadModelFile: no adapter, one of a kind that is not applied here, or a config that is malformed.
+    """
+    if not folder.is_dir():
+        what = "a file: give the folder that it is in" if folder.is_file() else "no such folder"
+        raise BadModelFile(f"{folder}: {what}; an adapter is a folder with {CONFIG} and {SAFE}")
+    if not (folder / CONFIG).is_file():
+        whole = " (it holds a config.json: a whole model is no adapter)" if (folder / "config.json").is_file() else ""
+        raise BadModelFile(f"{folder}: no {CONFIG}, so not a PEFT adapter{whole}")
+    config = read_json(folder / CONFIG)
+    check_config(config, str(folder / CONFIG))
+    return Adapter(folder, config, _shapes(folder))
+
+
+def plan_for(adapter: Adapter, config: Gemma2Config, *, merge: bool = False) -> Plan:
+    """Where the adapter goes in a model of this config. This reads its tensors.
+
+    Args:
+        merge: it is to be added into the weights.
+    Raises:
+        BadModelFile: it names modules that Gemma 2 does not have, or its tensors are not those that its config and the
+            model's ask for: missing, surplus or misshapen ones, by name. Or it cannot be merged, or holds NaN.
+    """
+    shapes = {name.removesuffix(".weight"): shape for name, shape in shapes_of(config).items()}
+    shapes[HEAD] = shapes[EMBEDDING]
+    targets = _targets(adapter, shapes)
+    saved = _found(adapter, "modules_to_save", [path for path in shapes if path not in targets])
+    tokens = adapter.config.get("trainable_token_indices")
+    tokens = tokens["embed_tokens"] if isinstance(tokens, dict) else tokens
+    expected: dict[str, tuple[int, ...]] = {f"{path}.weight": shapes[path] for path in saved}
+    for path in targets:
+        expected |= _expected(adapter, path, shapes[path])
+    if tokens:
+        if max(tokens) >= config.vocab_size or {EMBEDDING, HEAD} & {*targets, *saved}:
+            raise BadModelFile(f"{adapter.where}: trainable_token_indices are not rows of a model's own embedding")
+        expected[f"{EMBEDDING}.{DELTA}"] = (len(tokens), config.hidden_size)
+    # PEFT keeps the embedding too where it is a target or was resized; and the head with one that is tied to it.
+    also = {f"{path}{own}.weight": shapes[path] for path in (EMBEDDING, HEAD) for own in ("", ".base_layer")}
+    _check_tensors(adapter, expected, {name: shape for name, shape in also.items() if name not in expected})
+    own_head = HEAD in targets or (not adapter.tied and bool({EMBEDDING, HEAD} & {*saved}))
+    if adapter.tied and HEAD in saved and EMBEDDING not in saved:
+        raise BadModelFile(f"{adapter.where}: it ties the embedding to a head that it trains; {MERGED}")
+    if merge and (own_head or EMBEDDING in targets):
+        raise BadModelFile(f"{adapter.where}: {NOT_MERGED}")
+    return Plan(targets, saved, tokens or None, own_head, _values(adapter, own_head))
+
+
+def _values(adapter: Adapter, own_head: bool) -> dict[str, Tensor]:
+    """The tensors by PEFT's names, with one for the embedding and the head where these are tied."""
+    found = _read(adapter.where)
+    bad = [name for name, tensor in found.items() if not tensor.isfinite().all()]
+    if bad:
+        raise BadModelFile(f"{adapter.where}: {len(bad)} tensors hold NaN or infinity: {', '.join(bad[:5])}")
+    embedding, head = f"{EMBEDDING}.weight", f"{HEAD}.weight"
+    if head in found and not own_head:
+        own = found.pop(head)
+        if not torch.equal(found.setdefault(embedding, own), own):
+            raise BadModelFile(f"{adapter.where}: {head} differs from {embedding}, and the config ties them")
+    return {f"{PREFIX}{name}": tensor for name, tensor in found.items()}
+
+
+def _targets(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """The modules that the adapter goes around. Where they are stated by a pattern, which is not run, those of its
+    tensors."""
+    stated = adapter.config.get("target_modules")
+    matrices = [path for path, shape in shapes.items() if len(shape) == 2]
+    linears = [path for path in matrices if path not in (EMBEDDING, HEAD)]
+    if stated == "all-linear":
+        named = linears
+    elif isinstance(stated, str):
+        ends = (".lora_A.weight", ".lora_embedding_A", ".ia3_l")
+        paths = {name.removesuffix(end) for name in adapter.tensors for end in ends if name.endswith(end)}
+        named = [path for path in matrices if path in paths]
+    else:
+        named = [*_found(adapter, "target_modules", matrices)]
+        if adapter.config.get("ensure_weight_tying") and EMBEDDING in named and HEAD not in named:
+            named.append(HEAD)  # PEFT puts an adapter of its own there
+    layers = adapter.config.get("layers_to_transform")
+    if layers is not None:
+        kept = {str(layer) for layer in ([layers] if isinstance(layers, int) else layers)}
+        named = [path for path in named if path.startswith("model.layers.") and path.split(".")[2] in kept]
+    without = adapter.config.get("exclude_modules") or []
+    return tuple(path for path in named if not any(_is(path, name) for name in without))
+
+
+def _found(adapter: Adapter, key: str, paths: list[str]) -> tuple[str, ...]:
+    """The paths that a list of the config names."""
+    names = adapter.config.get(key) or []
+    fits = _is if key == "target_modules" else str.endswith  # as PEFT has it
+    absent = [name for name in names if not any(fits(path, name) for path in paths)]
+    if absent:
+        made = f"; it was made for {adapter.base}" if adapter.base else ""
+        raise BadModelFile(
+            f"{adapter.where}: {key} has {', '.join(absent[:5])}, and Gemma 2 has no such module to take{made}"
+        )
+    return tuple(path for path in paths if any(fits(path, name) for name in names))
+
+
+def _is(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _expected(adapter: Adapter, path: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The tensors around one module, by PEFT's names."""
+    config, (rows, columns) = adapter.config, shape
+    if adapter.config["peft_type"] == "IA3":
+        return {f"{path}.ia3_l": (1, columns) if is_feedforward(adapter, path) else (rows, 1)}
+    ranks = [rank for name, rank in (config.get("rank_pattern") or {}).items() if _is_pattern(path, name)]
+    r = ranks[0] if ranks else config["r"]
+    if path == EMBEDDING:
+        if config.get("use_dora") or config.get("lora_bias"):
+            raise BadModelFile(f"{adapter.where}: use_dora and lora_bias are not applied to the embedding; {MERGED}")
+        return {f"{path}.lora_embedding_A": (r, rows), f"{path}.lora_embedding_B": (columns, r)}
+    found: dict[str, tuple[int, ...]] = {f"{path}.lora_A.weight": (r, columns), f"{path}.lora_B.weight": (rows, r)}
+    if config.get("use_dora"):
+        found[f"{path}.lora_magnitude_vector"] = (rows,)
+    if config.get("lora_bias"):
+        found[f"{path}.lora_B.bias"] = (rows,)
+    return found
+
+
+def is_feedforward(adapter: Adapter, path: str) -> bool:
+    """Whether IA3 scales what goes into this module, and not what comes out of it."""
+    return path.endswith(tuple(adapter.config.get("feedforward_modules") or ()))
+
+
+def _is_pattern(path: str, name: str) -> bool:
+    return path == name[1:] if name.startswith("^") else _is(path, name)
+
+
+def _check_tensors(
+    adapter: Adapter, expected: Mapping[str, tuple[int, ...]], also: Mapping[str, tuple[int, ...]]
+) -> None:
+    found = adapter.tensors
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "unknown": [name for name in found if name not in expected and name not in also],
+        "misshapen": [
+            f"{name} {list(found[name])} instead of {list(shape)}"
+            for name, shape in (dict(also) | dict(expected)).items()
+            if name in found and found[name] != shape
+        ],
+    }
+    lines = [
+        f"{len(names)} {problem}: {', '.join(name[:200] for name in names[:3])}{' ...' if len(names) > 3 else ''}"
+        for problem, names in problems.items()
+        if names
+    ]
+    if lines:
+        made = f"; it was made for {adapter.base}" if adapter.base else ""
+        raise BadModelFile(f"{adapter.where}: the adapter does not fit the model: {'; '.join(lines)}{made}")
+    if not expected:
+        raise BadModelFile(f"{adapter.where}: the adapter changes nothing: it names no module")
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    if not (folder / SAFE).is_file():
+        return {name: tuple(tensor.shape) for name, tensor in _read(folder).items()}
+    with _opened(folder / SAFE) as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
+        for name, part in parts.items():
+            if SAFETENSORS.get(part.get_dtype()) not in FLOATS.values():
+                raise BadModelFile(
+                    f"{folder / SAFE}: {name:.200} is {part.get_dtype()}, not float32, bfloat16 or float16"
+                )
+        return {name: tuple(part.get_shape()) for name, part in _plain(parts, folder).items()}
+
+
+def _read(folder: Path) -> dict[str, Tensor]:
+    """All tensors of an adapter, by their names without the prefix."""
+    path = folder / SAFE
+    if path.is_file():
+        with _opened(path) as file:
+            return _plain({name: file.get_tensor(name) for name in file.keys()}, folder)  # noqa: SIM118
+    path = folder / PICKLE
+    if not path.is_file():
+        raise BadModelFile(f"{folder}: neither {SAFE} nor {PICKLE}, so the adapter has no weights")
+    refuse_foreign(path)
+    try:
+        raw: Any = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except pickle.UnpicklingError:
+        raise BadModelFile(f"{path}: holds more than tensors, so it is not read: a pickle can run code") from None
+    except Exception as error:  # a damaged pickle fails in any way: IndexError, struct.error, AssertionError ...
+        raise BadModelFile(f"{path}: not a PyTorch file ({first_line(error)})") from None
+    if not isinstance(raw, Mapping) or not all(isinstance(name, str) and _is_float(raw[name]) for name in raw):
+        raise BadModelFile(f"{path}: not only tensors of float32, bfloat16 or float16, each with a name")
+    return _plain(raw, folder)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, TypeError, AttributeError, ValueError, OSError) as error:
+        refuse_foreign(path)
+        raise BadModelFile(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def _is_float(tensor: Any) -> bool:
+    plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return plain and tensor.dtype in FLOATS.values()
+
+
+def _plain(named: Mapping[str, T], folder: Path) -> dict[str, T]:
+    """Tensors by their names without PEFT's prefix, and without that of torch.compile."""
+    found: dict[str, T] = {}
+    for name, tensor in named.items():
+        plain = name.removeprefix(PREFIX).replace("_orig_mod.", "")
+        if plain in found:
+            raise BadModelFile(f"{folder}: two tensors are called {plain:.200}")
+        found[plain] = tensor
+    return found

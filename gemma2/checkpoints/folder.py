@@ -1,0 +1,135 @@
+"""Which weights a Hugging Face folder means, and all its files of them as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gemma2.checkpoints.foreign import refuse_folder
+from gemma2.checkpoints.hf_config import read_json
+from gemma2.checkpoints.names import REDUNDANT, TOKENIZER, outer_prefix, own_names, plain_name
+from gemma2.checkpoints.pickled import PickledFile
+from gemma2.checkpoints.safetensors import INDEX, SINGLE, shard_names
+from gemma2.checkpoints.safetensors_file import SafetensorsFile
+from gemma2.checkpoints.weights import HEAD, PlainWeights, TensorFile, chunks
+from gemma2.errors import BadModelFile
+
+PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+ORDER = (SINGLE, INDEX, PICKLED, PICKLED_INDEX)  # transformers takes the first that is there
+MOST_INDEX = 4 * 2**20  # bytes; the index of the largest Gemma 2 has 42,000
+
+
+class FileWeights(PlainWeights):
+    """A `Weights` over one or more files of plain tensors. Headers are read at once, tensors when asked for.
+
+    Raises:
+        BadModelFile: two names mean one tensor, or two files hold one with different values.
+    """
+
+    def __init__(self, files: Sequence[TensorFile], where: str, notes: Iterable[str] = ()) -> None:
+        self.where, self._files = where, files
+        held: dict[str, TensorFile] = {}
+        for file in files:
+            for name in file.tensors:
+                if name in held and not _equal(name, held[name], file):
+                    raise BadModelFile(
+                        f"{file.path}: tensor {name} is also in {held[name].path.name}, with other values"
+                    )
+                held[name] = file
+        own = own_names((name for name in held if not name.endswith(REDUNDANT) and name != TOKENIZER), where)
+        self._source = {name: (held[there], there) for name, there in own.items()}
+        self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            name: file.tensors[there] for name, (file, there) in self._source.items()
+        }
+        prefix = outer_prefix(own)
+        read = (f"the tensors of {where} were read without the prefix {prefix!r} of their names",) if prefix else ()
+        inside = (f"{where} holds a tokenizer as {TOKENIZER}, which is not read: the one beside it is used",)
+        self.notes = (*notes, *read, *(inside if TOKENIZER in held else ()))
+        self.release()
+
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        file, there = self._source[name]
+        out.copy_(file.rows(there, start, start + len(out)))
+
+    def in_file(self, name: str) -> str:
+        return self._source[name][1] if name in self._source else name
+
+    def release(self) -> None:
+        for file in self._files:
+            file.release()
+
+
+def chosen(folder: Path) -> Path | None:
+    """The file that transformers begins with, or None where there is none."""
+    return next((folder / name for name in ORDER if (folder / name).is_file()), None)
+
+
+def open_folder(folder: Path) -> FileWeights:
+    """The weights of a Hugging Face folder. Raises BadModelFile when there are none, or the index does not fit."""
+    first = chosen(folder)
+    if first is None:
+        refuse_folder(folder)
+        raise BadModelFile(f"{folder}: neither {' nor '.join(ORDER[:3])}{_held(folder)}")
+    others = [name for name in ORDER if name != first.name and (folder / name).is_file()]
+    notes = [f"{first} is used, as transformers does, and not {' nor '.join(others)} beside it"] if others else []
+    if first.name in (INDEX, PICKLED_INDEX):
+        return _open_shards(first, notes)
+    return FileWeights([_open_file(first)], str(first), notes)
+
+
+def _open_file(path: Path) -> TensorFile:
+    return PickledFile(path) if path.suffix == ".bin" else SafetensorsFile(path)
+
+
+def _open_shards(path: Path, notes: list[str]) -> FileWeights:
+    folder = path.parent
+    index = read_json(path, MOST_INDEX)
+    names = shard_names(index, str(path), ".safetensors" if path.name == INDEX else ".bin")
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise BadModelFile(f"{folder}: {len(absent)} of {len(names)} shards missing: {', '.join(absent[:5])}")
+    files = [_open_file(folder / name) for name in names]
+    listed: Mapping[str, str] = index["weight_map"]
+    held = {name: file.path.name for file in files for name in file.tensors}
+    there = {plain_name(name) for name in held}
+    ghosts = [name for name in listed if plain_name(name) not in there and not _redundant(name)]
+    if ghosts:
+        raise BadModelFile(
+            f"{folder / listed[ghosts[0]]}: index and shard disagree on {', '.join(sorted(ghosts)[:5])}: no shard has "
+            "what the index lists, so get the shards and the index anew"
+        )
+    elsewhere = sorted(name for name, file in held.items() if listed.get(name) != file and not _redundant(name))
+    if elsewhere:
+        notes = [
+            *notes,
+            f"{path} does not say where {len(elsewhere)} tensors are ({', '.join(elsewhere[:3])}); each was taken from "
+            "the shard that has it, as transformers does",
+        ]
+    return FileWeights(files, str(folder), notes)
+
+
+def _redundant(name: str) -> bool:
+    """Whether a Gemma 2 is whole without this tensor: its head is the embedding, and its rotary table is computed."""
+    return plain_name(name).endswith((HEAD, REDUNDANT))
+
+
+def _equal(name: str, one: TensorFile, other: TensorFile) -> bool:
+    shape, dtype = one.tensors[name]
+    if name.endswith(REDUNDANT):
+        return True
+    if other.tensors[name] != (shape, dtype) or not shape:
+        return False
+    return all(
+        torch.equal(one.rows(name, start, stop), other.rows(name, start, stop)) for start, stop in chunks(shape, dtype)
+    )
+
+
+def _held(folder: Path) -> str:
+    """Other weights that a folder holds, each of which can be given itself."""
+    files = [path for path in sorted(folder.glob("*")) if path.suffix in (".gguf", ".safetensors", ".ckpt", ".bin")]
+    found = [path.name for path in files if path.is_file() and path.name != "training_args.bin"]
+    return f"; it holds {', '.join(found[:3])}: give that file itself" if found else ""
