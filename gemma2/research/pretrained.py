@@ -6,6 +6,7 @@ does around a model (beams, sampling, assisted decoding, saving, training) is it
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NoReturn
@@ -20,11 +21,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from gemma2.cache import EMPTY, Held
 from gemma2.checkpoints.hf_config import config_dict
 from gemma2.model import Gemma2
+from gemma2.research.arguments import check_mask, check_options, check_unpacked, whole_rows
 from gemma2.research.capture import check_shown
 from gemma2.tied import drop_equal_head
 
 LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")  # what transformers' loss takes beside logits and labels
-SAID = ("cache_position",)  # what older versions pass too, and the cache says already
+# Caches of later versions count by themselves; those of 5.0 are told which columns are new.
+BY_LENGTH = "query_length" in inspect.signature(Cache.get_mask_sizes).parameters
 
 
 class Columns:
@@ -39,8 +42,9 @@ class Columns:
         still empty have columns that are yet to come, which no query sees."""
         first: int | Tensor = 0
         if self.cache is not None:
-            _, first = self.cache.get_mask_sizes(keys.shape[1], self.layer)
-            keys, values = self.cache.update(keys.transpose(1, 2), values.transpose(1, 2), self.layer)
+            asked, said = (keys.shape[1], ()) if BY_LENGTH else (positions[0], ({"cache_position": positions[0]},))
+            _, first = self.cache.get_mask_sizes(asked, self.layer)
+            keys, values = self.cache.update(keys.transpose(1, 2), values.transpose(1, 2), self.layer, *said)
             keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         columns = (torch.arange(keys.shape[1], device=keys.device) + first).expand(keys.shape[:2])
         if self.mask is not None:
@@ -292,44 +296,3 @@ def foreign_config(model: Gemma2, ids: dict[str, int]) -> transformers.Gemma2Con
         shape["query_pre_attn_scalar"] = int(scalar)
     dtype = str(model.dtype).removeprefix("torch.")
     return transformers.Gemma2Config(**shape, **ids, dtype=dtype, attn_implementation="eager")
-
-
-def check_options(options: dict[str, Any]) -> None:
-    """Raises ValueError for an argument that would be ignored."""
-    for name, value in options.items():
-        if value is not None and name not in SAID:
-            raise ValueError(f"forward has no argument {name!r} here: leave it out")
-
-
-def check_mask(mask: Tensor | None, batch: int, start: int | Tensor, t: int) -> None:
-    """Raises ValueError unless the mask is [b s] with a value for each column so far, these tokens' included."""
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        found = f"of shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask must be [batch, columns], 1 for text and 0 for padding, not {found}")
-    if isinstance(start, int) and tuple(mask.shape) != (batch, start + t):
-        raise ValueError(
-            f"attention_mask is {list(mask.shape)}, and {[batch, start + t]} is needed: {start} columns in the cache "
-            f"and {t} new ones"
-        )
-
-
-def whole_rows(positions: Tensor, batch: int, t: int) -> Tensor:
-    """position_ids as [b t]. Raises ValueError where they are not one for each token."""
-    if positions.ndim != 2 or positions.shape[1] != t or positions.shape[0] not in (1, batch):
-        raise ValueError(f"position_ids are {list(positions.shape)}, not one for each token {[batch, t]}")
-    return positions.expand(batch, t)
-
-
-def check_unpacked(positions: Tensor) -> None:
-    """Raises ValueError for several texts in a row, which transformers would keep apart by their positions alone."""
-    if torch.compiler.is_compiling():
-        return
-    breaks = (positions[:, 1:] != positions[:, :-1] + 1).nonzero()
-    if len(breaks):
-        row, column = breaks[0].tolist()
-        raise ValueError(
-            f"position_ids do not rise by one at row {row}, column {column + 1}: several texts packed into one row are "
-            "not supported; give each its own row"
-        )
