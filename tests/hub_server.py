@@ -37,8 +37,8 @@ FILES = {
     "gemma-2-tiny.gguf": b"GGUF",
 }
 UNWEIGHTED = {file: data for file, data in FILES.items() if not file.endswith((".safetensors", ".bin", ".gguf"))}
-# Before version 1 the client waits between retries when there is no answer, and does not take up a cut connection.
-OLD_CLIENT = int(huggingface_hub.__version__.split(".")[0]) < 1
+# Older clients wait between retries when there is no answer, do not take up a cut connection, and lack this setting.
+OLD_CLIENT = not hasattr(constants, "HF_HUB_DISABLE_SYMLINKS")
 LIST = "list of files"  # how a request for it is noted
 NEEDED = {"config.json", "tokenizer.model", SINGLE}
 
@@ -81,7 +81,7 @@ class Hub:
 
 
 def close_session() -> None:
-    """Let the client forget its connections. It had another name for this before version 1."""
+    """Let the client forget its connections. Before version 1 this had another name."""
     close = getattr(huggingface_hub, "close_session", None) or huggingface_hub.utils.reset_sessions
     close()
 
@@ -224,7 +224,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float]) -> I
         "DOWNLOAD_CHUNK_SIZE": 2**13,
     }
     for key, value in settings.items():
-        for module in (constants, file_download):  # versions before 1 know fewer, and copy some into the second
+        for module in (constants, file_download):  # older versions know fewer, and copy some into the second
             monkeypatch.setattr(module, key, value, raising=False)
     for key in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
         monkeypatch.delenv(key, raising=False)
