@@ -352,6 +352,53 @@ def test_control_pieces_that_gemma_does_not_have_are_read_when_asked_for_alone_a
     assert end_ids(found) == {1, 4097}
 
 
+IM = [("<|im_start|>", -1000.0, CONTROL), ("<|im_end|>", -1000.0, CONTROL)]
+
+
+def renamed(arrays: dict[str, list[Any]], names: dict[int, str]) -> dict[str, list[Any]]:
+    copy = changed(arrays, dict.fromkeys(names, CONTROL))
+    for i, name in names.items():
+        copy["tokens"][i] = name
+    return copy
+
+
+@pytest.mark.parametrize("key", ["eos_token_id", "eot_token_id", "eom_token_id"])
+@pytest.mark.parametrize("style", STYLES)
+def test_a_chatml_fine_tune_loads_and_ends_at_its_own_token(style: str, key: str, pocket: Tokenizer) -> None:
+    found = header(changed(STYLES[style](), more=IM), **{key: Value("u32", 4097)})
+    assert 4097 in end_ids(found) and "a text also ends at '<|im_end|>'" in notes(found)
+    assert build_tokenizer(found).special == pocket.special
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_pieces_that_a_fine_tune_renamed_in_place_are_its_own_tokens(style: str, pocket: Tokenizer) -> None:
+    found = header(renamed(STYLES[style](), {1: "<|im_end|>", 7: "<|im_start|>"}), eos_token_id=Value("u32", 1))
+    rebuilt = build_tokenizer(found)
+    assert rebuilt.special["eos"] == 1 and end_ids(found) == {1} and rebuilt.notes == ("<eos> is spelled '<|im_end|>'",)
+    assert rebuilt.encode("<|im_start|>a<|im_end|>", special=True) == [2, 7, *pocket.encode("a", bos=False), 1]
+    assert rebuilt.encode("<|im_start|>a") == pocket.encode("<|im_start|>a")
+    again = tokenizer_metadata(rebuilt.to_proto())
+    assert again["tokenizer.ggml.tokens"].value[1] == "<|im_end|>"
+    assert again["tokenizer.ggml.eos_token_id"] == Value("u32", 1)
+
+
+def test_an_unstated_end_is_one_at_which_llama_cpp_always_ends() -> None:
+    assert end_ids(header(changed(plain_arrays(), more=IM))) == {1, 4097}
+    assert end_ids(header(plain_arrays())) == {1}
+
+
+def test_pieces_that_fill_an_embedding_are_rows_without_a_piece(pocket: Tokenizer) -> None:
+    fill = [(f"[PAD{i}]", -10000.0, UNUSED) for i in range(4096, 4160)]
+    rebuilt = build_tokenizer(header(changed(plain_arrays(), more=fill)))
+    assert (len(rebuilt), rebuilt.rows, rebuilt.decode([4159])) == (4096, 4160, "")
+    made = tokenizer_metadata(pocket.to_proto(), rows=4160)
+    assert made["tokenizer.ggml.tokens"].value[4096:] == [token for token, _, _ in fill]
+    assert set(made["tokenizer.ggml.scores"].value[4096:].tolist()) == {-10000.0}
+    assert set(made["tokenizer.ggml.token_type"].value[4096:].tolist()) == {UNUSED}
+    with pytest.raises(BadModelFile, match="4096 pieces for an embedding of 4000 rows, which a GGUF cannot state"):
+        tokenizer_metadata(pocket.to_proto(), rows=4000)
+
+
 def test_user_defined_pieces_that_a_fine_tune_added_are_found_in_text(
     arrays: dict[str, list[Any]], pocket: Tokenizer
 ) -> None:

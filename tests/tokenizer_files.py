@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 import re
@@ -78,12 +77,13 @@ def fast(proto: bytes) -> dict[str, Any]:
     }
 
 
-_POCKET = fast((POCKET / "tokenizer.model").read_bytes())
+_POCKET = json.dumps(fast((POCKET / "tokenizer.model").read_bytes()))
 
 
 def pocket() -> dict[str, Any]:
     """The pocket model's tokenizer.json, to be changed."""
-    return copy.deepcopy(_POCKET)
+    content: dict[str, Any] = json.loads(_POCKET)
+    return content
 
 
 def older(content: dict[str, Any]) -> dict[str, Any]:

@@ -278,7 +278,7 @@ def _ranks(
     """
     lefts, rights, merged = _merges(model.get("merges"), vocabulary, where)
     kind = np.array(kinds[: len(names)], np.int32)
-    runs = [i for i, name in enumerate(names) if name[0] == SPACE and not name.strip(SPACE)]
+    runs = [i for i, name in enumerate(names) if name.startswith(SPACE) and not name.strip(SPACE)]
     run = np.zeros(len(names), bool)
     run[runs] = True
     alive = (kind == NORMAL) | (run & (kind == USER_DEFINED))

@@ -64,7 +64,7 @@ def _merges(tokenizer: Tokenizer, pieces: Sequence[str], kinds: Sequence[int], s
 
     Those of runs of spaces come before all others, in the order that cuts a run as the tokenizer does.
     """
-    runs = [i for i, piece in enumerate(pieces) if piece[0] == SPACE and not piece.strip(SPACE)]
+    runs = [i for i, piece in enumerate(pieces) if piece.startswith(SPACE) and not piece.strip(SPACE)]
     others = sorted(set(np.flatnonzero(np.array(kinds) == NORMAL).tolist()) - set(runs), key=lambda i: (-scores[i], i))
     known = {pieces[i] for i in (*runs, *others)}
 
