@@ -18,7 +18,7 @@ test: lint types
 # Tools that attach to the model from outside: PEFT, trl, nnsight, torchao and others, in the extra `ecosystem`. The
 # page for users of transformers shows some of them. `make test` runs those tests whose package is there.
 test-ecosystem: $(VENV)/.installed-ecosystem
-	$(BIN)/pytest tests/ecosystem tests/test_readme.py -rs
+	$(BIN)/pytest tests/ecosystem tests/test_readme.py::test_the_page_for_users_of_transformers_runs_and_prints_what_it_shows -rs
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

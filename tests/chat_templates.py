@@ -43,7 +43,7 @@ GEMMAS = {
     "Google's": GEMMA,
     "Google's, its newlines escaped": GEMMA.replace("\n", "\\n"),
     "Google's without its BOS and check of roles": GEMMA[GEMMA.index("{% for") :],
-    "comments in other turns": "{# not <|im_start|> nor [INST] #}"
+    "comments in other turns": "{# it isn't <|im_start|> nor [INST] #}"
     + GEMMA.replace("{% for", "{#- ### Response: -#}{% for"),
     "text parts": PARTS,
     "system and user joined by a space": (

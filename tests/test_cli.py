@@ -193,10 +193,11 @@ def test_a_system_text_is_merged_into_the_first_message_and_outlives_reset(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shipped: gemma2.Gemma
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("Who?\n/reset\nWho?\n"))
-    assert main(["chat", "-n", "8", "--system", "Thou shalt answer."]) == 0
+    assert main(["chat", "-n", "8", "--system", "And God said, Let there be light."]) == 0
     with pytest.warns(UserWarning):
-        answer = shipped.chat([{"role": "user", "content": "Thou shalt answer.\n\nWho?"}], 8)
-    assert capsys.readouterr().out == f"{answer}\n" * 2
+        answer = shipped.chat([{"role": "user", "content": "And God said, Let there be light.\n\nWho?"}], 8)
+        plain = shipped.chat([{"role": "user", "content": "Who?"}], 8)
+    assert capsys.readouterr().out == f"{answer}\n" * 2 and answer != plain
 
 
 def test_a_turn_that_does_not_fit_is_said_and_the_exit_code_of_a_pipe_tells(

@@ -157,6 +157,10 @@ def test_layers_that_are_computed_again_have_the_same_gradients() -> None:
         found.append([parameter.grad.clone() for parameter in face.parameters()])
         calls.append(0)
     assert calls == [1, 2, 1, 0]
+    with pytest.raises(ValueError, match="takes no cache"):
+        face(tokens, past_key_values=transformers.DynamicCache())
+    written = face.generate(tokens, max_new_tokens=4)  # without gradients nothing is computed again
+    assert torch.equal(written, face.eval().generate(tokens, max_new_tokens=4))
     assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
 
 

@@ -5,7 +5,6 @@ PEFT matches strings of it as regular expressions and imports a module that it n
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -24,12 +23,13 @@ PROMPTS = (
 )
 MERGED = "apply it with PEFT, merge it there (merge_and_unload, save_pretrained) and load that folder"
 NAME = re.compile(r"\^?\w+(\.\w+)*")
-INITS = re.compile(r"gaussian|orthogonal|olora|pissa(_niter_\d{1,3})?")  # the last three also change the base's weights
-MOST_RANK = 2**16
+INITS = re.compile(r"gaussian|orthogonal|olora|pissa(_niter_\d{1,3})?")  # olora and pissa change the base's weights too
+MOST_RANK, MOST_NAMES, MOST_ALPHA = 2**16, 4096, 1e30
 
 
 def _names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) and NAME.fullmatch(name) for name in value)
+    fits = isinstance(value, list) and len(value) <= MOST_NAMES
+    return fits and all(isinstance(name, str) and NAME.fullmatch(name) for name in value)
 
 
 def _indices(value: Any) -> bool:
@@ -45,7 +45,7 @@ def _rank(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= MOST_ALPHA
 
 
 def _flag(value: Any) -> bool:
@@ -73,7 +73,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_rslora": (_flag, "true or false"),
     "lora_bias": (_flag, "true or false"),
     "ensure_weight_tying": (_flag, "true or false"),
-    "init_lora_weights": (lambda v: _flag(v) or (isinstance(v, str) and bool(INITS.fullmatch(v))), "true or false"),
+    "init_lora_weights": (
+        lambda v: _flag(v) or (isinstance(v, str) and bool(INITS.fullmatch(v))),
+        "true, false, gaussian, orthogonal, olora or pissa",
+    ),
     "auto_mapping": (lambda v: isinstance(v, dict), "an object"),
 }
 # What changes the computation in ways that are not checked here.
@@ -89,6 +92,16 @@ REFUSED = (
     "use_bdlora",
     "use_qalora",
     "velora_config",
+)
+# What has no effect here: the training, or how the weights began, which the file's own replace.
+IDLE = (
+    "inference_mode",
+    "init_ia3_weights",
+    "layers_pattern",
+    "runtime_config",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
 )
 
 
@@ -113,12 +126,21 @@ def check_config(config: Any, where: str) -> None:
     for name in REFUSED:
         if config.get(name):
             raise BadModelFile(f"{where}: {name} is {_shown(config[name])}, which is not applied here; {MERGED}")
+    known = (*RULES, *REFUSED, *IDLE)
+    unknown = [name for name, value in config.items() if name not in known and _is_on(value)]
+    if unknown:
+        raise BadModelFile(f"{where}: {_shown(unknown[0])} is set, and what it does is not known here; {MERGED}")
     needed = ("r", "lora_alpha", "target_modules") if kind == "LORA" else ("target_modules",)
     missing = [name for name in needed if config.get(name) is None]
     if "target_modules" in missing and config.get("trainable_token_indices"):
         missing.remove("target_modules")
     if missing:
         raise BadModelFile(f"{where}: missing {', '.join(missing)}")
+
+
+def _is_on(value: Any) -> bool:
+    """Whether a key that nobody here knows switches something on. Numbers and strings are settings of a switch."""
+    return value is True or (isinstance(value, dict | list) and bool(value))
 
 
 def _shown(value: Any) -> str:

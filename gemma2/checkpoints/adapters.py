@@ -61,14 +61,6 @@ class Adapter:
         mapping = self.config.get("auto_mapping") or {}
         return bool(self.config.get("ensure_weight_tying")) or mapping.get("base_model_class") == "Gemma2"
 
-    def read(self) -> dict[str, Tensor]:
-        """The tensors, by the names in `tensors`, on the CPU. Raises BadModelFile where one holds NaN or infinity."""
-        found = _read(self.where)
-        bad = [name for name, tensor in found.items() if not tensor.isfinite().all()]
-        if bad:
-            raise BadModelFile(f"{self.where}: {len(bad)} tensors hold NaN or infinity: {', '.join(bad[:5])}")
-        return found
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -79,12 +71,14 @@ class Plan:
         saved: those that it holds whole.
         tokens: ids whose rows of the embedding it trains; None for none.
         own_head: whether the head becomes a matrix of its own.
+        tensors: the adapter's, by PEFT's names, on the CPU.
     """
 
     targets: tuple[str, ...]
     saved: tuple[str, ...]
     tokens: list[int] | None
     own_head: bool
+    tensors: Mapping[str, Tensor]
 
 
 def open_adapter(folder: Path) -> Adapter:
@@ -105,13 +99,13 @@ def open_adapter(folder: Path) -> Adapter:
 
 
 def plan_for(adapter: Adapter, config: Gemma2Config, *, merge: bool = False) -> Plan:
-    """Where the adapter goes in a model of this config.
+    """Where the adapter goes in a model of this config. This reads its tensors.
 
     Args:
         merge: it is to be added into the weights.
     Raises:
         BadModelFile: it names modules that Gemma 2 does not have, or its tensors are not those that its config and the
-            model's ask for: missing, surplus or misshapen ones, by name. Or it cannot be merged.
+            model's ask for: missing, surplus or misshapen ones, by name. Or it cannot be merged, or holds NaN.
     """
     shapes = {name.removesuffix(".weight"): shape for name, shape in shapes_of(config).items()}
     shapes[HEAD] = shapes[EMBEDDING]
@@ -134,7 +128,21 @@ def plan_for(adapter: Adapter, config: Gemma2Config, *, merge: bool = False) -> 
         raise BadModelFile(f"{adapter.where}: it ties the embedding to a head that it trains; {MERGED}")
     if merge and (own_head or EMBEDDING in targets):
         raise BadModelFile(f"{adapter.where}: {NOT_MERGED}")
-    return Plan(targets, saved, tokens or None, own_head)
+    return Plan(targets, saved, tokens or None, own_head, _values(adapter, own_head))
+
+
+def _values(adapter: Adapter, own_head: bool) -> dict[str, Tensor]:
+    """The tensors by PEFT's names, with one for the embedding and the head where these are tied."""
+    found = _read(adapter.where)
+    bad = [name for name, tensor in found.items() if not tensor.isfinite().all()]
+    if bad:
+        raise BadModelFile(f"{adapter.where}: {len(bad)} tensors hold NaN or infinity: {', '.join(bad[:5])}")
+    embedding, head = f"{EMBEDDING}.weight", f"{HEAD}.weight"
+    if head in found and not own_head:
+        own = found.pop(head)
+        if not torch.equal(found.setdefault(embedding, own), own):
+            raise BadModelFile(f"{adapter.where}: {head} differs from {embedding}, and the config ties them")
+    return {f"{PREFIX}{name}": tensor for name, tensor in found.items()}
 
 
 def _targets(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:

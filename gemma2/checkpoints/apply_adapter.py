@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gemma2.checkpoints.adapters import EMBEDDING, HEAD, PREFIX, Adapter, Plan, is_feedforward
+from gemma2.checkpoints.adapters import EMBEDDING, HEAD, Adapter, Plan, is_feedforward
 from gemma2.checkpoints.memory import check_parameters
 from gemma2.errors import BadModelFile, first_line
 from gemma2.model import Gemma2, ScaledEmbedding
@@ -70,7 +70,6 @@ def apply_adapter(model: Gemma2, adapter: Adapter, plan: Plan, *, merge: bool = 
     check_installed()
     import peft
 
-    state = _state(adapter, plan)
     embedding = model.model.embed_tokens
     if plan.own_head:
         model.set_submodule(HEAD, OwnHead(embedding))
@@ -80,7 +79,7 @@ def apply_adapter(model: Gemma2, adapter: Adapter, plan: Plan, *, merge: bool = 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tied weights and of missing tensors: both are dealt with here
             around: Any = peft.PeftModel(model, _config(peft, adapter, plan), NAME)
-            result = peft.set_peft_model_state_dict(around, state, NAME)
+            result = peft.set_peft_model_state_dict(around, dict(plan.tensors), NAME)
             around.eval()
             if HEAD in plan.targets and adapter.tied:
                 _lay_out_as_tied(model.lm_head)
@@ -106,17 +105,6 @@ def note_of(adapter: Adapter, plan: Plan, merged: bool) -> str:
     made = f", made for {adapter.base}" if adapter.base else ""
     how = "was merged into the weights" if merged else "is in the model"
     return f"the PEFT adapter {adapter.where} {how} ({kind}{whole}{made})"
-
-
-def _state(adapter: Adapter, plan: Plan) -> dict[str, Tensor]:
-    """The adapter's tensors by PEFT's names, with one for the embedding and the head where these are tied."""
-    state = adapter.read()
-    embedding, head = f"{EMBEDDING}.weight", f"{HEAD}.weight"
-    if head in state and not plan.own_head:
-        own = state.pop(head)
-        if not torch.equal(state.setdefault(embedding, own), own):
-            raise BadModelFile(f"{adapter.where}: {head} differs from {embedding}, and the config ties them")
-    return {f"{PREFIX}{name}": tensor for name, tensor in state.items()}
 
 
 def _lay_out_as_tied(head: Any) -> None:

@@ -72,7 +72,7 @@ def _ends(folder: Path, tokenizer: Tokenizer) -> Iterator[int | str]:
     good = [token for token in listed if type(token) is int and 0 <= token < size]
     yield from good
     if len(good) < len(listed):
-        yield f"{name}: eos_token_id is {_shown(stated)}: what in it is no token id below {size} ends no text"
+        yield f"{name}: eos_token_id is {_shown(stated)}; a value that is no token id below {size} is ignored"
     for name in (TOKENIZER, SPECIAL):
         try:
             found = _stated(folder, name)
@@ -87,7 +87,7 @@ def _ends(folder: Path, tokenizer: Tokenizer) -> Iterator[int | str]:
             if token is not None and token < size:
                 yield token
             else:
-                yield f"{name}: eos_token {_shown(piece)} is not in the vocabulary, and ends no text"
+                yield f"{name}: eos_token {_shown(piece)} is not in the vocabulary, and is ignored"
 
 
 def _id_of(piece: object, tokenizer: Tokenizer, added: object) -> int | None:

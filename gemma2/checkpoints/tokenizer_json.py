@@ -60,7 +60,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
 }
 UNSTATED = {"type": "BPE", "unk_token": None, "byte_fallback": False}  # what a file means that leaves these out
 # Of Gemma 2's own merges, which need not be held against its pieces at every reading: that takes half a second.
-GEMMA_2 = "846cb550eb8300ff62db45775ceb9caad238a1b231465c1dd674286276ccd0b6"
+GEMMA_2 = "77de30d33f8156ae70e556fc5888b8f454e26fa23d93365a3fec9b34fe0b3e89"
 BEGIN, TEXT = ("SpecialToken", "<bos>"), ("Sequence", "A")
 
 
@@ -134,13 +134,18 @@ def _tokenizer(content: dict[str, Any], where: str, named: Sequence[Added]) -> T
     trained = list(pieces)
     added = _added(content.get("added_tokens"), where)
     notes += add(pieces, kinds, [*added, *named], where)
-    scores, base = _scores(model, vocabulary, trained, kinds, where)
+    ranks, longest_first = _ranks(model, vocabulary, trained, kinds, where)
     wanted = {token.text for token in added if not token.normalized}
     typed = {piece: i for i, piece in enumerate(pieces) if piece in wanted}
     if TAB not in vocabulary:
         pieces[vocabulary["\t"]] = TAB
     for i in np.flatnonzero(np.array(kinds) == USER_DEFINED).tolist():
         pieces[i] = pieces[i].replace(" ", SPACE)
+    if longest_first:
+        for i, piece in enumerate(trained):
+            if len(piece) > 1 and not piece.strip(SPACE):
+                kinds[i] = USER_DEFINED
+    scores = np.where(np.array(kinds) == NORMAL, ranks, np.float32(0))
     proto = write_proto(Vocabulary(pieces, scores, np.array(kinds, np.int32)))
     if not any(" " in text or SPACE in text for text in typed):
         return Tokenizer(proto, where, notes=notes)  # SentencePiece finds all of them by itself
@@ -149,7 +154,8 @@ def _tokenizer(content: dict[str, Any], where: str, named: Sequence[Added]) -> T
         if kinds[i] == USER_DEFINED and SPACE in pieces[i]:
             # Runs of spaces are merged from their parts; any other piece with a space is made by nothing but `typed`.
             run = not pieces[i].strip(SPACE)
-            changes.append((pieces[i], base - i if run else 0, NORMAL if run else UNUSED))
+            if not (run and longest_first):
+                changes.append((pieces[i], float(ranks[i]) if run else 0.0, NORMAL if run else UNUSED))
     return Tokenizer(proto, where, typed=typed, engine=with_kinds(proto, changes), notes=notes)
 
 
@@ -261,40 +267,51 @@ def _added(stated: Any, where: str) -> list[Added]:
     return found
 
 
-def _scores(
-    model: Mapping[str, Any], vocabulary: Mapping[str, int], names: Sequence[str], kinds: Sequence[int], where: str
-) -> tuple[NDArray[np.float32], int]:
-    """A score for every piece, the better the earlier its merges stand; and what a piece of score 0 has for an id.
+def _ranks(
+    model: Mapping[str, Any], vocabulary: Mapping[str, int], names: Sequence[str], kinds: list[int], where: str
+) -> tuple[NDArray[np.float32], bool]:
+    """A score for every piece, the better the earlier its merges stand; and whether runs of spaces are symbols.
 
-    Gemma's pieces stand in the order of their merges, so the score is minus the id, counted from behind the bytes.
+    Gemma's pieces stand in the order of their merges, so the score is minus the id, counted from behind the bytes. Runs
+    of spaces come in two orders. In Google's files, which transformers 4 made, the longest parts merge first, so that a
+    run is cut as a symbol is: the longest piece first. In those of transformers 5 the shortest pieces are made first.
     """
     lefts, rights, merged = _merges(model.get("merges"), vocabulary, where)
     kind = np.array(kinds[: len(names)], np.int32)
-    alive = kind == NORMAL
-    for i in np.flatnonzero(kind == USER_DEFINED).tolist():
-        alive[i] = not names[i].strip(SPACE)
+    runs = [i for i, name in enumerate(names) if name[0] == SPACE and not name.strip(SPACE)]
+    run = np.zeros(len(names), bool)
+    run[runs] = True
+    alive = (kind == NORMAL) | (run & (kind == USER_DEFINED))
     if (kind[merged] == BYTE).any():
         i = int(np.flatnonzero(kind[merged] == BYTE)[0])
         raise BadModelFile(f"{where}: merge {i} makes a byte piece ({names[merged[i]]!r}) of ordinary text")
     kept = np.flatnonzero(alive[lefts] & alive[rights] & alive[merged])
-    order = merged[kept]
-    if merges_digest(names, alive, lefts[kept], rights[kept]) != GEMMA_2:
-        _check_complete(names, alive, lefts[kept], rights[kept], where)
-    first = np.flatnonzero(np.diff(order, prepend=-1))
-    group = order[first]
-    base = int(np.flatnonzero(kind == BYTE)[-1]) + 1 if (kind == BYTE).any() else 0
-    scores = np.zeros(len(kinds), np.float32)
-    normal = np.flatnonzero(np.array(kinds) == NORMAL)
-    scores[normal] = base - normal
+    lefts, rights, merged = lefts[kept], rights[kept], merged[kept]
+    if merges_digest(names, alive, lefts, rights) != GEMMA_2:
+        _check_complete(names, alive, lefts, rights, where)
+    of_runs, others = np.flatnonzero(run[merged]), np.flatnonzero(~run[merged])
+    if of_runs.size and (run[lefts[others]] & (others < of_runs[-1])).any():
+        raise BadModelFile(f"{where}: the merges of runs of spaces do not stand before those of a space and a word")
+    group = _groups(merged[others], where)
+    base = int(np.flatnonzero(kind == BYTE)[-1]) + 1
+    ranks = base - np.arange(len(kinds), dtype=np.float32)
     if (np.diff(group) <= 0).any():
-        if np.unique(group).size != group.size:
-            raise BadModelFile(f"{where}: the merges of one piece do not stand together, so their order cannot be kept")
-        scores[normal] = -float(len(kinds))
-        scores[group] = -np.arange(group.size)
-        base = 0
-        if (kind[group] == USER_DEFINED).any():
-            raise BadModelFile(f"{where}: the merges of runs of spaces do not stand in the order of their lengths")
-    return scores, base
+        ranks[:] = -float(len(kinds))
+        ranks[group] = -np.arange(group.size)
+    parts = [(len(names[a]), len(names[b])) for a, b in zip(lefts[of_runs], rights[of_runs], strict=True)]
+    longest_first = len(parts) > 1 and parts == sorted(parts, reverse=True)
+    if not longest_first:
+        made = _groups(merged[of_runs], where)
+        ranks[made] = len(kinds) - np.arange(made.size)
+    return ranks, longest_first
+
+
+def _groups(merged: NDArray[np.int64], where: str) -> NDArray[np.int64]:
+    """The pieces in the order in which they are made."""
+    group = merged[np.flatnonzero(np.diff(merged, prepend=-1))]
+    if np.unique(group).size != group.size:
+        raise BadModelFile(f"{where}: the merges of one piece do not stand together, so their order cannot be kept")
+    return group
 
 
 def _merges(
@@ -338,6 +355,6 @@ def _check_complete(
 def merges_digest(
     pieces: Sequence[str], alive: NDArray[np.bool_], lefts: NDArray[np.int64], rights: NDArray[np.int64]
 ) -> str:
-    """What identifies all pieces that can be merged, and all merges."""
+    """What identifies all pieces that can be merged, and all merges, in whatever order."""
     names = "\0".join([pieces[i] for i in np.flatnonzero(alive).tolist()])
-    return hashlib.sha256(names.encode() + lefts.tobytes() + rights.tobytes()).hexdigest()
+    return hashlib.sha256(names.encode() + np.sort(lefts << 32 | rights).tobytes()).hexdigest()

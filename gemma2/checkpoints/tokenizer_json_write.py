@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from gemma2.checkpoints.sentencepiece_proto import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, read_proto
 from gemma2.checkpoints.tokenizer_json import DECODER, NORMALIZER, PRE_TOKENIZER
@@ -50,22 +53,29 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes | None:
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": {text: i for i, text in enumerate(texts)},
-            "merges": _merges(pieces, kinds, scores),
+            "merges": _merges(tokenizer, pieces, kinds, scores),
         },
     }
     return json.dumps(content, ensure_ascii=False).encode()
 
 
-def _merges(pieces: Any, kinds: list[int], scores: list[float]) -> list[str]:
-    """All pairs of pieces that make a piece, the piece with the best score first; as "a b", which old readers need."""
-    merged = [i for i, kind in enumerate(kinds) if kind == NORMAL or not pieces[i].strip(SPACE)]
-    known = {pieces[i] for i in merged}
-    merged.sort(key=lambda i: (kinds[i] == NORMAL, -scores[i], i))
-    pairs = []
-    for i in merged:
-        piece = pieces[i]
-        pairs += [f"{piece[:n]} {piece[n:]}" for n in range(1, len(piece)) if piece[n:] in known and piece[:n] in known]
-    return pairs
+def _merges(tokenizer: Tokenizer, pieces: Sequence[str], kinds: Sequence[int], scores: Sequence[float]) -> list[str]:
+    """All pairs of pieces that make a piece, the piece with the best score first; as "a b", which old readers need.
+
+    Those of runs of spaces come before all others, in the order that cuts a run as the tokenizer does.
+    """
+    runs = [i for i, piece in enumerate(pieces) if piece[0] == SPACE and not piece.strip(SPACE)]
+    others = sorted(set(np.flatnonzero(np.array(kinds) == NORMAL).tolist()) - set(runs), key=lambda i: (-scores[i], i))
+    known = {pieces[i] for i in (*runs, *others)}
+
+    def pairs(ids: Iterable[int]) -> list[tuple[str, str]]:
+        each = ((pieces[i][:n], pieces[i][n:]) for i in ids for n in range(1, len(pieces[i])))
+        return [pair for pair in each if pair[1] in known and pair[0] in known]
+
+    longest = max(runs, key=lambda i: len(pieces[i]))
+    first = tokenizer.encode(" " * (len(pieces[longest]) + 1), bos=False)[0]
+    spaces = sorted(pairs(runs), reverse=True) if first == longest else pairs(runs)
+    return [f"{left} {right}" for left, right in (*spaces, *pairs(others))]
 
 
 def _added(id: int, text: str, normalized: bool, special: bool) -> dict[str, Any]:

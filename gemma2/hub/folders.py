@@ -13,7 +13,13 @@ CONFIG = "config.json"
 PIECES = ("tokenizer.json", "tokenizer.model")  # either is enough
 ADDED = ("added_tokens.json", "special_tokens_map.json")
 # Whether it was tuned for chat and where its texts end; and its template, which is passed on and never run.
-ABOUT_CHAT = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
+ABOUT_CHAT = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/default.jinja",
+)
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 

@@ -31,22 +31,23 @@ class Columns:
     """A layer's place in a cache of transformers, or no cache. Keys are seen by their column, not by their position:
     that is transformers' rule, and where padding is only on the left it is the same one."""
 
-    def __init__(self, cache: Cache | None, layer: int, mask: Tensor | None, end: int | Tensor) -> None:
-        self.cache, self.layer, self.mask, self.end = cache, layer, mask, end
+    def __init__(self, cache: Cache | None, layer: int, mask: Tensor | None) -> None:
+        self.cache, self.layer, self.mask = cache, layer, mask
 
     def update(self, keys: Tensor, values: Tensor, positions: Tensor) -> Held:
-        """Store keys and values [b t g c]; return those held, and their columns [b s], -1 for padding and nothing."""
+        """Store keys and values [b t g c]; return those held, and their columns [b s], -1 for padding. Slots that are
+        still empty have columns that are yet to come, which no query sees."""
         first: int | Tensor = 0
         if self.cache is not None:
             _, first = self.cache.get_mask_sizes(keys.shape[1], self.layer)
             keys, values = self.cache.update(keys.transpose(1, 2), values.transpose(1, 2), self.layer)
             keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        columns = torch.arange(keys.shape[1], device=keys.device) + first
-        real = (columns < self.end).expand(keys.shape[:2])
+        columns = (torch.arange(keys.shape[1], device=keys.device) + first).expand(keys.shape[:2])
         if self.mask is not None:
             mask = self.mask.to(keys.device)
-            real = real & mask[:, columns.clamp(max=mask.shape[1] - 1)].bool()
-        return keys, values, torch.where(real, columns, EMPTY)
+            known = mask.gather(1, columns.clamp(max=mask.shape[1] - 1))
+            columns = columns.masked_fill(known == 0, EMPTY)
+        return keys, values, columns
 
 
 class Around(transformers.PreTrainedModel):  # type: ignore[misc]
@@ -62,7 +63,6 @@ class Around(transformers.PreTrainedModel):  # type: ignore[misc]
     def __init__(self, config: transformers.Gemma2Config, whole: Gemma2) -> None:
         super().__init__(config)
         object.__setattr__(self, "whole", whole)  # not a submodule: every parameter keeps its one name
-        self.train(whole.training)
 
     def wanted(self, name: str, given: bool | None) -> bool:
         return bool(getattr(self.config, name) if given is None else given)
@@ -151,7 +151,7 @@ class Gemma2Model(Around):
             for i, layer in enumerate(self.layers):
                 if streams is not None:
                     streams.append(x)
-                place = Columns(cache, i, attention_mask, start + t)
+                place = Columns(cache, i, attention_mask)
                 if self.recomputes and i % self.checkpoint_every == 0:
                     x = self.checkpoint(layer, x, columns, rotary, place)
                 else:
@@ -168,7 +168,7 @@ class Gemma2Model(Around):
     @property
     def recomputes(self) -> bool:
         """Whether layers are computed again in the backward pass; they would store their keys again, so no cache."""
-        return self.gradient_checkpointing and self.training
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     def _cache(self, given: Any, wanted: bool | None) -> Cache | None:
         """The cache to use: the one given, or a new one of transformers where one is wanted."""
@@ -177,9 +177,13 @@ class Gemma2Model(Around):
                 f"past_key_values is of type {type(given).__name__}: give a cache of transformers, as "
                 "DynamicCache(config=model.config); gemma2's own caches are for gemma.model"
             )
-        if self.recomputes or given is not None:
-            return None if self.recomputes else given
-        return DynamicCache(config=self.config) if self.wanted("use_cache", wanted) else None
+        if self.recomputes and given is not None:
+            raise ValueError(
+                "gradient checkpointing computes layers twice and takes no cache: leave past_key_values out"
+            )
+        if given is not None or self.recomputes or not self.wanted("use_cache", wanted):
+            return given
+        return DynamicCache(config=self.config)
 
     def _patterns(self, hooks: ExitStack) -> list[Tensor]:
         """A list that fills with each layer's attention weights [b h t s], keys in the order of columns."""

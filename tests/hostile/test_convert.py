@@ -264,6 +264,7 @@ BESIDE: dict[str, tuple[str, bytes]] = {
     "another config": ("config.json", b"{}"),
     "another tokenizer": ("tokenizer.model", b"x"),
     "other stops": ("generation_config.json", b'{"eos_token_id": [1, 107]}'),
+    "other end ids": ("generation_config.json", b'{"eos_token_id": [1, 88]}'),
     "another template": ("tokenizer_config.json", b'{"chat_template": "x"}'),
     "a template": ("chat_template.jinja", b"x"),
 }

@@ -62,14 +62,13 @@ def test_a_traceback_comes_with_debug_and_only_then() -> None:
     assert done.stderr.startswith(b"Traceback") and b"BadModelFile: absent/x.ckpt: no such file" in done.stderr
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-16", "cp1252:surrogateescape"])
-def test_a_pipe_carries_utf8_whatever_the_locale(encoding: str) -> None:
-    text = "日本\0é naïve café €"
-    done = run("generate", "-", "--echo", "-n", "1", given=text.encode(), PYTHONIOENCODING=encoding, LC_ALL="C")
+@pytest.mark.parametrize(("encoding", "mark"), [("ascii", b""), ("cp1252", codecs.BOM_UTF8)])
+def test_a_pipe_carries_utf8_whatever_the_locale(encoding: str, mark: bytes) -> None:
+    """And the mark that Windows puts before a text is no part of it."""
+    text = "日本\0é naïve café €".encode()
+    done = run("generate", "-", "--echo", "-n", "1", given=mark + text, PYTHONIOENCODING=encoding, LC_ALL="C")
     assert done.returncode == 0 and done.stderr == b""
-    assert done.stdout.startswith(text.encode()) and done.stdout.endswith(b"\n")
-    marked = run("generate", "-", "--echo", "-n", "1", given=codecs.BOM_UTF8 + text.encode(), PYTHONIOENCODING=encoding)
-    assert marked.stdout == done.stdout
+    assert done.stdout.startswith(text) and done.stdout.endswith(b"\n")
 
 
 def test_an_error_in_a_pipe_is_utf8_too() -> None:
