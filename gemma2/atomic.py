@@ -8,13 +8,14 @@ import os
 import re
 import secrets
 import shutil
-import sys
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-if sys.platform != "win32":
+try:
     import fcntl
+except ImportError:  # Windows has none
+    fcntl = None  # type: ignore[assignment]
 
 # .NAME.RANDOM.partial, beside the target so that renaming is one step of the file system.
 PARTIAL, OLD = "partial", "old"
@@ -164,7 +165,7 @@ def _put_folder(partial: Path, target: Path, old: Path) -> None:
 @contextlib.contextmanager
 def _claimed(path: Path) -> Iterator[None]:
     """Hold a lock on a path. It ends with the process, however that ends, so a path without a lock is a leftover."""
-    if sys.platform == "win32":
+    if fcntl is None:
         yield
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -186,7 +187,7 @@ def _sweep(target: Path) -> None:
 
 
 def _in_use(path: Path) -> bool:
-    if sys.platform == "win32":
+    if fcntl is None:
         return True
     try:
         descriptor = os.open(path, os.O_RDONLY)

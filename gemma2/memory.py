@@ -162,9 +162,9 @@ def _own_limits() -> Iterator[Free]:
     """What `ulimit -v` and `ulimit -d` leave. Only Linux counts towards them as is done here."""
     if not sys.platform.startswith("linux"):
         return
-    import resource
+    with suppress(ImportError, psutil.Error, OSError):
+        import resource
 
-    with suppress(psutil.Error, OSError):
         used = psutil.Process().memory_info()
         limits = ((resource.RLIMIT_AS, used.vms, "RLIMIT_AS"), (resource.RLIMIT_DATA, used.data, "RLIMIT_DATA"))
         for kind, held, name in limits:

@@ -31,12 +31,15 @@ EXPECTED = set(filter(None, os.environ.get("GEMMA2_EXPECT_DATA", "").split(","))
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(place, path): data outside the code, in a folder of PLACES")
+    config.addinivalue_line("markers", "posix: signals, forks, pipes with names, symbolic links, terminals, locks")
     if EXPECTED - PLACES.keys():
         raise pytest.UsageError(f"GEMMA2_EXPECT_DATA is {sorted(EXPECTED)}; it can name {', '.join(PLACES)}")
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures open the data
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if os.name != "posix" and item.get_closest_marker("posix"):
+        pytest.skip("needs what POSIX systems have")
     for mark in item.iter_markers("needs"):
         place, path = mark.args
         if (PLACES[place] / path).exists():

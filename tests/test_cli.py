@@ -134,7 +134,7 @@ def test_no_progress_bar_in_a_pipe() -> None:
     assert done.stderr == b""
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.posix
 def test_a_terminal_sees_bars_for_loading_and_for_a_long_prompt() -> None:
     import pty
     import termios
@@ -227,7 +227,7 @@ def test_white_space_around_a_reply_is_not_shown_and_what_is_inside_is() -> None
     assert list(trimmed([" ", "\n"])) == []
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.posix
 def test_at_a_terminal_ctrl_c_ends_a_reply_and_at_the_prompt_the_program() -> None:
     import pty
 

@@ -212,7 +212,7 @@ def test_no_progress_bar_in_a_pipe(tmp_path: Path) -> None:
     assert subprocess.run(command, capture_output=True, check=True).stderr == b""
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.posix
 def test_a_terminal_sees_a_bar(tmp_path: Path) -> None:
     import pty
     import termios

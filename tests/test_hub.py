@@ -192,6 +192,7 @@ def test_a_cache_without_symlinks_is_checked_too(hub: Hub, monkeypatch: pytest.M
     assert hub.requests == [("HEAD", "config.json")]
 
 
+@pytest.mark.posix
 def test_a_file_in_the_clients_shared_store_is_held_to_its_own_hash(hub: Hub) -> None:
     """After a Xet transfer blobs/<sha256> is itself a link, to a file named by the hash that Xet uses."""
     download(NAME)

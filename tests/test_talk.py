@@ -179,7 +179,7 @@ def test_without_chat_tuning_it_warns_once(pocket: Gemma) -> None:
         Talk(pocket, 5)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+@pytest.mark.posix
 def test_ctrl_c_in_a_reply_ends_the_reply_and_keeps_the_talk() -> None:
     command = [sys.executable, "-m", "gemma2", "chat", "-n", "400", "--device", "cpu", "--verbose"]
     with signals_restored():

@@ -90,7 +90,7 @@ def test_gemma_2s_own_vocabulary_gives_the_golden_ids_and_those_of_the_library(
     assert checked == []  # the merges are known to be all that its pieces allow, as is found when they are looked at
     monkeypatch.setattr(tokenizer_json, "GEMMA_2", "")
     assert read_tokenizer_json(path).to_proto() == proto and checked == [None]
-    rows = [json.loads(line) for line in (REAL / "golden.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (REAL / "golden.jsonl").read_text(encoding="utf-8").splitlines()]
     assert differing(found, path, [row["text"] for row in rows] + texts(2, 1000)) == []
     for row in rows:
         if row["agrees_with_hf_tokenizers"]:

@@ -291,5 +291,5 @@ def test_a_gguf_of_a_padded_chatml_model_says_and_means_the_same(folder: Folder,
     turn = "<|im_start|>user\nHi <tool call><|im_end|>"
     assert opened.tokenizer.encode(turn, special=True) == gemma2.load(place).tokenizer.encode(turn, special=True)
     back = convert(quantized, tmp_path / "back", progress=False).path
-    assert 4097 in json.loads((back / "generation_config.json").read_text())["eos_token_id"]
+    assert 4097 in json.loads((back / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
     assert tokenizer_of(back, None).encode(turn, special=True) == opened.tokenizer.encode(turn, special=True)

@@ -196,9 +196,11 @@ def test_other_kinds_that_peft_makes_are_refused_by_name(base: Path, tmp_path: P
 def test_a_key_that_is_not_known_is_refused_only_where_it_switches_something_on(base: Path, tmp_path: Path) -> None:
     place = made(theirs(base), lora(), tmp_path / "adapter")
     wanted = logits(gemma2.load(base, dtype="float32", adapter=place).model)
-    stated = json.loads((place / "adapter_config.json").read_text())
-    (place / "adapter_config.json").write_text(json.dumps(stated | {"use_more": False, "more_config": {}, "more": 16}))
+    stated = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
+    (place / "adapter_config.json").write_text(
+        json.dumps(stated | {"use_more": False, "more_config": {}, "more": 16}), encoding="utf-8"
+    )
     assert torch.equal(logits(gemma2.load(base, dtype="float32", adapter=place).model), wanted)
-    (place / "adapter_config.json").write_text(json.dumps(stated | {"use_more": True}))
+    (place / "adapter_config.json").write_text(json.dumps(stated | {"use_more": True}), encoding="utf-8")
     with pytest.raises(BadModelFile, match="'use_more' is set, and what it does is not known here"):
         gemma2.load(base, adapter=place)

@@ -8,18 +8,19 @@ ends the child, and shows here as the result that did not come.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import io
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 import gemma2
 from gemma2.cli import main
@@ -42,6 +43,10 @@ def in_a_child(work: Callable[..., Iterable[Any]], *arguments: Any, seconds: flo
 def memory(field: str) -> int:
     """Bytes of a line of /proc/self/status: VmSize, VmRSS now, or VmHWM at its peak."""
     if not STATUS.exists():
+        if sys.platform == "win32":
+            return psutil.Process().memory_info().peak_wset
+        import resource
+
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     line = next(line for line in STATUS.read_text(encoding="utf-8").splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
@@ -118,14 +123,15 @@ def _serve(module: str, name: str, seconds: str) -> None:
     results = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     work = getattr(importlib.import_module(module), name)
     if STATUS.exists():
+        import resource
+
         most = memory("VmSize") + MOST_MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the caller of the tests may ignore or block it
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-    signal.setitimer(signal.ITIMER_REAL, float(seconds))  # its signal ends the process
+    faulthandler.dump_traceback_later(float(seconds), exit=True)
     for result in work(*json.load(sys.stdin)):
         print(json.dumps(result), file=results, flush=True)
-        signal.setitimer(signal.ITIMER_REAL, float(seconds))
+        faulthandler.dump_traceback_later(float(seconds), exit=True)
+    faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ ROWS = torch.ones(VOCAB, D)
 
 def write(place: Path, config: Any = None, tensors: Tensors | None = None) -> Path:
     place.mkdir()
-    (place / "adapter_config.json").write_text(json.dumps(CONFIG if config is None else config))
+    (place / "adapter_config.json").write_text(json.dumps(CONFIG if config is None else config), encoding="utf-8")
     save_file(TENSORS if tensors is None else tensors, place / "adapter_model.safetensors")
     return place
 
@@ -117,7 +117,7 @@ def test_what_is_no_adapter_is_called_so(tmp_path: Path) -> None:
     assert "a file: give the folder that it is in" in refused(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     assert refused(tmp_path / "empty").endswith("no adapter_config.json, so not a PEFT adapter")
-    (tmp_path / "empty" / "config.json").write_text("{}")
+    (tmp_path / "empty" / "config.json").write_text("{}", encoding="utf-8")
     assert "a whole model is no adapter" in refused(tmp_path / "empty")
 
 

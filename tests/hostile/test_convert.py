@@ -97,6 +97,7 @@ NOT_THERE: dict[str, tuple[str, list[str], str]] = {
 }
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("case", NOT_THERE)
 def test_a_target_that_cannot_be_is_refused_before_the_source_is_looked_at(
     case: str, tmp_path: Path, complaint: Complaint
@@ -132,6 +133,7 @@ def test_a_source_that_is_none_is_refused_and_nothing_is_made(tmp_path: Path, co
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.posix
 def test_a_source_is_never_replaced_by_what_was_made_of_it(model: Path, tmp_path: Path, complaint: Complaint) -> None:
     words = "is the source itself, or holds it; choose another name"
     file = convert(model, tmp_path / "model.gguf", progress=False).path

@@ -27,7 +27,7 @@ from tests.conftest import tiny
 from tests.hostile.child import ROOT, STATUS
 from tests.hostile.conftest import shell
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits as POSIX has them")
+pytestmark = pytest.mark.posix
 CUT = {"out": ["--type", "f32"], "out.gguf": ["--type", "q8_0"], "out.ckpt": ["--type", "f32"]}
 
 # A child forks once for each conversion, after importing everything, so that it takes little more than its work.

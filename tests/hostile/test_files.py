@@ -417,6 +417,7 @@ def test_a_damaged_shard_is_named(shards: tuple[Path, dict[str, str]], refused: 
 # What else stands where weights are expected.
 
 
+@pytest.mark.posix
 def test_folders_and_files_of_other_kinds_are_refused(
     tmp_path: Path, folder: Path, good: dict[str, Tensor], refused: Refused
 ) -> None:

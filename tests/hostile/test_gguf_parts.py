@@ -154,7 +154,7 @@ BAD: dict[str, tuple[Callable[[Path, Parts], str], str]] = {
         changed(1, lambda part: part.without(*(str(key) for key, _, _ in GOOD.pairs))),
         "general.architecture is missing",
     ),
-    "second part a pipe": (special(2, os.mkfifo), f"{name(2)}: no such file"),
+    "second part a pipe": (special(2, lambda path: os.mkfifo(path)), f"{name(2)}: no such file"),
     "second part a folder": (special(2, Path.mkdir), f"{name(2)}: a folder where a file was expected"),
     "second part a dangling link": (special(2, lambda path: path.symlink_to("gone")), f"{name(2)}: no such file"),
     "third part empty": (replaced(3, lambda raw: b""), f"{name(3)}: an empty file"),
@@ -170,6 +170,7 @@ BAD: dict[str, tuple[Callable[[Path, Parts], str], str]] = {
 }
 
 
+@pytest.mark.posix
 def test_parts_that_do_not_belong_together_are_refused_at_once(tmp_path: Path) -> None:
     asked = []
     for number, (lay, _) in enumerate(BAD.values()):
@@ -197,6 +198,7 @@ def test_a_split_model_is_the_whole_one_whichever_part_is_named(sizes: tuple[int
         assert loaded.tokenizer.encode("In the beginning") == whole.tokenizer.encode("In the beginning")
 
 
+@pytest.mark.posix
 def test_a_part_that_is_a_symbolic_link_leads_to_its_neighbours_by_name(tmp_path: Path) -> None:
     real, linked = tmp_path / "blobs", tmp_path / "snapshot"
     real.mkdir()

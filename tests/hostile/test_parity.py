@@ -104,6 +104,7 @@ def test_a_reference_that_is_not_installed_names_its_extra(
     assert f"pip install 'gemma2[{extra}]'" in line
 
 
+@pytest.mark.posix
 def test_a_page_that_cannot_be_is_refused_before_anything_is_computed(
     path: Path, tmp_path: Path, complaint: Complaint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from tests.children import signals_restored
 from tests.conftest import tensors_of, tiny
 from tests.hostile.conftest import SMALL, shell
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and descriptors as POSIX has them")
+pytestmark = pytest.mark.posix
 COMMAND: list[str | bytes] = [sys.executable, "-m", "gemma2"]
 LINE = b"gemma2: error: "
 

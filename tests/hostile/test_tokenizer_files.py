@@ -19,7 +19,7 @@ from gemma2.tokenizer import NAMES
 GOOD = (POCKET / "tokenizer.model").read_bytes()
 Field = tuple[int, int, Any]  # number, wire type, value
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="a crash must not end the test run")
+pytestmark = pytest.mark.posix  # a crash must not end the test run, so each file is tried in a fork
 
 
 # Protocol buffers, as far as sentencepiece_model.proto needs them.

@@ -207,6 +207,7 @@ def test_a_command_line_that_asks_for_what_cannot_be_writes_nothing(
     assert (tmp_path / "there").read_bytes() == b"x"
 
 
+@pytest.mark.posix
 def test_force_replaces_a_file_and_nothing_else(tmp_path: Path, complaint: Complaint) -> None:
     os.mkfifo(tmp_path / "pipe")
     line = complaint("trace", "pocket", "--prompt", "x", "-o", tmp_path / "pipe", "--force", code=1)
