@@ -192,8 +192,8 @@ def quantization(config: Mapping[str, Any]) -> str:
     method, bits = stated.get("quant_method"), ""
     if isinstance(config.get("quantization"), Mapping) and not method:
         stated, method = config["quantization"], "MLX"
-    if not isinstance(method, str):
-        return ""
+    if not isinstance(method, str) or not method.isprintable():
+        return "an unknown method" if stated else ""
     four, eight = stated.get("load_in_4bit") is True, stated.get("load_in_8bit") is True
     n = 4 if four else 8 if eight else stated.get("bits")
     bits = f" to {n} bits" if isinstance(n, int) else ""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma2.checkpoints.foreign import INSTEAD, quantization
 from gemma2.checkpoints.gguf import PART
 from gemma2.checkpoints.hf_config import read_config, read_json
 from gemma2.config import Gemma2Config
@@ -62,7 +63,7 @@ def check_config(repository: Repository, path: Path) -> None:
         if other := classifier(raw):
             raise BadModelFile(f"{where}: {other}")
         if (how := quantization(raw)) and _is_small(repository, config):
-            raise BadModelFile(f"{where}: {how}, which is not read: take the unquantized model, or a GGUF of it")
+            raise BadModelFile(f"{where}: quantized by {how}, which is not read: {INSTEAD}")
     except BadModelFile as error:
         raise Unfit(str(error)) from None
 
@@ -74,17 +75,6 @@ def classifier(raw: Mapping[str, Any]) -> str:
         if isinstance(name, str) and name.endswith("Classification") and name.isprintable():
             return f"a classifier ({name:.60}), which has no language head: use transformers for it"
     return ""
-
-
-def quantization(raw: Mapping[str, Any]) -> str:
-    """What a parsed config.json says that quantized the weights; nothing where it says nothing."""
-    stated = raw.get("quantization_config")
-    method = stated.get("quant_method") if isinstance(stated, Mapping) else None
-    if method is None and isinstance(raw.get("quantization"), Mapping):
-        method = "MLX"
-    if isinstance(method, str) and method.isprintable():
-        return f"quantized by {method:.40}"
-    return "quantized" if isinstance(stated, Mapping) else ""
 
 
 def _is_small(repository: Repository, config: Gemma2Config) -> bool:
