@@ -47,11 +47,10 @@ def test_the_stand_in_refuses_what_mps_refuses(mps: StandIn) -> None:
     assert len(kernels()) > 2000 and runs_on_mps("aten::mm") and not runs_on_mps("aten::linalg_eig")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_whole_session_stays_within_what_mps_has(dtype: str, mps: StandIn, tmp_path: Path) -> None:
+def test_a_whole_session_stays_within_what_mps_has(mps: StandIn, tmp_path: Path) -> None:
     assert parse_device(None).type == "mps"  # chosen where it is present
-    gemma = gemma2.load(dtype=dtype, progress=False)
-    plain = gemma2.load(dtype=dtype, device="cpu", progress=False)
+    gemma = gemma2.load(dtype="bfloat16", progress=False)
+    plain = gemma2.load(dtype="bfloat16", device="cpu", progress=False)
     assert {parameter.device.type for parameter in gemma.model.parameters()} == {"mps"}
     assert gemma.model.model.rotary_emb.inv_freq.device.type == "mps"
 
