@@ -246,7 +246,8 @@ def same(loaded: gemma2.Gemma, tensors: dict[str, torch.Tensor]) -> bool:
 
 
 def content(place: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in place.iterdir()}
+    files = [path for path in place.rglob("*") if path.is_file()]
+    return {path.relative_to(place).as_posix(): path.read_bytes() for path in files}
 
 
 def in_cache(hub: Hub) -> list[bytes]:

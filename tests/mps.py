@@ -8,8 +8,8 @@ Tensors "on mps" are `OnMps`, around a tensor of the CPU. What they are given to
 - tensors of two devices in one operation, but for numbers (no axes) and copies.
 Tensors that stay on the CPU on purpose (of files, frequencies, results) are free to be what they like.
 
-What this cannot show: MPS's arithmetic, its limits of size, its speed, a kernel that is listed and refuses some dtype
-(but for those in REFUSES), and what happens inside an operation that PyTorch composes in C++
+What this cannot show: MPS's arithmetic, its limits of size, its speed, a kernel that is listed and refuses some dtype,
+and what happens inside an operation that PyTorch composes in C++
 (CompositeExplicitAutograd): the operations in it are not seen.
 """
 

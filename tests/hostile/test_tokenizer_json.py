@@ -201,7 +201,7 @@ def readings(paths: list[str]) -> Iterator[dict[str, Any]]:
 def test_a_file_that_is_no_gemma_tokenizer_is_refused_in_one_line_at_once_and_in_little_memory(tmp_path: Path) -> None:
     paths = [tmp_path / f"{number}.json" for number in range(len(FILES) + 2)]
     good, zeros, *others = paths
-    good.write_text(json.dumps(pocket()))
+    good.write_text(json.dumps(pocket()), encoding="utf-8")
     with zeros.open("wb") as file:
         file.truncate(200 * 2**20)
     for path, (make, _) in zip(others, FILES.values(), strict=True):
