@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 
 from gemma2 import BadModelFile, Tokenizer
-from gemma2.checkpoints import tokenizer_json
+from gemma2.checkpoints import merges
 from gemma2.checkpoints.tokenizer_json import read_tokenizer_json
 from gemma2.load import POCKET
 from tests.conftest import SHARED
@@ -80,15 +80,15 @@ def test_gemma_2s_own_vocabulary_gives_the_golden_ids_and_those_of_the_library(
 ) -> None:
     proto = (REAL / "tokenizer.model").read_bytes()
     path = write(tmp_path, older(fast(proto)))
-    check, checked = tokenizer_json._check_complete, list[None]()
+    check, checked = merges._check_complete, list[None]()
 
     def watched(*given: Any) -> None:
         checked.append(check(*given))
 
-    monkeypatch.setattr(tokenizer_json, "_check_complete", watched)
+    monkeypatch.setattr(merges, "_check_complete", watched)
     found = read_tokenizer_json(path)
     assert checked == []  # the merges are known to be all that its pieces allow, as is found when they are looked at
-    monkeypatch.setattr(tokenizer_json, "GEMMA_2", "")
+    monkeypatch.setattr(merges, "KNOWN", {})
     assert read_tokenizer_json(path).to_proto() == proto and checked == [None]
     rows = [json.loads(line) for line in (REAL / "golden.jsonl").read_text(encoding="utf-8").splitlines()]
     assert differing(found, path, [row["text"] for row in rows] + texts(2, 1000)) == []

@@ -19,16 +19,20 @@ def token(id: int, content: str, special: bool = True, **flags: bool) -> dict[st
     return {"id": id, "content": content, **plain, **flags}
 
 
+def _merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """All pairs of pieces that make a piece, in the order of its id."""
+    return [
+        (piece[:n], piece[n:])
+        for piece in vocabulary
+        for n in range(1, len(piece))
+        if piece[:n] in vocabulary and piece[n:] in vocabulary
+    ]
+
+
 def fast(proto: bytes) -> dict[str, Any]:
     """What `AutoTokenizer.from_pretrained(folder).save_pretrained` of transformers 5 writes for a tokenizer.model."""
     found = read_proto(proto, "given")
     vocabulary = {piece: i for i, piece in enumerate(found.pieces)}
-    merges = [
-        [piece[:n], piece[n:]]
-        for piece in found.pieces
-        for n in range(1, len(piece))
-        if piece[:n] in vocabulary and piece[n:] in vocabulary
-    ]
     kinds = found.kinds.tolist()
     bos = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
     first, second = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
@@ -72,7 +76,7 @@ def fast(proto: bytes) -> dict[str, Any]:
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": vocabulary,
-            "merges": merges,
+            "merges": list(map(list, _merges(vocabulary))),
         },
     }
 
@@ -91,14 +95,14 @@ def older(content: dict[str, Any]) -> dict[str, Any]:
     the byte 9."""
     content["pre_tokenizer"] = None
     model, symbols = content["model"], {added["content"] for added in content["added_tokens"]}
+    model["vocab"] = {"\t" if piece == "<0x09>" else piece: i for piece, i in model["vocab"].items()}
     first = model["vocab"]["<0xFF>"] + 1
 
-    def order(merge: list[str]) -> tuple[int, int, int]:
+    def order(merge: tuple[str, str]) -> tuple[int, int, int]:
         whole = "".join(merge)
         return 0 if whole in symbols else first - model["vocab"][whole], len(merge[0]), len(merge[1])
 
-    model["merges"] = [" ".join(merge) for merge in sorted(model["merges"], key=order, reverse=True)]
-    model["vocab"] = {"\t" if piece == "<0x09>" else piece: i for piece, i in model["vocab"].items()}
+    model["merges"] = [" ".join(merge) for merge in sorted(_merges(model["vocab"]), key=order, reverse=True)]
     del model["ignore_merges"]
     return content
 

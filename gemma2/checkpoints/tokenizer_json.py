@@ -10,18 +10,16 @@ text as it is typed, where a run of spaces is not yet the piece `▁▁`. See `T
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import add as joined
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gemma2.checkpoints.added_tokens import Added, add, parse_added
+from gemma2.checkpoints.merges import merge_ranks
 from gemma2.checkpoints.sentencepiece_proto import (
     BYTE,
     NORMAL,
@@ -59,8 +57,6 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "ignore_merges": (False, None),
 }
 UNSTATED = {"type": "BPE", "unk_token": None, "byte_fallback": False}  # what a file means that leaves these out
-# Of Gemma 2's own merges, which need not be held against its pieces at every reading: that takes half a second.
-GEMMA_2 = "77de30d33f8156ae70e556fc5888b8f454e26fa23d93365a3fec9b34fe0b3e89"
 BEGIN, TEXT = ("SpecialToken", "<bos>"), ("Sequence", "A")
 
 
@@ -134,7 +130,7 @@ def _tokenizer(content: dict[str, Any], where: str, named: Sequence[Added]) -> T
     trained = list(pieces)
     added = _added(content.get("added_tokens"), where)
     notes += add(pieces, kinds, [*added, *named], where)
-    ranks, longest_first = _ranks(model, vocabulary, trained, kinds, where)
+    ranks, longest_first = merge_ranks(model.get("merges"), vocabulary, trained, kinds, where)
     wanted = {token.text for token in added if not token.normalized}
     typed = {piece: i for i, piece in enumerate(pieces) if piece in wanted}
     if TAB not in vocabulary:
@@ -265,96 +261,3 @@ def _added(stated: Any, where: str) -> list[Added]:
             raise BadModelFile(f"{where}: an added token is {token!r:.80}, and must be an object with content and id")
         found.append(parse_added(token, where, token["id"]))
     return found
-
-
-def _ranks(
-    model: Mapping[str, Any], vocabulary: Mapping[str, int], names: Sequence[str], kinds: list[int], where: str
-) -> tuple[NDArray[np.float32], bool]:
-    """A score for every piece, the better the earlier its merges stand; and whether runs of spaces are symbols.
-
-    Gemma's pieces stand in the order of their merges, so the score is minus the id, counted from behind the bytes. Runs
-    of spaces come in two orders. In Google's files, which transformers 4 made, the longest parts merge first, so that a
-    run is cut as a symbol is: the longest piece first. In those of transformers 5 the shortest pieces are made first.
-    """
-    lefts, rights, merged = _merges(model.get("merges"), vocabulary, where)
-    kind = np.array(kinds[: len(names)], np.int32)
-    runs = [i for i, name in enumerate(names) if name.startswith(SPACE) and not name.strip(SPACE)]
-    run = np.zeros(len(names), bool)
-    run[runs] = True
-    alive = (kind == NORMAL) | (run & (kind == USER_DEFINED))
-    if (kind[merged] == BYTE).any():
-        i = int(np.flatnonzero(kind[merged] == BYTE)[0])
-        raise BadModelFile(f"{where}: merge {i} makes a byte piece ({names[merged[i]]!r}) of ordinary text")
-    kept = np.flatnonzero(alive[lefts] & alive[rights] & alive[merged])
-    lefts, rights, merged = lefts[kept], rights[kept], merged[kept]
-    if merges_digest(names, alive, lefts, rights) != GEMMA_2:
-        _check_complete(names, alive, lefts, rights, where)
-    of_runs, others = np.flatnonzero(run[merged]), np.flatnonzero(~run[merged])
-    if of_runs.size and (run[lefts[others]] & (others < of_runs[-1])).any():
-        raise BadModelFile(f"{where}: the merges of runs of spaces do not stand before those of a space and a word")
-    group = _groups(merged[others], where)
-    base = int(np.flatnonzero(kind == BYTE)[-1]) + 1
-    ranks = base - np.arange(len(kinds), dtype=np.float32)
-    if (np.diff(group) <= 0).any():
-        ranks[:] = -float(len(kinds))
-        ranks[group] = -np.arange(group.size)
-    parts = [(len(names[a]), len(names[b])) for a, b in zip(lefts[of_runs], rights[of_runs], strict=True)]
-    longest_first = len(parts) > 1 and parts == sorted(parts, reverse=True)
-    if not longest_first:
-        made = _groups(merged[of_runs], where)
-        ranks[made] = len(kinds) - np.arange(made.size)
-    return ranks, longest_first
-
-
-def _groups(merged: NDArray[np.int64], where: str) -> NDArray[np.int64]:
-    """The pieces in the order in which they are made."""
-    group = merged[np.flatnonzero(np.diff(merged, prepend=-1))]
-    if np.unique(group).size != group.size:
-        raise BadModelFile(f"{where}: the merges of one piece do not stand together, so their order cannot be kept")
-    return group
-
-
-def _merges(
-    stated: Any, vocabulary: Mapping[str, int], where: str
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """The ids of the two parts of every merge, and of what they make. Files have "a b" or, newer ones, ["a", "b"]."""
-    if not isinstance(stated, list):
-        raise BadModelFile(f"{where}: model.merges must be a list, found {stated!r:.60}")
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in stated]
-    lefts, rights = list[str](), list[str]()
-    if set(map(type, pairs)) <= {list} and set(map(len, pairs)) <= {2}:
-        lefts, rights = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    if len(lefts) != len(pairs) or not set(map(type, lefts)) | set(map(type, rights)) <= {str}:
-        i = next(i for i, pair in enumerate(pairs) if type(pair) is not list or list(map(type, pair)) != [str, str])
-        raise BadModelFile(f"{where}: merge {i} is {stated[i]!r:.80}, and must have two pieces")
-    found = []
-    for parts in (lefts, rights, list(map(joined, lefts, rights))):
-        try:
-            found.append(np.fromiter(map(vocabulary.__getitem__, parts), np.int64, len(parts)))
-        except KeyError:
-            i = next(i for i, part in enumerate(parts) if part not in vocabulary)
-            raise BadModelFile(f"{where}: merge {i} is {stated[i]!r:.80}, and {parts[i]!r:.60} is no piece") from None
-    return found[0], found[1], found[2]
-
-
-def _check_complete(
-    pieces: Sequence[str], alive: NDArray[np.bool_], lefts: NDArray[np.int64], rights: NDArray[np.int64], where: str
-) -> None:
-    """Every two pieces that together are a piece must be a merge, for SentencePiece always merges them."""
-    if np.unique(lefts << 32 | rights).size < lefts.size:
-        raise BadModelFile(f"{where}: there are merges that appear twice")
-    names = [pieces[i] for i in np.flatnonzero(alive).tolist()]
-    known = set(names)
-    pairs = sum(1 for p in names for i in range(1, len(p)) if p[i:] in known and p[:i] in known)
-    if pairs != lefts.size:
-        raise BadModelFile(
-            f"{where}: {lefts.size:,} merges, but {pairs:,} pairs of pieces make a piece; Gemma's files list all"
-        )
-
-
-def merges_digest(
-    pieces: Sequence[str], alive: NDArray[np.bool_], lefts: NDArray[np.int64], rights: NDArray[np.int64]
-) -> str:
-    """What identifies all pieces that can be merged, and all merges, in whatever order."""
-    names = "\0".join([pieces[i] for i in np.flatnonzero(alive).tolist()])
-    return hashlib.sha256(names.encode() + np.sort(lefts << 32 | rights).tobytes()).hexdigest()
