@@ -10,7 +10,7 @@ import torch
 from gemma2.checkpoints.checkpoint import open_checkpoint
 from gemma2.checkpoints.dtypes import RUNNABLE, dtype_name
 from gemma2.checkpoints.neutral import neutral
-from gemma2.checkpoints.weights import build
+from gemma2.checkpoints.weights import EMBEDDING, build
 from gemma2.errors import BadModelFile, first_line
 from gemma2.gemma import Gemma
 from gemma2.hub import download, download_gguf
@@ -76,8 +76,10 @@ def load(
         wanted = wanted or (torch.float32 if numerics == "llama.cpp" else None)
     opened = open_checkpoint(locate(source, revision), tokenizer)
     final, notes = wanted or opened.weights.dtype, opened.notes
-    if final == torch.float16 and not force_float16:
-        final, notes = torch.float32, (*notes, f"{opened.path} {STORED_FLOAT16}")
+    _, stored = opened.weights.tensors.get(EMBEDDING, (None, None))
+    if wanted is None and opened.form != "gguf" and stored == torch.float16:
+        final = torch.float16 if force_float16 else final
+        notes = notes if force_float16 else (*notes, f"{opened.path} {STORED_FLOAT16}")
     if numerics is not None:
         make = twins_of(numerics, None, final, storage_of(opened.weights))
     model = build(

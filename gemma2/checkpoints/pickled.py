@@ -22,7 +22,7 @@ ZIP, PICKLE = b"PK\3\4", b"\x80"  # how the two forms begin
 # Where training programs keep the weights among other things: gemma_pytorch, Lightning, others, DeepSpeed.
 CONTAINERS = ("model_state_dict", "state_dict", "model", "module")
 MOST_PICKLE = 4 * 2**20  # bytes of names and shapes; a Gemma 2 has 0.1 million of them, and each costs time
-MOST_RECORDS = 2**16
+MOST_RECORDS = 2**14
 GOOGLE = (b"embedder.weight", b"qkv_proj")  # in the names of Google's tensors, and in no others
 
 
@@ -139,8 +139,9 @@ def _records(path: Path) -> tuple[int, bytes]:
 
 
 def _said(name: object) -> str:
-    """A key of a state for a message. Only simple ones are spelled: a nested one can be made to fill memory."""
-    return f"{name!r:.200}" if isinstance(name, str | int | float) else f"a {type(name).__name__}"
+    """A key of a state for a message. Only small ones are spelled: others can be made to fill memory."""
+    small = isinstance(name, str | float) or (isinstance(name, int) and name.bit_length() < 64)
+    return repr(name[:100] if isinstance(name, str) else name) if small else f"one of type {type(name).__name__}"
 
 
 def _is_plain(tensor: Tensor) -> bool:
