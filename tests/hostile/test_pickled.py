@@ -27,6 +27,7 @@ from tests.hostile.conftest import SMALL, shell
 
 State = dict[Any, Any]
 NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
+HEAVY = "a tuple of 3.3e+12 values in its pickle"
 CODE = "holds more than tensors, so it is not read: a pickle can run code"
 NOT, STATE = "not a PyTorch checkpoint (", "no model_state_dict of tensors in it"
 PLAIN = "without a name or without plain values: "
@@ -145,6 +146,18 @@ def many_entries(count: int) -> bytes:
     return out.getvalue()
 
 
+# A state with one name: a tuple of the same tuple twice, 40 deep.
+TUPLES = b"\x80\x02}K\1\x85q\0" + b"".join(b"h%c\x86q%c" % (n, n + 1) for n in range(40)) + b"K\1s."
+
+
+def state_in(legacy: bytes) -> int:
+    """Where the state begins in a file of the older form: after three small pickles."""
+    stream = io.BytesIO(legacy)
+    for _ in range(3):
+        pickle.load(stream)
+    return stream.tell()
+
+
 def test_files_that_are_damaged_or_claim_too_much_are_refused_at_little_cost(tmp_path: Path, good: State) -> None:
     whole, legacy = saved(good), saved(good, legacy=True)
     laughs = b"\x80\x02]q\x00" + b"".join(b"]q%c(h%c%se" % (n + 1, n, b"h%c" % n * 9) for n in range(60)) + b"."
@@ -174,6 +187,11 @@ def test_files_that_are_damaged_or_claim_too_much_are_refused_at_little_cost(tmp
         "an unknown byte order": (rezipped(whole, lambda n, old: b"middle" if n.endswith("byteorder") else old), NOT),
         "a pickle of a TorchScript": (rezipped(whole, lambda n, old: old if n.endswith("data.pkl") else b""), NOT),
         "lists in lists, 10^60 in all": (with_pickle(whole, laughs), STATE),
+        "a name of tuples, 10^12 in all": (with_pickle(whole, TUPLES), HEAVY),
+        "a name of tuples, in the older form": (
+            legacy[: state_in(legacy)] + TUPLES,
+            HEAVY,
+        ),
         "a persistent id of nothing": (with_pickle(whole, b"\x80\x02NQ."), CODE),
         "a persistent id of another kind": (with_pickle(whole, b"\x80\x02(X\1\0\0\0xK\1K\1K\1K\1tQ."), CODE),
         "a memo that is not there": (with_pickle(whole, b"\x80\x02h\x07."), NOT),
