@@ -87,13 +87,13 @@ def form_of(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(9)
     ending = path.suffix.lower()
-    if head.startswith(b"GGUF"):
+    if head.startswith(b"GGUF") or ending == ".gguf":  # nothing else is called so, and a damaged one is told best there
         return "gguf"
     if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= LONGEST_HEADER:
         return "safetensors"
     if head.startswith((ZIP, PICKLE)):
         return "ckpt" if ending == ".ckpt" or names_are_googles(path) else "bin"
-    forms = {".safetensors": "safetensors", ".gguf": "gguf", ".ckpt": "ckpt"} | dict.fromkeys(TORCH, "bin")
+    forms = {".safetensors": "safetensors", ".ckpt": "ckpt"} | dict.fromkeys(TORCH, "bin")
     return forms.get(ending) or refuse_file(path)
 
 
