@@ -16,7 +16,14 @@ import torch
 
 from gemma2.checkpoints import gguf, gguf_tokenizer, gguf_weights
 from gemma2.checkpoints.beside import chat_template, chat_tuned, end_ids, turn_notes
-from gemma2.checkpoints.checkpoint import folder_of, form_of, stated_config, tokenizer_for, weights_of
+from gemma2.checkpoints.checkpoint import (
+    folder_of,
+    form_of,
+    naming_unreadable,
+    stated_config,
+    tokenizer_for,
+    weights_of,
+)
 from gemma2.checkpoints.dtypes import RUNNABLE
 from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.google import GoogleWeights
@@ -123,9 +130,10 @@ def inspect(
     tokenizer = locate_tokenizer(tokenizer)
     path = locate(source, revision, tokenizer_given=tokenizer is not None)
     try:
-        form = form_of(path)
+        with naming_unreadable(path):
+            form = form_of(path)
     except BadModelFile as error:  # then there is no more to say
-        return Inspection(str(path), path.suffix[1:], path.stat().st_size, problems=[_reason(error, path)])
+        return Inspection(str(path), path.suffix[1:], path.lstat().st_size, problems=[_reason(error, path)])
     found, weights = _inspect_gguf(path, tokenizer) if form == "gguf" else _inspect_other(path, form, tokenizer)
     if weights is not None and values and not found.problems:
         bad = count_nonfinite(weights, progress=progress)
@@ -176,7 +184,8 @@ def _inspect_other(path: Path, form: str, tokenizer: Path | Tokenizer | None) ->
     def tried(part: Callable[[], T]) -> T | None:
         """What a part of the checkpoint is, or None with one more problem."""
         try:
-            return part()
+            with naming_unreadable(path):
+                return part()
         except BadModelFile as error:
             if _reason(error, path) not in found.problems:
                 found.problems.append(_reason(error, path))

@@ -13,7 +13,7 @@ from gemma2.checkpoints.checkpoint import open_checkpoint
 from gemma2.checkpoints.dtypes import RUNNABLE, dtype_name
 from gemma2.checkpoints.neutral import neutral
 from gemma2.checkpoints.vocabulary import parse_tokenizer
-from gemma2.checkpoints.weights import build
+from gemma2.checkpoints.weights import EMBEDDING, build
 from gemma2.distributed.device_map import DeviceMap, MaxMemory, build_spread, check_alone
 from gemma2.errors import BadModelFile, first_line
 from gemma2.gemma import Gemma
@@ -109,8 +109,10 @@ def load(
     opened = open_checkpoint(locate(source, revision, tokenizer_given=given is not None), given)  # gigabytes, so last
     plan = None if added is None else plan_for(added, opened.config, merge=merge_adapter)
     final, notes = wanted or opened.weights.dtype, opened.notes
-    if final == torch.float16 and not force_float16:
-        final, notes = torch.float32, (*notes, f"{opened.path} {STORED_FLOAT16}")
+    _, stored = opened.weights.tensors.get(EMBEDDING, (None, None))
+    if wanted is None and opened.form != "gguf" and stored == torch.float16:
+        final = torch.float16 if force_float16 else final
+        notes = notes if force_float16 else (*notes, f"{opened.path} {STORED_FLOAT16}")
     if numerics is not None:
         make = twins_of(numerics, None, final, storage_of(opened.weights))
     if device_map is not None:

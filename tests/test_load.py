@@ -113,6 +113,7 @@ def test_float16_weights_run_in_float32_which_is_said_and_in_float16_only_if_for
         gemma2.load(place, dtype="float16")
     loaded = gemma2.load(place, device="cpu")
     assert same(loaded, {name: tensor.float() for name, tensor in tensors.items()})
+    assert {tensor.dtype for tensor in loaded.model.state_dict().values()} == {torch.float32}
     assert len(loaded.notes) == 1 and f"{place} holds float16, in which Gemma 2 overflows" in loaded.notes[0]
     assert gemma2.load(place, dtype="bfloat16").model.model.norm.weight.dtype == torch.bfloat16
     assert gemma2.load(place, dtype="bfloat16").notes == ()

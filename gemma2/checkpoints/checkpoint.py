@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from gemma2.checkpoints.beside import chat_template, chat_tuned, end_ids, turn_n
 from gemma2.checkpoints.folder import PICKLED, PICKLED_INDEX, FileWeights, chosen, open_folder
 from gemma2.checkpoints.foreign import quantization, refuse_file, refuse_folder, refuse_foreign, refuse_names
 from gemma2.checkpoints.google import GoogleWeights
-from gemma2.checkpoints.hf_config import MOST_CONFIG, config_and_notes, read_json
+from gemma2.checkpoints.hf_config import MOST_JSON, config_and_notes, read_json
 from gemma2.checkpoints.pickled import PICKLE, ZIP, PickledFile, names_are_googles
 from gemma2.checkpoints.safetensors_file import SafetensorsFile
 from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer, tokenizer_of
@@ -58,11 +60,18 @@ def open_checkpoint(path: Path, tokenizer: str | Path | Tokenizer | None = None)
     Raises:
         BadModelFile: anything that is not exactly a Gemma 2 this program runs; says what, where, and the cure.
     """
-    try:
+    with naming_unreadable(path):
         form = form_of(path)
         return _open_gguf(path, tokenizer) if form == "gguf" else _open_other(path, form, tokenizer)
+
+
+@contextmanager
+def naming_unreadable(path: Path) -> Iterator[None]:
+    """Errors of the system while `path` is looked at become BadModelFile, with the name of the file meant."""
+    try:
+        yield
     except OSError as error:
-        raise BadModelFile(f"{error.filename or path}: cannot be read ({error.strerror})") from None
+        raise BadModelFile(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
 
 
 def form_of(path: Path) -> str:
@@ -79,13 +88,13 @@ def form_of(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(9)
     ending = path.suffix.lower()
-    if head.startswith(b"GGUF"):
+    if head.startswith(b"GGUF") or ending == ".gguf":  # nothing else is called so, and a damaged one is told best there
         return "gguf"
     if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= LONGEST_HEADER:
         return "safetensors"
     if head.startswith((ZIP, PICKLE)):
         return "ckpt" if ending == ".ckpt" or names_are_googles(path) else "bin"
-    forms = {".safetensors": "safetensors", ".gguf": "gguf", ".ckpt": "ckpt"} | dict.fromkeys(TORCH, "bin")
+    forms = {".safetensors": "safetensors", ".ckpt": "ckpt"} | dict.fromkeys(TORCH, "bin")
     return forms.get(ending) or refuse_file(path)
 
 
@@ -128,7 +137,7 @@ def weights_of(path: Path, config: Gemma2Config | None) -> PlainWeights:
     else:
         weights = FileWeights([PickledFile(path) if form == "bin" else SafetensorsFile(path)], str(path))
     stated = folder_of(path) / CONFIG
-    read = read_json(stated, MOST_CONFIG) if stated.is_file() else {}
+    read = read_json(stated, MOST_JSON) if stated.is_file() else {}
     raw = read if isinstance(read, dict) else {}
     if config is None or not _fits(weights, config):
         refuse_names([weights.in_file(name) for name in weights.tensors], weights.where, raw)

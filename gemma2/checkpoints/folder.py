@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gemma2.checkpoints.foreign import refuse_folder
-from gemma2.checkpoints.hf_config import read_json
-from gemma2.checkpoints.names import REDUNDANT, TOKENIZER, outer_prefix, own_names, plain_name
+from gemma2.checkpoints.hf_config import MOST_JSON, read_json
+from gemma2.checkpoints.names import REDUNDANT, TOKENIZER, outer_prefix, own_names, plain_name, shown
 from gemma2.checkpoints.pickled import PickledFile
 from gemma2.checkpoints.safetensors import INDEX, SINGLE, shard_names
 from gemma2.checkpoints.safetensors_file import SafetensorsFile
@@ -20,7 +20,6 @@ from gemma2.errors import BadModelFile
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 ORDER = (SINGLE, INDEX, PICKLED, PICKLED_INDEX)  # transformers takes the first that is there
-MOST_INDEX = 4 * 2**20  # bytes; the index of the largest Gemma 2 has 42,000
 
 
 class FileWeights(PlainWeights):
@@ -37,7 +36,7 @@ class FileWeights(PlainWeights):
             for name in file.tensors:
                 if name in held and not _equal(name, held[name], file):
                     raise BadModelFile(
-                        f"{file.path}: tensor {name} is also in {held[name].path.name}, with other values"
+                        f"{file.path}: tensor {shown(name)} is also in {held[name].path.name}, with other values"
                     )
                 held[name] = file
         own = own_names((name for name in held if not name.endswith(REDUNDANT) and name != TOKENIZER), where)
@@ -46,7 +45,9 @@ class FileWeights(PlainWeights):
             name: file.tensors[there] for name, (file, there) in self._source.items()
         }
         prefix = outer_prefix(own)
-        read = (f"the tensors of {where} were read without the prefix {prefix!r} of their names",) if prefix else ()
+        read = (
+            (f"the tensors of {where} were read without the prefix {shown(prefix)!r} of their names",) if prefix else ()
+        )
         inside = (f"{where} holds a tokenizer as {TOKENIZER}, which is not read: the one beside it is used",)
         self.notes = (*notes, *read, *(inside if TOKENIZER in held else ()))
         self.release()
@@ -87,7 +88,7 @@ def _open_file(path: Path) -> TensorFile:
 
 def _open_shards(path: Path, notes: list[str]) -> FileWeights:
     folder = path.parent
-    index = read_json(path, MOST_INDEX)
+    index = read_json(path, MOST_JSON)
     names = shard_names(index, str(path), ".safetensors" if path.name == INDEX else ".bin")
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
@@ -98,16 +99,18 @@ def _open_shards(path: Path, notes: list[str]) -> FileWeights:
     there = {plain_name(name) for name in held}
     ghosts = [name for name in listed if plain_name(name) not in there and not _redundant(name)]
     if ghosts:
+        named = ", ".join(map(shown, sorted(ghosts)[:5]))
         raise BadModelFile(
-            f"{folder / listed[ghosts[0]]}: index and shard disagree on {', '.join(sorted(ghosts)[:5])}: no shard has "
-            "what the index lists, so get the shards and the index anew"
+            f"{folder / listed[ghosts[0]]}: index and shard disagree on {named}: no shard has what the index lists, so "
+            "get the shards and the index anew"
         )
     elsewhere = sorted(name for name, file in held.items() if listed.get(name) != file and not _redundant(name))
     if elsewhere:
+        named = ", ".join(map(shown, elsewhere[:3]))
         notes = [
             *notes,
-            f"{path} does not say where {len(elsewhere)} tensors are ({', '.join(elsewhere[:3])}); each was taken from "
-            "the shard that has it, as transformers does",
+            f"{path} does not say where {len(elsewhere)} tensors are ({named}); each was taken from the shard that has "
+            "it, as transformers does",
         ]
     return FileWeights(files, str(folder), notes)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gemma2.checkpoints.names import shown
 from gemma2.errors import BadModelFile
 
 MOST_NAMES = 10_000  # files of a folder that are looked at
@@ -177,8 +178,8 @@ def refuse_names(names: Collection[str], where: str, config: Mapping[str, Any]) 
     if adapted:
         refuse_adapter(Path(where) if Path(where).is_dir() else Path(where).parent)
         raise BadModelFile(
-            f"{where}: a model with a PEFT adapter that is not merged ({adapted}): merge it with merge_and_unload(), "
-            "and save that"
+            f"{where}: a model with a PEFT adapter that is not merged ({shown(adapted)}): merge it with "
+            "merge_and_unload(), and save that"
         )
     what = _first(OTHERS, names)
     if what:
@@ -189,20 +190,20 @@ def quantization(config: Mapping[str, Any]) -> str:
     """What quantized a model, as its config.json says; nothing where that says nothing."""
     stated = config.get("quantization_config")
     stated = stated if isinstance(stated, Mapping) else {}
-    method, bits = stated.get("quant_method"), ""
+    method = stated.get("quant_method")
     if isinstance(config.get("quantization"), Mapping) and not method:
         stated, method = config["quantization"], "MLX"
     if not isinstance(method, str) or not method.isprintable():
         return "an unknown method" if stated else ""
     four, eight = stated.get("load_in_4bit") is True, stated.get("load_in_8bit") is True
     n = 4 if four else 8 if eight else stated.get("bits")
-    bits = f" to {n} bits" if isinstance(n, int) else ""
+    bits = f" to {n} bits" if isinstance(n, int) and 0 < n <= 64 else ""
     return f"{method:.40}{bits}"
 
 
 def refuse_pickle(path: Path, found: object) -> None:
     """Say what a pickle is that holds no state dict alone: `found` is what it held, or why it was not read."""
-    if path.name == "training_args.bin" or ("TrainingArguments" in str(found)[:2000] and isinstance(found, str)):
+    if path.name == "training_args.bin" or (isinstance(found, str) and "TrainingArguments" in found):
         raise BadModelFile(f"{path}: the settings of a training run, not weights: give the folder of the model")
     if isinstance(found, Mapping) and {"state", "param_groups"} <= found.keys():
         raise BadModelFile(f"{path}: the state of an optimizer, not weights: give the folder of the model")

@@ -28,6 +28,12 @@ _NAME = re.compile(
     r"(?P<outer>(?:.*?\.)??)(?P<own>(?:model\.)?(?:embed_tokens\.weight|norm\.weight|layers\.\d+\..*)|lm_head\.weight)",
     re.DOTALL,
 )
+LONGEST = 150  # characters of a tensor's name in a message: files can have names of any length
+
+
+def shown(name: str) -> str:
+    """A tensor's name for a message."""
+    return name if len(name) <= LONGEST else f"{name[:LONGEST]} ..."
 
 
 def unwrapped(name: str) -> str:
@@ -57,7 +63,9 @@ def own_names(names: Iterable[str], where: str) -> dict[str, str]:
         match = found[name]
         plain = plain_name(match["own"] if match is not None and len(outer) == 1 else plain)
         if plain in own:
-            raise BadModelFile(f"{where}: {own[plain]} and {name} are the same tensor, so one of them must go")
+            raise BadModelFile(
+                f"{where}: {shown(own[plain])} and {shown(name)} are the same tensor, so one of them must go"
+            )
         own[plain] = name
     return own
 

@@ -6,7 +6,10 @@ and plain containers. A zip is mapped, not read into memory.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +26,9 @@ ZIP, PICKLE = b"PK\3\4", b"\x80"  # how the two forms begin
 # Where training programs keep the weights among other things: gemma_pytorch, Lightning, others, DeepSpeed.
 CONTAINERS = ("model_state_dict", "state_dict", "model", "module")
 MOST_PICKLE = 4 * 2**20  # bytes of names and shapes; a Gemma 2 has 0.1 million of them, and each costs time
-MOST_RECORDS = 2**16
+MOST_RECORDS = 2**14
+MOST_IN_TUPLE = 10_000  # values in a tuple and all tuples inside it: hashing a name made of them takes as long
+LEGACY_PICKLES = 4  # the older form begins with so many: a number, a version, the machine, and then the state
 GOOGLE = (b"embedder.weight", b"qkv_proj")  # in the names of Google's tensors, and in no others
 
 
@@ -75,7 +80,13 @@ def _read(path: Path) -> dict[str, Tensor]:
     mapped = is_zip(path)
     if not mapped and not head.startswith(PICKLE):
         raise BadModelFile(f"{path}: not a PyTorch checkpoint (neither a zip nor a pickle)")
-    held = _records(path)[0] if mapped else None
+    held = None
+    if mapped:
+        held, text = _records(path)
+        _refuse_slow(path, text, 1)
+    else:
+        with path.open("rb") as file:
+            _refuse_slow(path, file.read(MOST_PICKLE), LEGACY_PICKLES)
     try:
         raw: Any = torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
     except pickle.UnpicklingError as error:
@@ -141,9 +152,48 @@ def _records(path: Path) -> tuple[int, bytes]:
         raise BadModelFile(f"{path}: not a PyTorch checkpoint ({first_line(error)})") from None
 
 
+def _refuse_slow(path: Path, content: bytes, count: int) -> None:
+    """Refuse pickles with tuples that hold each other twice over, so that hashing one would take hours."""
+    stream = io.BytesIO(content)
+    heaviest = max(_heaviest_tuple(stream) for _ in range(count))
+    if heaviest > MOST_IN_TUPLE:
+        raise BadModelFile(f"{path}: not a PyTorch checkpoint (a tuple of {heaviest:.2g} values in its pickle)")
+
+
+def _heaviest_tuple(stream: io.BytesIO) -> float:
+    """The most values in one tuple of a pickle, those in tuples inside it counted each time.
+
+    Nothing is unpickled. Where the pickle is damaged, unpickling ends too.
+    """
+    stack: list[float | None] = []  # how many values each object on the pickle's stack holds; None is a mark
+    memo: dict[object, float] = {}
+    heaviest = 0.0
+    with contextlib.suppress(Exception):  # ValueError from pickletools, and what a wrong stack or memo brings
+        for opcode, argument, _ in pickletools.genops(stream):
+            if opcode.name == "MARK":
+                stack.append(None)
+            elif "PUT" in opcode.name or opcode.name == "MEMOIZE":
+                memo[len(memo) if argument is None else argument] = stack[-1] or 1
+            elif "GET" in opcode.name:
+                stack.append(memo[argument])
+            else:
+                taken: list[float] = []
+                before = [kind.name for kind in opcode.stack_before]
+                if "mark" in before:
+                    while (top := stack.pop()) is not None:
+                        taken.append(top)
+                    before = before[: before.index("mark")]
+                taken += [stack.pop() or 1 for _ in before]
+                weight = 1.0 + sum(taken) if opcode.name.startswith("TUPLE") else 1.0
+                heaviest = max(heaviest, weight)
+                stack += [weight] * len(opcode.stack_after)
+    return heaviest
+
+
 def _said(name: object) -> str:
-    """A key of a state for a message. Only simple ones are spelled: a nested one can be made to fill memory."""
-    return f"{name!r:.200}" if isinstance(name, str | int | float) else f"a {type(name).__name__}"
+    """A key of a state for a message. Only small ones are spelled: others can be made to fill memory."""
+    small = isinstance(name, str | float) or (isinstance(name, int) and name.bit_length() < 64)
+    return repr(name[:100] if isinstance(name, str) else name) if small else f"one of type {type(name).__name__}"
 
 
 def _is_plain(tensor: Tensor) -> bool:

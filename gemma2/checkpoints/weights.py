@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from gemma2.checkpoints.dtypes import FLOATS, dtype_name, stored_name
+from gemma2.checkpoints.names import shown
 from gemma2.checkpoints.threads import one_thread_per_core
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
@@ -113,8 +114,9 @@ class PlainWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        # Without an embedding the file is refused, whatever the dtype.
-        return self.tensors[EMBEDDING][1] if EMBEDDING in self.tensors else torch.float32
+        # float32 holds all values of float16, in which Gemma 2 overflows. Without an embedding the file is refused.
+        stored = self.tensors[EMBEDDING][1] if EMBEDDING in self.tensors else torch.float32
+        return torch.float32 if stored == torch.float16 else stored
 
     def dtype_for(self, name: str, wanted: torch.dtype) -> torch.dtype:
         return wanted
@@ -291,7 +293,11 @@ def empty_model(config: Gemma2Config) -> Gemma2:
 
 def check_names(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Every tensor asked for is there in its shape and a float dtype, and every tensor there is asked for."""
-    found, said = weights.tensors, weights.in_file
+    found = weights.tensors
+
+    def said(name: str) -> str:
+        return shown(weights.in_file(name))
+
     problems = {
         "missing": [said(name) for name in shapes if name not in found],
         "unknown": [said(name) for name in found if name not in shapes and name != HEAD],

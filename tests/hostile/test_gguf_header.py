@@ -82,7 +82,7 @@ FOREIGN: dict[str, tuple[Make, str]] = {
     "a zip": (lambda: b"PK\3\4" + bytes(200), STRANGE),
     "a pickle": (lambda: b"\x80\x02}q\x00." + bytes(200), STRANGE),
     "safetensors": (lambda: struct.pack("<Q", 2) + b"{}" + bytes(64), STRANGE),
-    "the oldest ggml magic": (stated(magic=b"lmgg"), STRANGE),
+    "the oldest ggml magic": (stated(magic=b"lmgg"), "a ggml file from before GGUF"),
     "GGML": (stated(magic=b"GGML"), STRANGE),
     "lower case": (stated(magic=b"gguf"), STRANGE),
     "a byte in front": (lambda: b"\0" + GOOD.write(), STRANGE),
