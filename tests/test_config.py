@@ -202,7 +202,7 @@ def test_what_transformers_writes_today_is_read_without_a_note(tmp_path: Path) -
         ({"hidden_activation": "gelu"}, "activation must be gelu_pytorch_tanh, found gelu"),
         ({"query_pre_attn_scalar": None, "head_dim": None}, "missing head_dim, query_pre_attn_scalar"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"tie_word_embeddings": 0}, "tie_word_embeddings is 0, Gemma 2 has True"),
     ],
 )
 def test_configs_of_another_model_are_refused_with_the_reason(change: dict[str, object], message: str) -> None:

@@ -125,6 +125,10 @@ def test_redundant_tensors_are_tolerated_only_when_they_are_redundant(folder: Fo
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
     assert same(gemma2.load(folder("same", tensors=tensors | extra | head)), tensors)
+    untied = gemma2.load(folder("untied", tensors=tensors | head, tie_word_embeddings=False))
+    assert same(untied, tensors) and "tie_word_embeddings false: the head is read as the embedding" in untied.notes[0]
+    with pytest.raises(gemma2.BadModelFile, match=r"tie_word_embeddings is False, and no lm_head.weight is stored"):
+        gemma2.load(folder("headless", tensors=tensors, tie_word_embeddings=False))
     head["lm_head.weight"][4095, 287] += 1
     with pytest.raises(gemma2.BadModelFile, match=r"lm_head.weight differs from the embedding"):
         gemma2.load(folder("other", tensors=tensors | head))

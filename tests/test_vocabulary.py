@@ -81,20 +81,12 @@ def test_a_tokenizer_json_that_is_not_gemmas_gives_way_to_a_tokenizer_model_and_
         tokenizer_of(tmp_path, None)
 
 
-def test_tokenizer_takes_a_file_of_any_kind_a_folder_or_a_name_that_can_be_fetched(
-    tmp_path: Path, plain: Tokenizer
-) -> None:
+def test_tokenizer_takes_a_file_of_any_kind_or_a_folder(tmp_path: Path, plain: Tokenizer) -> None:
     quantized = convert("pocket", tmp_path / "pocket.gguf", progress=False).path
-    fetched = []
-
-    def fetch(name: str) -> Path:
-        fetched.append(name)
-        return model_in(tmp_path / "fetched")
-
-    for given in (MODEL, str(MODEL), write(tmp_path, pocket()), POCKET, quantized, plain, "google/gemma-2-2b"):
-        found = parse_tokenizer(given, fetch)
+    for given in (MODEL, str(MODEL), write(tmp_path, pocket()), POCKET, quantized, plain):
+        found = parse_tokenizer(given)
         assert found is not None and found.encode("In the beginning") == plain.encode("In the beginning"), given
-    assert fetched == ["google/gemma-2-2b"] and parse_tokenizer(None) is None
+    assert parse_tokenizer(None) is None
     with pytest.raises(BadModelFile, match="google/gemma-2-2b: no such file or folder"):
         parse_tokenizer("google/gemma-2-2b")
 

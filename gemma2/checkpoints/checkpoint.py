@@ -12,11 +12,11 @@ from gemma2.checkpoints.beside import chat_template, chat_tuned, end_ids, turn_n
 from gemma2.checkpoints.folder import PICKLED, PICKLED_INDEX, FileWeights, chosen, open_folder
 from gemma2.checkpoints.foreign import quantization, refuse_file, refuse_folder, refuse_foreign, refuse_names
 from gemma2.checkpoints.google import GoogleWeights
-from gemma2.checkpoints.hf_config import MOST_JSON, config_and_notes, read_json
+from gemma2.checkpoints.hf_config import MOST_JSON, TIED, config_and_notes, read_json
 from gemma2.checkpoints.pickled import PICKLE, ZIP, PickledFile, names_are_googles
 from gemma2.checkpoints.safetensors_file import SafetensorsFile
 from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer, tokenizer_of
-from gemma2.checkpoints.weights import PlainWeights, Weights, check_names, shapes_of
+from gemma2.checkpoints.weights import HEAD, PlainWeights, Weights, check_names, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
 from gemma2.templates import NOT_GEMMAS, is_gemmas
@@ -141,6 +141,10 @@ def weights_of(path: Path, config: Gemma2Config | None) -> PlainWeights:
     raw = read if isinstance(read, dict) else {}
     if config is None or not _fits(weights, config):
         refuse_names([weights.in_file(name) for name in weights.tensors], weights.where, raw)
+    if raw.get(TIED) is False:
+        if HEAD not in weights.tensors:
+            raise BadModelFile(f"{stated}: {TIED} is False, and no {HEAD} is stored: Gemma 2's head is the embedding")
+        weights.notes += (f"{stated} says {TIED} false: the head is read as the embedding, which it must equal",)
     named = raw.get("transformers_weights") if path.is_dir() else None
     if named is not None and named != getattr(chosen(path), "name", None):
         raise BadModelFile(f"{stated}: transformers_weights names {named!r:.100} as the weights: give that file itself")

@@ -15,6 +15,7 @@ from gemma2.errors import BadModelFile
 
 PUBLISHED = ("gemma-2-2b", "gemma-2-9b", "gemma-2-27b")
 ACTIVATION_KEY, ACTIVATION = "hidden_activation", "gelu_pytorch_tanh"
+TIED = "tie_word_embeddings"
 # What transformers' Gemma2Config takes for a key that is absent, where all published sizes have that number.
 DEFAULTS: dict[str, Any] = {
     ACTIVATION_KEY: ACTIVATION,
@@ -109,7 +110,7 @@ def config_dict(config: Gemma2Config) -> dict[str, Any]:
         **dataclasses.asdict(config),
         "layer_types": list(config.layer_types),
         ACTIVATION_KEY: ACTIVATION,
-        "tie_word_embeddings": True,
+        TIED: True,
         "attention_bias": False,
     }
 
@@ -185,7 +186,10 @@ def _refuse_other_arithmetic(values: Mapping[str, Any], where: str) -> None:
     if values.get(ACTIVATION_KEY) not in (None, ACTIVATION):
         stated = {f"{values[key]!s:.100}" for key in (ACTIVATION_KEY, "hidden_act") if values.get(key) is not None}
         raise BadModelFile(f"{where}: activation must be {ACTIVATION}, found {', '.join(sorted(stated))}")
-    for key, only in (("tie_word_embeddings", True), ("attention_bias", False), ("use_bidirectional_attention", False)):
+    tied = values.get(TIED)
+    if not isinstance(tied, bool | None):
+        raise BadModelFile(f"{where}: {TIED} is {_said(tied)}, Gemma 2 has True")
+    for key, only in (("attention_bias", False), ("use_bidirectional_attention", False)):
         if values.get(key, only) not in (only, None):
             raise BadModelFile(f"{where}: {key} is {_said(values[key])}, Gemma 2 has {only}")
     if values.get("per_layer_config"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +25,9 @@ ELSEWHERE = (
 )
 
 Given = str | Path | Tokenizer | None
-Fetch = Callable[[str], Path]  # the name of a repository on the hub -> a folder with its small files
 
 
-def tokenizer_of(folder: Path, given: Given, fetch: Fetch | None = None) -> Tokenizer:
+def tokenizer_of(folder: Path, given: Given) -> Tokenizer:
     """The tokenizer that is given, or else the one in a folder.
 
     As in transformers, tokenizer.json comes before tokenizer.model. Where both say the same, as Google's do, the
@@ -38,7 +36,7 @@ def tokenizer_of(folder: Path, given: Given, fetch: Fetch | None = None) -> Toke
     Raises:
         BadModelFile: neither is there, or neither can be read.
     """
-    found = parse_tokenizer(given, fetch)
+    found = parse_tokenizer(given)
     if found is not None:
         return found
     model, fast = folder / MODEL, folder / JSON
@@ -68,13 +66,11 @@ def tokenizer_of(folder: Path, given: Given, fetch: Fetch | None = None) -> Toke
     )
 
 
-def parse_tokenizer(given: Given, fetch: Fetch | None = None) -> Tokenizer | None:
+def parse_tokenizer(given: Given) -> Tokenizer | None:
     """A tokenizer by itself, or by what it is in; None for None.
 
     Args:
-        given: a tokenizer.model, a tokenizer.json, a GGUF, a folder that has one of the first two, or with `fetch` a
-            repository on the hub.
-        fetch: gets a folder for the name of a repository.
+        given: a tokenizer.model, a tokenizer.json, a GGUF, or a folder that has one of the first two.
     Raises:
         BadModelFile: no such file, or one that has no tokenizer of a Gemma 2 in it.
     """
@@ -92,8 +88,6 @@ def parse_tokenizer(given: Given, fetch: Fetch | None = None) -> Tokenizer | Non
         if path.suffix == ".json" or start.lstrip().startswith(b"{"):
             return read_tokenizer_json(path)
         return Tokenizer.from_file(path)
-    if fetch is not None and not path.exists():
-        return tokenizer_of(fetch(str(given)), None)
     raise BadModelFile(f"{path}: no such file or folder")
 
 

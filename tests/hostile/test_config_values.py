@@ -138,7 +138,6 @@ TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_parameters": {**PLAIN, "rope_theta": "1e4"}, "rope_theta": ABSENT},
         "rope_theta must be a positive finite float32, not '1e4'",
     ),
-    "untied": ({"tie_word_embeddings": False}, "tie_word_embeddings is False, Gemma 2 has True"),
     "tying a string": ({"tie_word_embeddings": "true"}, "tie_word_embeddings is 'true', Gemma 2 has True"),
     "biased": ({"attention_bias": True}, "attention_bias is True, Gemma 2 has False"),
     "both ways": ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True, Gemma 2 has False"),
