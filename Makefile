@@ -7,13 +7,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROMPT ?= In the beginning
 
-.PHONY: demo test test-ecosystem lint format types clean
+.PHONY: demo test test-long test-ecosystem lint format types clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gemma2 generate "$(PROMPT)" --echo -n 120 --temperature 0.9 --top-p 0.95 --repetition-penalty 1.15 --seed 3 --verbose
 
 test: lint types
 	$(BIN)/pytest
+
+# The same tests with four times as many random files and texts.
+test-long: lint types
+	GEMMA2_LONG=1 $(BIN)/pytest
 
 # Tools that attach to the model from outside: PEFT, trl, nnsight, torchao and others, in the extra `ecosystem`. The
 # page for users of transformers shows some of them. `make test` runs those tests whose package is there.

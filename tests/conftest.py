@@ -28,6 +28,14 @@ GOLDEN = Path(__file__).parent / "golden"
 PLACES = {"shared": SHARED, "golden": GOLDEN}
 EXPECTED = set(filter(None, os.environ.get("GEMMA2_EXPECT_DATA", "").split(",")))
 
+# GEMMA2_LONG=1 pytest (make test-long) tries as many files and texts as the authors do before a release.
+LONG = "GEMMA2_LONG" in os.environ
+
+
+def some_of(count: int) -> int:
+    """How many of so many random cases a run tries: all in a long one, a quarter in another."""
+    return count if LONG else count // 4
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(place, path): data outside the code, in a folder of PLACES")

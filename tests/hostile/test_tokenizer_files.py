@@ -15,6 +15,7 @@ import pytest
 from gemma2 import BadModelFile, Tokenizer
 from gemma2.load import POCKET
 from gemma2.tokenizer import NAMES
+from tests.conftest import some_of
 
 GOOD = (POCKET / "tokenizer.model").read_bytes()
 Field = tuple[int, int, Any]  # number, wire type, value
@@ -266,10 +267,11 @@ def with_odd_pieces(pieces: list[Field], rng: random.Random) -> list[Field]:
     return pieces
 
 
-def test_three_thousand_mutated_models_are_refused_or_keep_every_promise() -> None:
-    results = list(in_a_child([mutated(seed) for seed in range(3000)]))
+def test_mutated_models_are_refused_or_keep_every_promise() -> None:
+    count = some_of(3000)
+    results = list(in_a_child([mutated(seed) for seed in range(count)]))
     refusals = [result for result in results if result.startswith("odd.model: ")]
     loaded = [result for result in results if result == "loaded"]
     assert [result for result in results if result not in (*refusals, *loaded)] == []
-    assert len(results) == 3000
-    assert len(refusals) > 100 and len(loaded) > 50  # both ends are reached
+    assert len(results) == count
+    assert len(refusals) > count // 30 and len(loaded) > count // 60  # both ends are reached
