@@ -40,7 +40,7 @@ def llama_cpp_logits(path: Path, ids: list[int]) -> Tensor:
     try:
         import llama_cpp
     except ImportError:
-        raise SystemExit("--live needs llama-cpp-python: pip install 'gemma2[llama-cpp]'") from None
+        raise SystemExit("--live needs llama-cpp-python: pip install llama-cpp-python") from None
     other = llama_cpp.Llama(
         str(path),
         n_ctx=len(ids),

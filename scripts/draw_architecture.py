@@ -22,7 +22,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
 except ImportError:
-    sys.exit("drawing needs matplotlib: pip install 'gemma2[plots]'")
+    sys.exit("drawing needs matplotlib: pip install matplotlib")
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 STYLE = {

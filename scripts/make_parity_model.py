@@ -220,7 +220,7 @@ def main() -> None:
     try:
         import llama_cpp
     except (ImportError, RuntimeError, OSError) as error:
-        raise SystemExit(f"llama.cpp is not installed: pip install 'gemma2[llama-cpp]' ({error})") from None
+        raise SystemExit(f"llama.cpp is not installed: pip install llama-cpp-python ({error})") from None
     torch.set_num_threads(1)  # an order of sums of its own could come with more
     if b"AMX" in llama_cpp.llama_print_system_info():
         raise SystemExit("this llama.cpp is built with AMX; build it without, as scripts/make_parity_model.py -h says")

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 MORE = """REF is one of
-  transformers            Hugging Face's, eager attention (gemma2[transformers])
-  llama.cpp               through llama-cpp-python (gemma2[llama-cpp])
+  transformers            Hugging Face's, eager attention (pip install transformers)
+  llama.cpp               through llama-cpp-python (pip install llama-cpp-python)
   gemma_pytorch:FOLDER    Google's, from a checkout, whose code is run
   FILE.safetensors        a trace: what any program computed (docs/traces.md);
                           trace:FILE if its name ends otherwise

@@ -255,7 +255,7 @@ def accelerate() -> Any:
         import accelerate.utils
     except ImportError as error:
         raise ImportError(
-            f"device_map needs accelerate, which is not installed: pip install 'gemma2[device-map]' ({error})"
+            f"device_map needs accelerate, which is not installed: pip install accelerate ({error})"
         ) from None
     return found
 

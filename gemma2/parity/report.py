@@ -99,7 +99,7 @@ def _figure() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("the chart needs matplotlib: pip install 'gemma2[plots]'") from None
+        raise ImportError("the chart needs matplotlib: pip install matplotlib") from None
     return Figure(figsize=(11, 6.5), layout="constrained")
 
 

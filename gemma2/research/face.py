@@ -26,9 +26,7 @@ def as_transformers(gemma: Gemma | Gemma2) -> Any:
     try:
         from gemma2.research.pretrained import Gemma2ForCausalLM
     except ImportError as error:
-        raise ImportError(
-            f"as_transformers needs transformers 5: pip install 'gemma2[transformers]' ({error})"
-        ) from None
+        raise ImportError(f"as_transformers needs transformers 5: pip install transformers ({error})") from None
     if isinstance(gemma, Gemma):
         ids, stops = {name: gemma.tokenizer.special[name] for name in PUBLISHED_IDS}, sorted(gemma.stop_ids)
     else:

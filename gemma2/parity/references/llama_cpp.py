@@ -38,7 +38,7 @@ except (
     RuntimeError,
     OSError,
 ) as error:  # the last two: its compiled part is missing or of another machine
-    raise ImportError(f"llama.cpp is not installed: pip install 'gemma2[llama-cpp]' ({error})") from None
+    raise ImportError(f"llama.cpp is not installed: pip install llama-cpp-python ({error})") from None
 
 KINDS = {torch.bfloat16: "BF16", torch.float16: "F16"}  # of the file made of what is no GGUF; else F32
 F32 = llama_cpp.GGML_TYPE_F32

@@ -27,7 +27,7 @@ try:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.models.gemma2.modeling_gemma2 import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
 except ImportError as error:
-    raise ImportError(f"transformers is not installed: pip install 'gemma2[transformers]' ({error})") from None
+    raise ImportError(f"transformers is not installed: pip install transformers ({error})") from None
 
 ATTENTION = "gemma2_observed_eager"  # in transformers' own registry of attention functions
 ATTEND = "model.layers.{i}.self_attn"
