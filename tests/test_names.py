@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor
 
 import gemma2
@@ -226,6 +226,54 @@ def test_messages_have_the_names_of_the_file(bare: Path, good: Tensors) -> None:
     renamed = {NAMES["FSDP"](name): tensor for name, tensor in good.items()}
     write(bare / SINGLE, renamed | {"_fsdp_wrapped_module.model.norm.weight": good[NORM] * float("nan")})
     with pytest.raises(gemma2.BadModelFile, match=r"NaN or infinity in float32: _fsdp_wrapped_module\.model\.norm"):
+        gemma2.load(bare)
+
+
+# Which of two tied tensors is there.
+
+
+@pytest.mark.parametrize("prefix", ["", "language_model."])
+def test_a_head_without_an_embedding_is_the_embedding_as_save_model_writes_it(
+    prefix: str, bare: Path, good: Tensors
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="it makes the tied model that is saved")
+    write(bare / SINGLE, good)
+    model = transformers.Gemma2ForCausalLM.from_pretrained(bare)
+    saved = torch.nn.ModuleDict({"language_model": model}) if prefix else model
+    save_model(saved, str(bare / SINGLE))
+    assert prefix + HEAD in load_file(bare / SINGLE) and prefix + EMBED not in load_file(bare / SINGLE)
+    loaded = gemma2.load(bare, device="cpu", progress=False) if prefix else means_the_same_as_in_transformers(bare)
+    assert same(loaded, good) and len(loaded.notes) == bool(prefix)  # the note about the prefix
+    assert inspect(bare).problems == []
+    again = gemma2.convert(bare, bare / "out", progress=False).path
+    assert load_file(again / SINGLE).keys() == good.keys()
+
+
+@pytest.mark.parametrize("index", [None, INDEX, PICKLED_INDEX])
+def test_a_head_without_an_embedding_is_noted_where_the_file_does_not_say_that_they_are_one(
+    index: str | None, bare: Path, good: Tensors
+) -> None:
+    tensors = {HEAD if name == EMBED else name: tensor for name, tensor in good.items()}
+    if index is None:
+        write(bare / PICKLED, tensors)
+    else:
+        shard(bare, tensors, index, model__embed_tokens__weight=f"model-00002-of-00002.{index.split('.')[1]}")
+    loaded = means_the_same_as_in_transformers(bare)
+    assert same(loaded, good)
+    assert [note.split(" holds ")[1] for note in loaded.notes] == [
+        "lm_head.weight and no embedding: in Gemma 2 they are one, so it is both"
+    ]
+
+
+def test_what_is_wrong_with_a_head_that_is_the_embedding_is_said_by_its_name(bare: Path, good: Tensors) -> None:
+    tensors = {HEAD if name == EMBED else name: tensor for name, tensor in good.items()}
+    write(bare / SINGLE, tensors | {HEAD: good[EMBED][:-1]})
+    with pytest.raises(gemma2.BadModelFile, match=r"1 misshapen: lm_head\.weight \[4095, "):
+        gemma2.load(bare)
+    write(bare / SINGLE, tensors)
+    stated = json.loads((bare / "config.json").read_text(encoding="utf-8")) | {"tie_word_embeddings": False}
+    (bare / "config.json").write_text(json.dumps(stated), encoding="utf-8")
+    with pytest.raises(gemma2.BadModelFile, match=r"and only lm_head\.weight is stored, not model\.embed_tokens"):
         gemma2.load(bare)
 
 

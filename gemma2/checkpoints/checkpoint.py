@@ -16,7 +16,7 @@ from gemma2.checkpoints.hf_config import MOST_JSON, TIED, config_and_notes, read
 from gemma2.checkpoints.pickled import PICKLE, ZIP, PickledFile, names_are_googles
 from gemma2.checkpoints.safetensors_file import SafetensorsFile
 from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer, tokenizer_of
-from gemma2.checkpoints.weights import HEAD, PlainWeights, Weights, check_names, shapes_of
+from gemma2.checkpoints.weights import EMBEDDING, HEAD, PlainWeights, Weights, check_names, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
 from gemma2.templates import NOT_GEMMAS, is_gemmas
@@ -142,6 +142,11 @@ def weights_of(path: Path, config: Gemma2Config | None) -> PlainWeights:
     if config is None or not _fits(weights, config):
         refuse_names([weights.in_file(name) for name in weights.tensors], weights.where, raw)
     if raw.get(TIED) is False:
+        if weights.in_file(EMBEDDING).endswith(HEAD):
+            raise BadModelFile(
+                f"{stated}: {TIED} is False, and only {HEAD} is stored, not {EMBEDDING}: if the model was tied when it "
+                "was saved, change that to true"
+            )
         if HEAD not in weights.tensors:
             raise BadModelFile(f"{stated}: {TIED} is False, and no {HEAD} is stored: Gemma 2's head is the embedding")
         weights.notes += (f"{stated} says {TIED} false: the head is read as the embedding, which it must equal",)

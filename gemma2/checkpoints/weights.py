@@ -86,6 +86,10 @@ class TensorFile(Protocol):
     path: Path
 
     @property
+    def metadata(self) -> Mapping[str, str]:
+        """Text that the file has beside its tensors, as safetensors files can."""
+
+    @property
     def tensors(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name -> shape and stored dtype."""
 
