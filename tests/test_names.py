@@ -14,6 +14,7 @@ from torch import Tensor
 
 import gemma2
 from gemma2.checkpoints.checkpoint import form_of
+from gemma2.checkpoints.dtypes import stored_name
 from gemma2.checkpoints.folder import ORDER, PICKLED, PICKLED_INDEX
 from gemma2.checkpoints.google import fused
 from gemma2.checkpoints.names import own_names
@@ -326,6 +327,49 @@ def test_a_pickled_folder_of_16_bits_means_the_same_as_in_transformers(
     assert same(loaded, {name: t.to(dtype).to(loaded.model.model.norm.weight.dtype) for name, t in good.items()})
     if dtype == torch.bfloat16:
         means_the_same_as_in_transformers(bare)
+
+
+# Dtypes that few checkpoints have.
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("file", [SINGLE, PICKLED])
+def test_float64_and_plain_float8_are_read_as_in_transformers(
+    file: str, dtype: torch.dtype, bare: Path, good: Tensors
+) -> None:
+    stored = {name: t.to(dtype if t.ndim > 1 or dtype == torch.float64 else torch.bfloat16) for name, t in good.items()}
+    write(bare / file, stored)
+    loaded = gemma2.load(bare, device="cpu", progress=False)
+    own = torch.float64 if dtype == torch.float64 else torch.bfloat16
+    assert loaded.model.dtype == own and same(loaded, {name: tensor.to(own) for name, tensor in stored.items()})
+    assert len(loaded.notes) == 1 and ("float8 (FP8)" if dtype.itemsize == 1 else "holds float64") in loaded.notes[0]
+    transformers = pytest.importorskip("transformers", reason="the live comparison needs gemma2[transformers]")
+    theirs = transformers.Gemma2ForCausalLM.from_pretrained(bare, dtype=own).state_dict()
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in loaded.model.state_dict().items())
+    narrow = gemma2.load(bare, device="cpu", dtype="float32", progress=False)
+    assert same(narrow, {name: tensor.float() for name, tensor in stored.items()})
+    found = inspect(bare)
+    assert found.problems == [] and set(found.types) == (
+        {"F64"} if own == torch.float64 else {"BF16", stored_name(dtype)}
+    )
+    again = gemma2.convert(bare, bare / "out", progress=False)
+    assert same(gemma2.load(again.path, device="cpu", progress=False), loaded.model.state_dict())
+    assert not any("quantized" in note or "rounded" in note for note in again.notes)
+
+
+def test_a_few_tensors_of_float64_are_named(bare: Path, good: Tensors) -> None:
+    write(bare / SINGLE, good | {NORM: good[NORM].double()})
+    loaded = gemma2.load(bare, device="cpu", progress=False)
+    assert same(loaded, good) and "1 tensors are float64 (model.norm.weight)" in loaded.notes[0]
+
+
+def test_float8_of_a_model_that_was_quantized_is_refused_without_its_scales(bare: Path, good: Tensors) -> None:
+    write(bare / SINGLE, good | {name: t.to(torch.float8_e4m3fn) for name, t in good.items() if "proj" in name})
+    stated = json.loads((bare / "config.json").read_text(encoding="utf-8"))
+    stated["quantization_config"] = {"quant_method": "fp8"}
+    (bare / "config.json").write_text(json.dumps(stated), encoding="utf-8")
+    with pytest.raises(gemma2.BadModelFile, match=r"float8 \(FP8\) without scales, .* quantized by fp8: use the unq"):
+        gemma2.load(bare)
 
 
 # The form goes by the content.

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gemma2.checkpoints.adapter_config import MERGED, check_config
-from gemma2.checkpoints.dtypes import FLOATS, SAFETENSORS
+from gemma2.checkpoints.dtypes import PLAIN, SAFETENSORS
 from gemma2.checkpoints.foreign import refuse_foreign
 from gemma2.checkpoints.hf_config import read_json
 from gemma2.checkpoints.weights import shapes_of
@@ -245,9 +245,9 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     with _opened(folder / SAFE) as file:
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
         for name, part in parts.items():
-            if SAFETENSORS.get(part.get_dtype()) not in FLOATS.values():
+            if SAFETENSORS.get(part.get_dtype()) not in PLAIN.values():
                 raise BadModelFile(
-                    f"{folder / SAFE}: {name:.200} is {part.get_dtype()}, not float32, bfloat16 or float16"
+                    f"{folder / SAFE}: {name:.200} is {part.get_dtype()}, not float64, float32, bfloat16 or float16"
                 )
         return {name: tuple(part.get_shape()) for name, part in _plain(parts, folder).items()}
 
@@ -269,7 +269,7 @@ def _read(folder: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged pickle fails in any way: IndexError, struct.error, AssertionError ...
         raise BadModelFile(f"{path}: not a PyTorch file ({first_line(error)})") from None
     if not isinstance(raw, Mapping) or not all(isinstance(name, str) and _is_float(raw[name]) for name in raw):
-        raise BadModelFile(f"{path}: not only tensors of float32, bfloat16 or float16, each with a name")
+        raise BadModelFile(f"{path}: not only tensors of float64, float32, bfloat16 or float16, each with a name")
     return _plain(raw, folder)
 
 
@@ -283,7 +283,7 @@ def _opened(path: Path) -> Any:
 
 def _is_float(tensor: Any) -> bool:
     plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-    return plain and tensor.dtype in FLOATS.values()
+    return plain and tensor.dtype in PLAIN.values()
 
 
 def _plain(named: Mapping[str, T], folder: Path) -> dict[str, T]:

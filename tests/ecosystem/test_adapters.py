@@ -162,6 +162,20 @@ def test_generation_capture_and_hooks_work_with_an_adapter_in(base: Path, tmp_pa
     assert gemma.generate("The cat", 6) == text
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_float64_is_applied_in_float64(base: Path, tmp_path: Path) -> None:
+    place = made(theirs(base, torch.float64), lora(), tmp_path / "adapter")
+    assert {tensor.dtype for tensor in load_file(place / "adapter_model.safetensors").values()} == {torch.float64}
+    double = gemma2.load(base, dtype="float64", device="cpu", adapter=place).model
+    stored = load_file(place / "adapter_model.safetensors")
+    matrix = "model.layers.0.self_attn.q_proj.lora_A"
+    assert torch.equal(double.get_submodule(f"{matrix}.default").weight, stored[f"base_model.model.{matrix}.weight"])
+    wanted = logits(peft.PeftModel.from_pretrained(theirs(base, torch.float64), place).eval())
+    assert (logits(double) - wanted).abs().max() <= 1e-5 * wanted.abs().max()  # its norms are float32
+    single = logits(gemma2.load(base, dtype="float32", device="cpu", adapter=place).model)
+    assert (single - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
 def test_a_pickled_adapter_is_read_as_its_tensors(base: Path, tmp_path: Path) -> None:
     place = made(theirs(base), lora(), tmp_path / "adapter")
     wanted = logits(gemma2.load(base, dtype="float32", adapter=place).model)
