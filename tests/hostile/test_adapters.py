@@ -221,7 +221,16 @@ WEIGHTS: dict[str, tuple[Tensors, str]] = {
     "NaN": (TENSORS | {A0: torch.full((4, D), float("nan"))}, "1 tensors hold NaN or infinity: model.layers.0"),
     "infinity": (TENSORS | {A0: torch.full((4, D), float("inf"))}, "1 tensors hold NaN or infinity"),
     "one name twice": (TENSORS | {A0.removeprefix(PREFIX): torch.ones(4, D)}, "two tensors are called model.layers.0"),
-    "an embedding of another size": (TENSORS | {EMBED: torch.ones(VOCAB + 2, D)}, f"[{VOCAB + 2}, {D}] instead of"),
+    "an embedding of another size": (
+        TENSORS | {EMBED: torch.ones(VOCAB + 2, D)},
+        f"its embedding has {VOCAB + 2:,} rows",
+    ),
+    "an embedding and a head of two sizes": (TENSORS | {EMBED: ROWS[1:], HEAD: ROWS[2:]}, f"{D}] instead of [{VOCAB}"),
+    "a copy unlike its embedding": (
+        TENSORS | {EMBED: ROWS, EMBED.replace("weight", "modules_to_save.weight"): ROWS * 2},
+        "model.embed_tokens.modules_to_save.weight differs from model.embed_tokens.weight",
+    ),
+    "a copy of nothing": (TENSORS | {HEAD.replace("weight", "original_module.weight"): ROWS}, "and they are one"),
     "a head unlike its embedding": (TENSORS | {EMBED: ROWS, HEAD: ROWS * 2}, "lm_head.weight differs from model.embed"),
 }
 
