@@ -9,12 +9,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from gemma2.atomic import check_space, check_target, naming_a_full_disk, replacing
 from gemma2.checkpoints.beside import chat_template, chat_tuned, end_ids
 from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from gemma2.checkpoints.dtypes import FLOATS
+from gemma2.checkpoints.dtypes import FLOAT8, FLOATS, PLAIN
 from gemma2.checkpoints.export import FOLDER, Layout, layout_for, write
 from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.gguf_write import FILE_TYPES, FINER
@@ -70,10 +71,11 @@ def convert(
         source: as in `load`; or a `Gemma`, which is written as `save` does.
         target: its name decides the format. Beside a `.ckpt`, which states neither, config.json and tokenizer.model
             are written too.
-        type: f32, bf16 or f16, and for GGUF also q8_0, q5_1, q5_0, q4_1, q4_0, mxfp4, tq2_0 or tq1_0. Norms are never
-            rounded: they are float32 in a GGUF, and elsewhere where the type does not hold them exactly. Below q8_0
-            the embedding, which is also the head, is kept finer. Default: the type of the source's matrices, f32 if
-            they have several, and bf16 if they are quantized.
+        type: f32, bf16 or f16; for a folder or `.ckpt` also f64; and for GGUF also q8_0, q5_1, q5_0, q4_1, q4_0, mxfp4,
+            tq2_0 or tq1_0. Norms are never rounded below float32: they are float32 in a GGUF, and elsewhere where the
+            type does not hold them exactly. Below q8_0 the embedding, which is also the head, is kept finer. Default:
+            the type of the source's matrices, f32 if they have several, and bf16 if they are quantized. float64 is f64,
+            and in a GGUF f32, with a note.
         force: replace what is there.
         tokenizer, revision, progress: as in `load`. A `Gemma` has no revision.
         adapter: a PEFT adapter, as in `load`, to merge into the weights first. The merged model is in memory, in the
@@ -143,7 +145,7 @@ class _Target:
 
 
 def _written(asked: _Target, opened: Checkpoint, title: str, progress: bool | None) -> Converted:
-    main, target, whole = asked.type or _own_type(opened), asked.path, asked.form == FOLDER
+    main, target, whole = asked.type or _own_type(opened, asked.form), asked.path, asked.form == FOLDER
     layout = layout_for(asked.form, opened, main, title)
     beside = _beside(layout, opened, target.parent) if asked.form == "ckpt" else {}
     check_space(target.parent, layout.space)
@@ -191,7 +193,7 @@ def _form(target: Path) -> str:
 
 
 def _parse_type(asked: str | None, form: str) -> str | None:
-    taken = FILE_TYPES if form == "gguf" else FLOATS
+    taken = FILE_TYPES if form == "gguf" else PLAIN
     if asked is None or asked.upper() in taken:
         return asked and asked.upper()
     listed = ", ".join(name.lower() for name in taken)
@@ -208,11 +210,13 @@ def _check_apart(target: Path, opened: Checkpoint) -> None:
         raise FileExistsError(f"{target}: is the source itself, or holds it; choose another name")
 
 
-def _own_type(opened: Checkpoint) -> str:
+def _own_type(opened: Checkpoint, form: str) -> str:
     """The type of the source's matrices; of those that hold all their values, the narrowest."""
-    types = _matrix_types(opened)
-    if not types <= FLOATS.keys():
+    types = {"BF16" if kind in FLOAT8 else kind for kind in _matrix_types(opened)}
+    if not types <= PLAIN.keys():
         return "BF16"
+    if any(dtype == torch.float64 for _, dtype in opened.weights.tensors.values()):
+        return "F32" if form == "gguf" else "F64"
     return types.pop() if len(types) == 1 else "F32"
 
 
@@ -253,14 +257,19 @@ def _notes(opened: Checkpoint, layout: Layout, main: str) -> list[str]:
     """What the target does not keep of the source, and what is in it of another type than asked for."""
     said = []
     config, form = opened.config, layout.form
-    if not _matrix_types(opened) <= FLOATS.keys() and main != "F32":
+    doubles = sum(dtype == torch.float64 for _, dtype in opened.weights.tensors.values())
+    if doubles and main in FLOATS:
+        cure = "a folder of type f64 keeps every bit" if form == "gguf" else "--type f64 keeps every bit"
+        said.append(f"{doubles} tensors of float64 were rounded to {main.lower()}; {cure}")
+    floats = {*PLAIN, *(FLOAT8 if main in FLOATS else ())}
+    if not _matrix_types(opened) <= floats and main not in ("F32", "F64"):
         said.append(
             f"values of quantized tensors were rounded to {main.lower()}; --type f32 keeps every bit of them"
             if main in FLOATS
             else "the source was quantized already: the errors of both add up"
         )
     wide = sum(entry.type.name == "F32" for entry in layout.entries)
-    if form != "gguf" and main != "F32" and wide:
+    if form != "gguf" and main not in ("F32", "F64") and wide:
         said.append(f"{wide} norm weights are float32, because {main.lower()} cannot hold them exactly")
     if form == "gguf":
         if main in FINER:

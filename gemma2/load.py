@@ -33,6 +33,7 @@ STORED_FLOAT16 = (
     'holds float16, in which Gemma 2 overflows: it runs in float32, which holds all its values; dtype="bfloat16" '
     "takes half the memory"
 )
+STORED_FLOAT64 = 'holds float64 and runs in it; dtype="float32" takes half the memory'
 
 
 @neutral
@@ -113,6 +114,8 @@ def load(
     if wanted is None and opened.form != "gguf" and stored == torch.float16:
         final = torch.float16 if force_float16 else final
         notes = notes if force_float16 else (*notes, f"{opened.path} {STORED_FLOAT16}")
+    if wanted is None and opened.form != "gguf" and stored == torch.float64:
+        notes = (*notes, f"{opened.path} {STORED_FLOAT64}")
     if numerics is not None:
         make = twins_of(numerics, None, final, storage_of(opened.weights))
     if device_map is not None:

@@ -191,8 +191,6 @@ REFUSED: dict[str, tuple[Callable[[gemma2.Gemma2], Any], str]] = {
     "no module": (replaced(lambda base: nn.Identity()), rf"{QUERY} \(Identity\) {WEIGHT}"),
     "no values": (lambda model: model.to("meta"), "model.embed_tokens.weight has no values here"),
     "NaN": (with_nan, f"{QUERY}.weight holds NaN or infinity"),
-    "values of float64": (beyond_float32, rf"1 not float32, bfloat16 or float16: {QUERY}.weight \(float64\)"),
-    "a norm of float64": (trained_norm, r"model\.norm\.weight holds a gain that 1 \+ w gives for no float32 w"),
 }
 
 
@@ -206,6 +204,33 @@ def test_a_model_that_is_no_gemma_2_any_more_is_refused_by_name_and_nothing_is_w
     with pytest.raises(gemma2.BadModelFile, match=f"the model in memory.*{said}"):
         convert(gemma2.Gemma(model, pocket.tokenizer), tmp_path / "out", progress=False)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", [beyond_float32, trained_norm])
+def test_values_that_float32_does_not_hold_are_written_as_float64_or_rounded_with_a_note(
+    change: Callable[[gemma2.Gemma2], Any], pocket: gemma2.Gemma, tmp_path: Path
+) -> None:
+    model = deepcopy(pocket.model)
+    change(model)
+    gemma = gemma2.Gemma(model, pocket.tokenizer)
+    for name in ("own", "own.ckpt"):
+        made = convert(gemma, tmp_path / name, progress=False)
+        assert made.tensors.keys() == {"F64"} and made.notes == ()
+        again = gemma2.load(made.path, progress=False)
+        assert again.model.dtype == torch.float64 and not unequal(model, again.model)
+        assert again.notes[-1].endswith('holds float64 and runs in it; dtype="float32" takes half the memory')
+    transformers = pytest.importorskip("transformers", reason="the live comparison needs gemma2[transformers]")
+    theirs = transformers.Gemma2ForCausalLM.from_pretrained(tmp_path / "own", dtype="auto").state_dict()
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in model.state_dict().items())
+    narrow = deepcopy(model).float()
+    for name, type in (("f32", "f32"), ("f32.ckpt", "f32"), ("x.gguf", None)):
+        for source in (gemma, tmp_path / "own"):
+            made = convert(source, tmp_path / name, type=type, force=True, progress=False)
+            assert made.tensors.keys() == {"F32"}
+            said = [note for note in made.notes if note.endswith("f64 keeps every bit")]
+            count = 1 if source is gemma else len(model.state_dict())
+            assert [note.split(";")[0] for note in said] == [f"{count} tensors of float64 were rounded to f32"]
+            assert not unequal(narrow, gemma2.load(made.path, dtype="float32", progress=False).model)
 
 
 def test_a_source_that_is_neither_a_path_nor_a_gemma_is_refused(pocket: gemma2.Gemma, tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor
 
 import gemma2
 from gemma2.checkpoints.checkpoint import form_of
+from gemma2.checkpoints.dtypes import stored_name
 from gemma2.checkpoints.folder import ORDER, PICKLED, PICKLED_INDEX
 from gemma2.checkpoints.google import fused
 from gemma2.checkpoints.names import own_names
@@ -229,6 +230,54 @@ def test_messages_have_the_names_of_the_file(bare: Path, good: Tensors) -> None:
         gemma2.load(bare)
 
 
+# Which of two tied tensors is there.
+
+
+@pytest.mark.parametrize("prefix", ["", "language_model."])
+def test_a_head_without_an_embedding_is_the_embedding_as_save_model_writes_it(
+    prefix: str, bare: Path, good: Tensors
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="it makes the tied model that is saved")
+    write(bare / SINGLE, good)
+    model = transformers.Gemma2ForCausalLM.from_pretrained(bare)
+    saved = torch.nn.ModuleDict({"language_model": model}) if prefix else model
+    save_model(saved, str(bare / SINGLE))
+    assert prefix + HEAD in load_file(bare / SINGLE) and prefix + EMBED not in load_file(bare / SINGLE)
+    loaded = gemma2.load(bare, device="cpu", progress=False) if prefix else means_the_same_as_in_transformers(bare)
+    assert same(loaded, good) and len(loaded.notes) == bool(prefix)  # the note about the prefix
+    assert inspect(bare).problems == []
+    again = gemma2.convert(bare, bare / "out", progress=False).path
+    assert load_file(again / SINGLE).keys() == good.keys()
+
+
+@pytest.mark.parametrize("index", [None, INDEX, PICKLED_INDEX])
+def test_a_head_without_an_embedding_is_noted_where_the_file_does_not_say_that_they_are_one(
+    index: str | None, bare: Path, good: Tensors
+) -> None:
+    tensors = {HEAD if name == EMBED else name: tensor for name, tensor in good.items()}
+    if index is None:
+        write(bare / PICKLED, tensors)
+    else:
+        shard(bare, tensors, index, model__embed_tokens__weight=f"model-00002-of-00002.{index.split('.')[1]}")
+    loaded = means_the_same_as_in_transformers(bare)
+    assert same(loaded, good)
+    assert [note.split(" holds ")[1] for note in loaded.notes] == [
+        "lm_head.weight and no embedding: in Gemma 2 they are one, so it is both"
+    ]
+
+
+def test_what_is_wrong_with_a_head_that_is_the_embedding_is_said_by_its_name(bare: Path, good: Tensors) -> None:
+    tensors = {HEAD if name == EMBED else name: tensor for name, tensor in good.items()}
+    write(bare / SINGLE, tensors | {HEAD: good[EMBED][:-1]})
+    with pytest.raises(gemma2.BadModelFile, match=r"1 misshapen: lm_head\.weight \[4095, "):
+        gemma2.load(bare)
+    write(bare / SINGLE, tensors)
+    stated = json.loads((bare / "config.json").read_text(encoding="utf-8")) | {"tie_word_embeddings": False}
+    (bare / "config.json").write_text(json.dumps(stated), encoding="utf-8")
+    with pytest.raises(gemma2.BadModelFile, match=r"and only lm_head\.weight is stored, not model\.embed_tokens"):
+        gemma2.load(bare)
+
+
 def test_two_names_of_one_tensor_are_refused_by_name(bare: Path, good: Tensors) -> None:
     write(bare / SINGLE, good | {"norm.weight": good[NORM].clone()})
     with pytest.raises(gemma2.BadModelFile, match=r"model\.norm\.weight and norm\.weight are the same tensor"):
@@ -278,6 +327,49 @@ def test_a_pickled_folder_of_16_bits_means_the_same_as_in_transformers(
     assert same(loaded, {name: t.to(dtype).to(loaded.model.model.norm.weight.dtype) for name, t in good.items()})
     if dtype == torch.bfloat16:
         means_the_same_as_in_transformers(bare)
+
+
+# Dtypes that few checkpoints have.
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("file", [SINGLE, PICKLED])
+def test_float64_and_plain_float8_are_read_as_in_transformers(
+    file: str, dtype: torch.dtype, bare: Path, good: Tensors
+) -> None:
+    stored = {name: t.to(dtype if t.ndim > 1 or dtype == torch.float64 else torch.bfloat16) for name, t in good.items()}
+    write(bare / file, stored)
+    loaded = gemma2.load(bare, device="cpu", progress=False)
+    own = torch.float64 if dtype == torch.float64 else torch.bfloat16
+    assert loaded.model.dtype == own and same(loaded, {name: tensor.to(own) for name, tensor in stored.items()})
+    assert len(loaded.notes) == 1 and ("float8 (FP8)" if dtype.itemsize == 1 else "holds float64") in loaded.notes[0]
+    transformers = pytest.importorskip("transformers", reason="the live comparison needs gemma2[transformers]")
+    theirs = transformers.Gemma2ForCausalLM.from_pretrained(bare, dtype=own).state_dict()
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in loaded.model.state_dict().items())
+    narrow = gemma2.load(bare, device="cpu", dtype="float32", progress=False)
+    assert same(narrow, {name: tensor.float() for name, tensor in stored.items()})
+    found = inspect(bare)
+    assert found.problems == [] and set(found.types) == (
+        {"F64"} if own == torch.float64 else {"BF16", stored_name(dtype)}
+    )
+    again = gemma2.convert(bare, bare / "out", progress=False)
+    assert same(gemma2.load(again.path, device="cpu", progress=False), loaded.model.state_dict())
+    assert not any("quantized" in note or "rounded" in note for note in again.notes)
+
+
+def test_a_few_tensors_of_float64_are_named(bare: Path, good: Tensors) -> None:
+    write(bare / SINGLE, good | {NORM: good[NORM].double()})
+    loaded = gemma2.load(bare, device="cpu", progress=False)
+    assert same(loaded, good) and "1 tensors are float64 (model.norm.weight)" in loaded.notes[0]
+
+
+def test_float8_of_a_model_that_was_quantized_is_refused_without_its_scales(bare: Path, good: Tensors) -> None:
+    write(bare / SINGLE, good | {name: t.to(torch.float8_e4m3fn) for name, t in good.items() if "proj" in name})
+    stated = json.loads((bare / "config.json").read_text(encoding="utf-8"))
+    stated["quantization_config"] = {"quant_method": "fp8"}
+    (bare / "config.json").write_text(json.dumps(stated), encoding="utf-8")
+    with pytest.raises(gemma2.BadModelFile, match=r"float8 \(FP8\) without scales, .* quantized by fp8: use the unq"):
+        gemma2.load(bare)
 
 
 # The form goes by the content.

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gemma2.checkpoints.adapter_config import MERGED, check_config
-from gemma2.checkpoints.dtypes import FLOATS, SAFETENSORS
+from gemma2.checkpoints.dtypes import PLAIN, SAFETENSORS
 from gemma2.checkpoints.foreign import refuse_foreign
 from gemma2.checkpoints.hf_config import read_json
 from gemma2.checkpoints.weights import shapes_of
@@ -28,6 +28,12 @@ CONFIG, SAFE, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adap
 PREFIX = "base_model.model."
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 DELTA = "token_adapter.trainable_tokens_delta"
+# What PEFT also keeps of an embedding and a head where the embedding was resized: the name under each wrapper.
+KEPT = ("", ".base_layer", ".original_module", ".modules_to_save", ".token_adapter.base_layer")
+# Of these, copies of another tensor of the adapter.
+COPIES = {f"{path}.modules_to_save.weight": f"{path}.weight" for path in (EMBEDDING, HEAD)} | {
+    f"{HEAD}.{name}": f"{EMBEDDING}.{name}" for name in (DELTA, "token_adapter.base_layer.weight")
+}
 NOT_MERGED = (
     "it trains the head apart from the embedding, and in a Gemma 2 they are one matrix: load it without merging "
     "(merge_adapter=False)"
@@ -109,6 +115,7 @@ def plan_for(adapter: Adapter, config: Gemma2Config, *, merge: bool = False) -> 
     """
     shapes = {name.removesuffix(".weight"): shape for name, shape in shapes_of(config).items()}
     shapes[HEAD] = shapes[EMBEDDING]
+    _check_rows(adapter, config)
     targets = _targets(adapter, shapes)
     saved = _found(adapter, "modules_to_save", [path for path in shapes if path not in targets])
     tokens = adapter.config.get("trainable_token_indices")
@@ -121,7 +128,8 @@ def plan_for(adapter: Adapter, config: Gemma2Config, *, merge: bool = False) -> 
             raise BadModelFile(f"{adapter.where}: trainable_token_indices are not rows of a model's own embedding")
         expected[f"{EMBEDDING}.{DELTA}"] = (len(tokens), config.hidden_size)
     # PEFT keeps the embedding too where it is a target or was resized; and the head with one that is tied to it.
-    also = {f"{path}{own}.weight": shapes[path] for path in (EMBEDDING, HEAD) for own in ("", ".base_layer")}
+    also = {f"{path}{own}.weight": shapes[path] for path in (EMBEDDING, HEAD) for own in KEPT}
+    also |= {f"{HEAD}.{DELTA}": (len(tokens), config.hidden_size)} if tokens else {}
     _check_tensors(adapter, expected, {name: shape for name, shape in also.items() if name not in expected})
     own_head = HEAD in targets or (not adapter.tied and bool({EMBEDDING, HEAD} & {*saved}))
     if adapter.tied and HEAD in saved and EMBEDDING not in saved:
@@ -137,12 +145,33 @@ def _values(adapter: Adapter, own_head: bool) -> dict[str, Tensor]:
     bad = [name for name, tensor in found.items() if not tensor.isfinite().all()]
     if bad:
         raise BadModelFile(f"{adapter.where}: {len(bad)} tensors hold NaN or infinity: {', '.join(bad[:5])}")
+    original = "original_module.weight"
+    copies = COPIES | ({} if own_head else {f"{HEAD}.{original}": f"{EMBEDDING}.{original}"})
+    for copy in [name for name in copies if name in found]:
+        own, of = found.pop(copy), copies[copy]
+        if of not in found or not torch.equal(found[of], own):
+            raise BadModelFile(f"{adapter.where}: {copy} differs from {of}, and they are one")
     embedding, head = f"{EMBEDDING}.weight", f"{HEAD}.weight"
     if head in found and not own_head:
         own = found.pop(head)
         if not torch.equal(found.setdefault(embedding, own), own):
             raise BadModelFile(f"{adapter.where}: {head} differs from {embedding}, and the config ties them")
     return {f"{PREFIX}{name}": tensor for name, tensor in found.items()}
+
+
+def _check_rows(adapter: Adapter, config: Gemma2Config) -> None:
+    """Raises BadModelFile, with the cure, for an adapter that was trained after the embedding was resized."""
+    whole = [f"{path}{own}.weight" for path in (EMBEDDING, HEAD) for own in KEPT]
+    shapes = {adapter.tensors[name] for name in whole if name in adapter.tensors}
+    if len(shapes) != 1:
+        return
+    shape = shapes.pop()
+    if len(shape) == 2 and shape[0] != config.vocab_size and shape[1] == config.hidden_size:
+        raise BadModelFile(
+            f"{adapter.where}: its embedding has {shape[0]:,} rows, and the model's {config.vocab_size:,}: it was "
+            f"trained on a resized base; with transformers, load the base, call resize_token_embeddings({shape[0]}) "
+            "and save_pretrained, put the adapter's tokenizer there, and give that folder as the base"
+        )
 
 
 def _targets(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
@@ -245,9 +274,9 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     with _opened(folder / SAFE) as file:
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
         for name, part in parts.items():
-            if SAFETENSORS.get(part.get_dtype()) not in FLOATS.values():
+            if SAFETENSORS.get(part.get_dtype()) not in PLAIN.values():
                 raise BadModelFile(
-                    f"{folder / SAFE}: {name:.200} is {part.get_dtype()}, not float32, bfloat16 or float16"
+                    f"{folder / SAFE}: {name:.200} is {part.get_dtype()}, not float64, float32, bfloat16 or float16"
                 )
         return {name: tuple(part.get_shape()) for name, part in _plain(parts, folder).items()}
 
@@ -269,7 +298,7 @@ def _read(folder: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged pickle fails in any way: IndexError, struct.error, AssertionError ...
         raise BadModelFile(f"{path}: not a PyTorch file ({first_line(error)})") from None
     if not isinstance(raw, Mapping) or not all(isinstance(name, str) and _is_float(raw[name]) for name in raw):
-        raise BadModelFile(f"{path}: not only tensors of float32, bfloat16 or float16, each with a name")
+        raise BadModelFile(f"{path}: not only tensors of float64, float32, bfloat16 or float16, each with a name")
     return _plain(raw, folder)
 
 
@@ -283,7 +312,7 @@ def _opened(path: Path) -> Any:
 
 def _is_float(tensor: Any) -> bool:
     plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-    return plain and tensor.dtype in FLOATS.values()
+    return plain and tensor.dtype in PLAIN.values()
 
 
 def _plain(named: Mapping[str, T], folder: Path) -> dict[str, T]:

@@ -7,16 +7,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from gemma2.checkpoints import gguf, gguf_tokenizer, gguf_weights
 from gemma2.checkpoints.beside import chat_template, chat_tuned, end_ids, turn_notes
+from gemma2.checkpoints.dtypes import FLOAT8
 from gemma2.checkpoints.folder import PICKLED, PICKLED_INDEX, FileWeights, chosen, open_folder
-from gemma2.checkpoints.foreign import quantization, refuse_file, refuse_folder, refuse_foreign, refuse_names
+from gemma2.checkpoints.foreign import INSTEAD, quantization, refuse_file, refuse_folder, refuse_foreign, refuse_names
 from gemma2.checkpoints.google import GoogleWeights
 from gemma2.checkpoints.hf_config import MOST_JSON, TIED, config_and_notes, read_json
+from gemma2.checkpoints.names import shown
 from gemma2.checkpoints.pickled import PICKLE, ZIP, PickledFile, names_are_googles
 from gemma2.checkpoints.safetensors_file import SafetensorsFile
 from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer, tokenizer_of
-from gemma2.checkpoints.weights import HEAD, PlainWeights, Weights, check_names, shapes_of
+from gemma2.checkpoints.weights import EMBEDDING, HEAD, PlainWeights, Weights, check_names, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
 from gemma2.templates import NOT_GEMMAS, is_gemmas
@@ -142,6 +146,11 @@ def weights_of(path: Path, config: Gemma2Config | None) -> PlainWeights:
     if config is None or not _fits(weights, config):
         refuse_names([weights.in_file(name) for name in weights.tensors], weights.where, raw)
     if raw.get(TIED) is False:
+        if weights.in_file(EMBEDDING).endswith(HEAD):
+            raise BadModelFile(
+                f"{stated}: {TIED} is False, and only {HEAD} is stored, not {EMBEDDING}: if the model was tied when it "
+                "was saved, change that to true"
+            )
         if HEAD not in weights.tensors:
             raise BadModelFile(f"{stated}: {TIED} is False, and no {HEAD} is stored: Gemma 2's head is the embedding")
         weights.notes += (f"{stated} says {TIED} false: the head is read as the embedding, which it must equal",)
@@ -150,9 +159,26 @@ def weights_of(path: Path, config: Gemma2Config | None) -> PlainWeights:
         raise BadModelFile(f"{stated}: transformers_weights names {named!r:.100} as the weights: give that file itself")
     if path.is_dir() and (path / ADAPTER).is_file():
         weights.notes += (f"{path / ADAPTER} is beside whole weights: they were read without an adapter",)
-    if how := quantization(raw):
+    how = quantization(raw)
+    weights.notes += tuple(_unusual_dtypes(weights, how))
+    if how:
         weights.notes += (f"{stated} says quantized by {how}, but the tensors are plain: they were read as they are",)
     return weights
+
+
+def _unusual_dtypes(weights: PlainWeights, quantized: str) -> Iterator[str]:
+    """A line for dtypes in which few checkpoints are. `quantized` is by what the config says that it was quantized."""
+    eight = sum(dtype in FLOAT8.values() for _, dtype in weights.tensors.values())
+    if eight and quantized:
+        raise BadModelFile(
+            f"{weights.where}: float8 (FP8) without scales, where its config says quantized by {quantized}: {INSTEAD}"
+        )
+    if eight:
+        yield f"{weights.where} holds {eight} tensors of float8 (FP8) and no scales: they were read as they are"
+    wide = [name for name, (_, dtype) in weights.tensors.items() if dtype == torch.float64]
+    if wide and EMBEDDING not in wide:
+        named = ", ".join(shown(weights.in_file(name)) for name in wide[:3])
+        yield f"{weights.where}: {len(wide)} tensors are float64 ({named}), and run in the dtype of the embedding"
 
 
 def tokenizer_for(folder: Path, tokenizer: str | Path | Tokenizer | None) -> Tokenizer:

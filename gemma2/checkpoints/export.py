@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gemma2.checkpoints import google, google_write, safetensors
 from gemma2.checkpoints.checkpoint import CHAT_TUNED, Checkpoint
-from gemma2.checkpoints.dtypes import FLOATS, dtype_name
+from gemma2.checkpoints.dtypes import PLAIN, dtype_name
 from gemma2.checkpoints.ggml import GGMLType
 from gemma2.checkpoints.gguf import Value
 from gemma2.checkpoints.gguf_tokenizer import tokenizer_metadata
@@ -52,6 +52,7 @@ from gemma2.errors import BadModelFile
 
 FOLDER = "safetensors"  # the form of a target that is a folder; the others are "gguf" and "ckpt"
 AROUND = 512  # bytes, and more than any format has around a tensor: padding, headers
+FLOAT64 = GGMLType(28, "F64", 1, 8)  # in a folder or .ckpt; no program runs a GGUF with it
 LARGEST_HALF = 65504.0  # float16's, in which blocks have their scales
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -121,7 +122,7 @@ def layout_for(form: str, opened: Checkpoint, main: str, title: str) -> Layout:
         return Layout(form, tuple(entries), header, _companions(opened))
     described = [(entry.name, entry.type.name, entry.shape, entry.bytes) for entry in entries]
     header = safetensors.header_bytes(described, {"format": "pt"})
-    return Layout(form, tuple(entries), header, _companions(opened, FLOATS[main]))
+    return Layout(form, tuple(entries), header, _companions(opened, PLAIN[main]))
 
 
 def write(layout: Layout, opened: Checkpoint, path: Path, advance: Advance) -> None:
@@ -220,15 +221,17 @@ def _gguf_entry(opened: Checkpoint, name: str, shape: tuple[int, ...], main: str
 
 def _float_type(opened: Checkpoint, name: str, main: str) -> GGMLType:
     """The type for a tensor among plain floats: `main`, or float32 for a norm that `main` does not hold exactly."""
+    if main == FLOAT64.name:
+        return FLOAT64
     if not name.endswith(NORM):
         return BLOCKS[main]
     w = _norm(opened, name)
     if w.dtype == torch.float64:
         raise BadModelFile(
             f"{opened.weights.where}: {opened.weights.in_file(name)} holds a gain that 1 + w gives for no float32 w, "
-            "so only GGUF can state it"
+            'so only GGUF can state it, or a model that is float64 throughout (type="f64", --type f64)'
         )
-    return BLOCKS[main if torch.equal(w.to(FLOATS[main]).float(), w) else "F32"]
+    return BLOCKS[main if torch.equal(w.to(PLAIN[main]).float(), w) else "F32"]
 
 
 def _lost_in_the_sum(opened: Checkpoint, entries: list[Entry]) -> dict[str, Value]:
@@ -248,7 +251,7 @@ def _lost_in_the_sum(opened: Checkpoint, entries: list[Entry]) -> dict[str, Valu
 
 
 def _norm(opened: Checkpoint, name: str) -> Tensor:
-    """A whole norm weight, in float32 or, where that cannot state a GGUF's gain, in float64."""
+    """A whole norm weight, rounded to float32, or in float64 where only that states a GGUF's gain."""
     dtype = opened.weights.dtype_for(name, torch.float32)
     w = torch.empty(opened.weights.tensors[name][0], dtype=dtype, device="cpu")
     opened.weights.read(name, 0, w)
@@ -263,7 +266,8 @@ def _encoded(opened: Checkpoint, entries: tuple[Entry, ...]) -> Generator[tuple[
         if entry.name == llama_cpp_name(name) and name.endswith(NORM):
             values = (1.0 + _norm(opened, name)[start:stop]).float()
         else:
-            values = torch.empty(stop - start, *entry.shape[1:], dtype=torch.float32, device="cpu")
+            wide = torch.float64 if entry.type == FLOAT64 else torch.float32
+            values = torch.empty(stop - start, *entry.shape[1:], dtype=wide, device="cpu")
             weights.read(name, start, values)
         _check_values(values, opened, name, entry.type)
         return entry, quantize(values, entry.type), values.numel() * weights.tensors[name][1].itemsize
@@ -295,7 +299,7 @@ def _check_values(values: Tensor, opened: Checkpoint, name: str, type: GGMLType)
     where = f"{opened.weights.where}: {opened.weights.in_file(name)}"
     if not values.sum().isfinite() and not values.isfinite().all():
         raise BadModelFile(f"{where} holds NaN or infinity, and is not passed on")
-    if type.name not in ("F32", "BF16", "MXFP4") and values.abs().max() > LARGEST_HALF:
+    if type.name not in ("F64", "F32", "BF16", "MXFP4") and values.abs().max() > LARGEST_HALF:
         raise BadModelFile(f"{where} holds {values.abs().max():g}, and {type.name} goes up to 65504: choose bf16")
     if type.name == "BF16" and not values.bfloat16().isfinite().all():
         raise BadModelFile(f"{where} holds {values.abs().max():g}, and BF16 goes up to 3.39e+38: choose f32")

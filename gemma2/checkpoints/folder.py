@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from gemma2.checkpoints.foreign import refuse_folder
 from gemma2.checkpoints.hf_config import MOST_JSON, read_json
-from gemma2.checkpoints.names import REDUNDANT, TOKENIZER, outer_prefix, own_names, plain_name, shown
+from gemma2.checkpoints.names import REDUNDANT, TOKENIZER, outer_prefix, own_names, plain_name, shown, unwrapped
 from gemma2.checkpoints.pickled import PickledFile
 from gemma2.checkpoints.safetensors import INDEX, SINGLE, shard_names
 from gemma2.checkpoints.safetensors_file import SafetensorsFile
-from gemma2.checkpoints.weights import HEAD, PlainWeights, TensorFile, chunks
+from gemma2.checkpoints.weights import EMBEDDING, HEAD, PlainWeights, TensorFile, chunks
 from gemma2.errors import BadModelFile
 
 PICKLED = "pytorch_model.bin"
@@ -24,6 +24,8 @@ ORDER = (SINGLE, INDEX, PICKLED, PICKLED_INDEX)  # transformers takes the first 
 
 class FileWeights(PlainWeights):
     """A `Weights` over one or more files of plain tensors. Headers are read at once, tensors when asked for.
+
+    A head without an embedding is read as the embedding: programs that write tied tensors once may keep either.
 
     Raises:
         BadModelFile: two names mean one tensor, or two files hold one with different values.
@@ -40,16 +42,22 @@ class FileWeights(PlainWeights):
                     )
                 held[name] = file
         own = own_names((name for name in held if not name.endswith(REDUNDANT) and name != TOKENIZER), where)
+        prefix = outer_prefix(own)
+        alone = HEAD in own and EMBEDDING not in own
+        if alone:
+            own[EMBEDDING] = own.pop(HEAD)
         self._source = {name: (held[there], there) for name, there in own.items()}
         self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             name: file.tensors[there] for name, (file, there) in self._source.items()
         }
-        prefix = outer_prefix(own)
         read = (
             (f"the tensors of {where} were read without the prefix {shown(prefix)!r} of their names",) if prefix else ()
         )
         inside = (f"{where} holds a tokenizer as {TOKENIZER}, which is not read: the one beside it is used",)
         self.notes = (*notes, *read, *(inside if TOKENIZER in held else ()))
+        if alone and not _says_tied(own[EMBEDDING], held[own[EMBEDDING]]):
+            head = shown(own[EMBEDDING])
+            self.notes += (f"{where} holds {head} and no embedding: in Gemma 2 they are one, so it is both",)
         self.release()
 
     def read(self, name: str, start: int, out: Tensor) -> None:
@@ -97,7 +105,9 @@ def _open_shards(path: Path, notes: list[str]) -> FileWeights:
     listed: Mapping[str, str] = index["weight_map"]
     held = {name: file.path.name for file in files for name in file.tensors}
     there = {plain_name(name) for name in held}
-    ghosts = [name for name in listed if plain_name(name) not in there and not _redundant(name)]
+    ghosts = [
+        name for name in listed if plain_name(name) not in there and not _redundant(name) and not _is_head(name, there)
+    ]
     if ghosts:
         named = ", ".join(map(shown, sorted(ghosts)[:5]))
         raise BadModelFile(
@@ -118,6 +128,17 @@ def _open_shards(path: Path, notes: list[str]) -> FileWeights:
 def _redundant(name: str) -> bool:
     """Whether a Gemma 2 is whole without this tensor: its head is the embedding, and its rotary table is computed."""
     return plain_name(name).endswith((HEAD, REDUNDANT))
+
+
+def _is_head(name: str, there: Collection[str]) -> bool:
+    """Whether this is an embedding that a head among the plain names `there` stands for."""
+    return plain_name(name).endswith(EMBEDDING) and any(other.endswith(HEAD) for other in there)
+
+
+def _says_tied(head: str, file: TensorFile) -> bool:
+    """Whether a file says that its head is also its embedding, as `safetensors.torch.save_model` writes it: in the
+    metadata, from the name that was left out to the one that was kept."""
+    return any(kept == head and unwrapped(left).endswith(EMBEDDING) for left, kept in file.metadata.items())
 
 
 def _equal(name: str, one: TensorFile, other: TensorFile) -> bool:

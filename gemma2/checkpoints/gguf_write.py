@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemma2.checkpoints.dtypes import FLOATS
+from gemma2.checkpoints.dtypes import PLAIN
 from gemma2.checkpoints.ggml import TYPES, GGMLType
 from gemma2.checkpoints.gguf import ARRAY, NUMBERS, STRING, Value
 from gemma2.checkpoints.gguf_weights import (
@@ -114,8 +114,8 @@ def padding(size: int) -> int:
 
 
 def quantize(values: Tensor, type: GGMLType) -> bytes:
-    """float32 rows as blocks of `type`, with gguf-py's arithmetic for what is not a plain float."""
-    plain = FLOATS.get(type.name)
+    """float32 rows as blocks of `type`, with gguf-py's arithmetic for what is not a plain float. F64 takes float64."""
+    plain = PLAIN.get(type.name)
     if plain is not None:
         return values.to(plain).contiguous().view(torch.uint8).numpy().tobytes()
     quants = importlib.import_module("gguf.quants")  # 40 ms: only where blocks are made

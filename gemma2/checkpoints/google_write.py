@@ -18,7 +18,12 @@ from typing import Any
 
 import torch
 
-STORAGES = {"F32": torch.FloatStorage, "BF16": torch.BFloat16Storage, "F16": torch.HalfStorage}
+STORAGES = {
+    "F32": torch.FloatStorage,
+    "BF16": torch.BFloat16Storage,
+    "F16": torch.HalfStorage,
+    "F64": torch.DoubleStorage,
+}
 ALIGNED = 64  # bytes, for storages in a mapped file
 PADDING = struct.Struct("<2sH")  # an extra field of a record's header: its name, as PyTorch calls it, and its length
 HEADER, SIZES = 30, 20  # bytes of a record's header without name and extra fields, and of the field for 8-byte sizes

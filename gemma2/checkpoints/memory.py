@@ -16,7 +16,8 @@ WHERE = "the model in memory"
 class MemoryWeights(PlainWeights):
     """A `Weights` over the parameters of a model, on whatever device they are.
 
-    float64 values that float32 holds exactly count as float32: such a model is a checkpoint that runs in float64.
+    float64 values that float32 holds exactly count as float32: such a model is a checkpoint that runs in float64. So do
+    norms that a GGUF states in float32.
 
     Raises:
         BadModelFile: the model's parameters are not exactly those of a Gemma 2 of its config, or have no values.
@@ -27,15 +28,17 @@ class MemoryWeights(PlainWeights):
     def __init__(self, model: Gemma2) -> None:
         check_parameters(model)
         self._parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        self._wide = {name for name, values in self._parameters.items() if _needs_float64(values)}
+        wide = {name for name, values in self._parameters.items() if _needs_float64(values)}
+        # A norm may need float64 because of the GGUF it came from, which can state it; see `GGUFWeights.dtype_for`.
+        norms = {name for name in wide if name.endswith(NORM)}
+        self._gains = {name for name in norms if not _needs_float64(1.0 + self._parameters[name])}
         self.tensors = {}
         for name, values in self._parameters.items():
-            # A norm may need float64 because of the GGUF it came from, which can state it; see `GGUFWeights.dtype_for`.
-            narrow = values.dtype == torch.float64 and (name not in self._wide or name.endswith(NORM))
+            narrow = values.dtype == torch.float64 and name not in wide - self._gains
             self.tensors[name] = (tuple(values.shape), torch.float32 if narrow else values.dtype)
 
     def dtype_for(self, name: str, wanted: torch.dtype) -> torch.dtype:
-        return torch.float64 if name in self._wide else wanted
+        return torch.float64 if name in self._gains else wanted
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         out.copy_(self._parameters[name][start : start + len(out)])

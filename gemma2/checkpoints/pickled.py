@@ -37,6 +37,7 @@ class PickledFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.metadata: Mapping[str, str] = {}
         self._state: dict[str, Tensor] | None = None
         self._mapped = is_zip(path)
         self.tensors = {name: (tuple(t.shape), t.dtype) for name, t in self.state().items()}

@@ -54,7 +54,7 @@ class SafetensorsFile:
         self.path = path
         try:
             with path.open("rb") as file:
-                self._stored = _described(file, path.stat().st_size)
+                self.metadata, self._stored = _described(file, path.stat().st_size)
         except FileNotFoundError:
             raise BadModelFile(f"{path}: no such file") from None
         except (ValueError, OSError) as error:
@@ -83,7 +83,8 @@ class SafetensorsFile:
         """Nothing is mapped."""
 
 
-def _described(file: BinaryIO, size: int) -> dict[str, Stored]:
+def _described(file: BinaryIO, size: int) -> tuple[dict[str, str], dict[str, Stored]]:
+    """The metadata of a header, and its tensors."""
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
         raise ValueError(f"the header of {length:,} bytes does not fit into a file of {size:,}")
@@ -108,7 +109,7 @@ def _described(file: BinaryIO, size: int) -> dict[str, Stored]:
     if 8 + length + end != size:
         raise ValueError(f"{8 + length + end:,} bytes are described, and the file has {size:,}")
     moved = {name: (tensor, 8 + length + tensor.start) for name, tensor in tensors.items()}
-    return {name: Stored(was.dtype, was.shape, start, was.bytes) for name, (was, start) in moved.items()}
+    return metadata, {name: Stored(was.dtype, was.shape, start, was.bytes) for name, (was, start) in moved.items()}
 
 
 def _tensor(name: str, entry: Any) -> Stored:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from gemma2.checkpoints.dtypes import FLOATS, dtype_name, stored_name
+from gemma2.checkpoints.dtypes import FLOAT8, PLAIN, dtype_name, stored_name
 from gemma2.checkpoints.names import shown
 from gemma2.checkpoints.threads import one_thread_per_core
 from gemma2.config import Gemma2Config
@@ -86,6 +86,10 @@ class TensorFile(Protocol):
     path: Path
 
     @property
+    def metadata(self) -> Mapping[str, str]:
+        """Text that the file has beside its tensors, as safetensors files can."""
+
+    @property
     def tensors(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name -> shape and stored dtype."""
 
@@ -116,7 +120,7 @@ class PlainWeights:
     def dtype(self) -> torch.dtype:
         # float32 holds all values of float16, in which Gemma 2 overflows. Without an embedding the file is refused.
         stored = self.tensors[EMBEDDING][1] if EMBEDDING in self.tensors else torch.float32
-        return torch.float32 if stored == torch.float16 else stored
+        return torch.float32 if stored == torch.float16 else torch.bfloat16 if stored in FLOAT8.values() else stored
 
     def dtype_for(self, name: str, wanted: torch.dtype) -> torch.dtype:
         return wanted
@@ -179,6 +183,7 @@ def build(
         if kept == torch.float64 and where[name].type == "mps":
             raise BadModelFile(
                 f"{weights.where}: {weights.in_file(name)} needs float64, which mps does not have; use cpu"
+                f"{' or float32' if dtype == torch.float64 else ''}"
             )
         filled[name] = torch.empty(shape, dtype=kept, device=where[name])
 
@@ -238,7 +243,7 @@ def count_nonfinite(weights: Weights, *, progress: bool | None = None) -> dict[s
 
     def count(name: str, start: int, stop: int) -> tuple[str, int, int]:
         shape = (stop - start, *weights.tensors[name][0][1:])
-        values = torch.empty(shape, dtype=torch.float32, device="cpu")
+        values = torch.empty(shape, dtype=_wide_enough(weights, name), device="cpu")
         weights.read(name, start, values)
         return name, values.numel(), _nonfinite(values)
 
@@ -255,6 +260,11 @@ def count_nonfinite(weights: Weights, *, progress: bool | None = None) -> dict[s
             bar.update(done)
             weights.release()
     return {name: count for name, count in bad.items() if count}
+
+
+def _wide_enough(weights: Weights, *names: str) -> torch.dtype:
+    """A dtype that holds every value of these tensors."""
+    return torch.float64 if any(weights.tensors[name][1] == torch.float64 for name in names) else torch.float32
 
 
 def _nonfinite(values: Tensor) -> int:
@@ -306,8 +316,10 @@ def check_names(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None
             for name, shape in ({HEAD: shapes[EMBEDDING]} | dict(shapes)).items()
             if name in found and found[name][0] != shape
         ],
-        "not float32, bfloat16 or float16": [
-            f"{said(name)} ({dtype_name(dtype)})" for name, (_, dtype) in found.items() if dtype not in FLOATS.values()
+        "not floating-point": [
+            f"{said(name)} ({dtype_name(dtype)})"
+            for name, (_, dtype) in found.items()
+            if dtype not in (*PLAIN.values(), *FLOAT8.values())
         ],
     }
     lines = [
@@ -323,8 +335,9 @@ def check_head(weights: Weights, shape: tuple[int, ...]) -> None:
     """An `lm_head.weight` is redundant in Gemma 2: allowed only when it is the embedding, value for value."""
     if HEAD not in weights.tensors:
         return
-    for start, stop in chunks(shape, torch.float32):
-        head, embedding = torch.empty(2, stop - start, *shape[1:], dtype=torch.float32, device="cpu")
+    wide = _wide_enough(weights, HEAD, EMBEDDING)
+    for start, stop in chunks(shape, wide):
+        head, embedding = torch.empty(2, stop - start, *shape[1:], dtype=wide, device="cpu")
         weights.read(HEAD, start, head)
         weights.read(EMBEDDING, start, embedding)
         if not torch.equal(head, embedding):

@@ -21,7 +21,9 @@ def add(commands: Commands) -> None:
     parser = add_command(commands, "convert", __doc__, EXAMPLE)
     add_model(parser)
     parser.add_argument("target", metavar="TARGET", help="NAME.gguf, NAME.ckpt, or a folder")
-    parser.add_argument("--type", metavar="T", help=f"{', '.join(TYPES)}; default: that of MODEL, bf16 if quantized")
+    parser.add_argument(
+        "--type", metavar="T", help=f"{', '.join(TYPES)}, f64; default: that of MODEL, bf16 if quantized"
+    )
     parser.add_argument("--force", action="store_true", help="replace TARGET if it is there")
     parser.add_argument("--tokenizer", metavar="FILE", help=TOKENIZER)
     parser.add_argument("--revision", metavar="R", help=REVISION)

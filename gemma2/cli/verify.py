@@ -35,7 +35,10 @@ from gemma2.parity.verify import LENGTH, SHORTEST, Check, check_length, narrowed
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-TYPES = {"bfloat16": "bf16", "float16": "f16"}  # dtype -> what is saved so that it loads again to the bit; else f32
+TYPES = {
+    "bfloat16": "bf16",
+    "float16": "f16",
+}  # dtype -> what is saved so that it loads again to the bit; else f64 or f32
 VERDICT = {True: "passed", False: "FAILED", None: "not run"}
 EXAMPLE = "example:\n  gemma2 verify pocket --dtype float32 --no-compile"
 
@@ -87,7 +90,9 @@ def saver(args: argparse.Namespace, gemma: Gemma, name: str) -> Callable[[], Gem
 
     def save_and_load() -> Gemma2:
         with tempfile.TemporaryDirectory() as folder:
-            target, type_ = Path(folder) / name, TYPES.get(dtype_name(gemma.model.dtype), "f32")
+            target, dtype = Path(folder) / name, dtype_name(gemma.model.dtype)
+            wide = "f64" if dtype == "float64" and target.suffix != ".gguf" else "f32"  # a GGUF has no float64
+            type_ = TYPES.get(dtype, wide)
             options: dict[str, Any] = {"tokenizer": args.tokenizer, "progress": False}
             convert(args.model, target, type=type_, revision=args.revision, **options)
             same: dict[str, Any] = {"device": gemma.model.device, "dtype": gemma.model.dtype, "progress": False}

@@ -162,6 +162,20 @@ def test_generation_capture_and_hooks_work_with_an_adapter_in(base: Path, tmp_pa
     assert gemma.generate("The cat", 6) == text
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_float64_is_applied_in_float64(base: Path, tmp_path: Path) -> None:
+    place = made(theirs(base, torch.float64), lora(), tmp_path / "adapter")
+    assert {tensor.dtype for tensor in load_file(place / "adapter_model.safetensors").values()} == {torch.float64}
+    double = gemma2.load(base, dtype="float64", device="cpu", adapter=place).model
+    stored = load_file(place / "adapter_model.safetensors")
+    matrix = "model.layers.0.self_attn.q_proj.lora_A"
+    assert torch.equal(double.get_parameter(f"{matrix}.default.weight"), stored[f"base_model.model.{matrix}.weight"])
+    wanted = logits(peft.PeftModel.from_pretrained(theirs(base, torch.float64), place).eval())
+    assert (logits(double) - wanted).abs().max() <= 1e-5 * wanted.abs().max()  # its norms are float32
+    single = logits(gemma2.load(base, dtype="float32", device="cpu", adapter=place).model)
+    assert (single - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
 def test_a_pickled_adapter_is_read_as_its_tensors(base: Path, tmp_path: Path) -> None:
     place = made(theirs(base), lora(), tmp_path / "adapter")
     wanted = logits(gemma2.load(base, dtype="float32", adapter=place).model)
@@ -178,6 +192,30 @@ def test_a_resized_embedding_kept_beside_the_adapter_is_taken_too(base: Path, tm
     assert "base_model.model.model.embed_tokens.weight" in load_file(place / "adapter_model.safetensors")
     wanted = logits(peft.PeftModel.from_pretrained(theirs(base), place).eval())
     assert torch.equal(logits(gemma2.load(base, dtype="float32", adapter=place).model), wanted)
+
+
+RESIZED = ("LoRA", "embedding", "embedding, tied", "embedding and head", "tokens", "LoRA of the embedding")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", RESIZED)
+def test_an_adapter_of_a_resized_base_names_the_cure_and_with_it_has_the_bits_of_peft(
+    kind: str, base: Path, tmp_path: Path
+) -> None:
+    model = theirs(base)
+    model.resize_token_embeddings(4100)
+    config = KINDS[kind]()
+    place = made(model, config, tmp_path / "adapter")
+    with pytest.raises(
+        BadModelFile, match=r"its embedding has 4,100 rows, and the model's 4,096: .*embeddings\(4100\)"
+    ):
+        gemma2.load(base, adapter=place)
+    resized = theirs(base)
+    resized.resize_token_embeddings(4100)
+    resized.save_pretrained(tmp_path / "resized")
+    (tmp_path / "resized" / "tokenizer.model").write_bytes((base / "tokenizer.model").read_bytes())
+    wanted = logits(peft.PeftModel.from_pretrained(theirs(tmp_path / "resized"), place).eval())
+    assert torch.equal(logits(gemma2.load(tmp_path / "resized", device="cpu", adapter=place).model), wanted)
 
 
 @pytest.mark.filterwarnings("ignore")

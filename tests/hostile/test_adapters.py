@@ -214,12 +214,23 @@ WEIGHTS: dict[str, tuple[Tensors, str]] = {
     "of another model": (TENSORS | {A0: torch.ones(4, 2304)}, "it was made for google/gemma-2-2b"),
     "turned": (TENSORS | {A0: torch.ones(D, 4)}, f"lora_A.weight [{D}, 4] instead of [4, {D}]"),
     "a scalar": (TENSORS | {A0: torch.tensor(1.0)}, "lora_A.weight [] instead of [4"),
-    "integers": (TENSORS | {A0: torch.ones(4, D, dtype=torch.int8)}, "is I8, not float32, bfloat16 or float16"),
-    "float64": (TENSORS | {A0: torch.ones(4, D, dtype=torch.float64)}, "is F64, not float32"),
+    "integers": (
+        TENSORS | {A0: torch.ones(4, D, dtype=torch.int8)},
+        "is I8, not float64, float32, bfloat16 or float16",
+    ),
     "NaN": (TENSORS | {A0: torch.full((4, D), float("nan"))}, "1 tensors hold NaN or infinity: model.layers.0"),
     "infinity": (TENSORS | {A0: torch.full((4, D), float("inf"))}, "1 tensors hold NaN or infinity"),
     "one name twice": (TENSORS | {A0.removeprefix(PREFIX): torch.ones(4, D)}, "two tensors are called model.layers.0"),
-    "an embedding of another size": (TENSORS | {EMBED: torch.ones(VOCAB + 2, D)}, f"[{VOCAB + 2}, {D}] instead of"),
+    "an embedding of another size": (
+        TENSORS | {EMBED: torch.ones(VOCAB + 2, D)},
+        f"its embedding has {VOCAB + 2:,} rows",
+    ),
+    "an embedding and a head of two sizes": (TENSORS | {EMBED: ROWS[1:], HEAD: ROWS[2:]}, f"{D}] instead of [{VOCAB}"),
+    "a copy unlike its embedding": (
+        TENSORS | {EMBED: ROWS, EMBED.replace("weight", "modules_to_save.weight"): ROWS * 2},
+        "model.embed_tokens.modules_to_save.weight differs from model.embed_tokens.weight",
+    ),
+    "a copy of nothing": (TENSORS | {HEAD.replace("weight", "original_module.weight"): ROWS}, "and they are one"),
     "a head unlike its embedding": (TENSORS | {EMBED: ROWS, HEAD: ROWS * 2}, "lm_head.weight differs from model.embed"),
 }
 
@@ -302,7 +313,7 @@ def test_a_pickle_of_anything_but_plain_tensors_is_refused(tmp_path: Path, conte
     place = write(tmp_path / "bad")
     (place / "adapter_model.safetensors").unlink()
     torch.save(content, place / "adapter_model.bin")
-    assert "adapter_model.bin: not only tensors of float32, bfloat16 or float16" in refused(place)
+    assert "adapter_model.bin: not only tensors of float64, float32, bfloat16 or float16" in refused(place)
 
 
 def test_loading_refuses_a_bad_adapter_before_the_model_is_looked_at(tmp_path: Path, complaint: Complaint) -> None:

@@ -281,11 +281,10 @@ STATES: dict[str, tuple[Callable[[State], State], str]] = {
     "qkv too wide": (other(QKV, lambda t: t.repeat(1, 2)), "q_proj.weight [16, 16] instead of [16, 8]"),
     "up transposed": (other(UP, lambda t: t.T), f"{UP} [8, 12] instead of [12, 8]"),
     "NaN": (other(NORM, lambda t: t * float("nan")), f"1 tensors hold NaN or infinity in float32: {NORM} (8)"),
-    "float64": (other(NORM, Tensor.double), f"{NORM} (float64)"),
     "complex": (other(NORM, lambda t: t.to(torch.complex64)), f"{NORM} (complex64)"),
 }
 INT8_STATES: dict[str, tuple[Callable[[State], State], str]] = {
-    "scales missing": (drop(f"{UP}_scaler"), f"1 not float32, bfloat16 or float16: {UP} (int8)"),
+    "scales missing": (drop(f"{UP}_scaler"), f"1 not floating-point: {UP} (int8)"),
     "scales of another count": (
         other(f"{UP}_scaler", lambda t: t[:-1]),
         f"{UP} (torch.int8, [12, 8]) and its scales [11]",
