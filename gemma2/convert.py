@@ -265,6 +265,7 @@ def _notes(opened: Checkpoint, layout: Layout, main: str) -> list[str]:
     wide = sum(entry.type.name == "F32" for entry in layout.entries)
     if form != "gguf" and main != "F32" and wide:
         said.append(f"{wide} norm weights are float32, because {main.lower()} cannot hold them exactly")
+    said += layout.notes
     if form == "gguf":
         if main in FINER:
             said.append(f"the embedding, which is also the head, is {FINER[main]}: coarser, it costs most")

@@ -11,6 +11,7 @@ import torch
 
 import gemma2
 from gemma2 import Gemma, Stats
+from gemma2.checkpoints import gguf
 from gemma2.checkpoints.beside import chat_template, chat_tuned, end_ids, template_notes, turns_of
 from gemma2.checkpoints.checkpoint import open_checkpoint
 from gemma2.convert import convert
@@ -19,9 +20,9 @@ from gemma2.load import POCKET
 from gemma2.templates import NOT_GEMMAS
 from tests import tokenizer_files
 from tests.chat_templates import CHATML, GEMMA
-from tests.conftest import tiny
+from tests.conftest import tensors_of, tiny
 from tests.gguf_files import tiny_model
-from tests.test_convert import PLAIN, model_folder, tensors_of
+from tests.test_convert import PLAIN, model_folder
 
 TOKENIZER = gemma2.Tokenizer.from_file(POCKET / "tokenizer.model")
 HI = [{"role": "user", "content": "HI"}]
@@ -183,6 +184,31 @@ def test_end_ids_survive_a_conversion(tmp_path: Path) -> None:
             assert opened.end_ids == ends and opened.chat_tuned is tuned, (name, stops)
         memory = convert(gemma2.load(place, device="cpu"), tmp_path / f"memory{number}", progress=False).path
         assert open_checkpoint(memory).end_ids == ends and open_checkpoint(memory).chat_tuned is tuned
+
+
+@pytest.mark.parametrize(
+    ("stops", "missed"),
+    [([1, 107, 88, 99, 77], "99"), ([1, 603], "603"), ([1, 88], ""), (603, "603"), ([1, 107], ""), ([4096], "4096")],
+)
+def test_all_end_ids_survive_in_a_gguf_and_a_note_says_which_llama_cpp_does_not_see(
+    stops: int | list[int], missed: str, tmp_path: Path
+) -> None:
+    """GGUF has two keys for them, which take control pieces alone. The last one here is a row without a piece."""
+    place = model_folder(tmp_path / "source", tensors=tensors_of(tiny(vocab_size=4097, **PLAIN)), vocab_size=4097)
+    written(place, {"generation_config.json": {"eos_token_id": stops}})
+    gemma = gemma2.load(place, device="cpu")
+    first = convert(place, tmp_path / "first.gguf", progress=False)
+    second = gemma2.save(gemma, tmp_path / "second.gguf", progress=False)
+    third = convert(first.path, tmp_path / "third.gguf", progress=False)
+    for made in (first, second, third):
+        note = f"llama.cpp will not end a text at {missed}: a GGUF names two at most, both control tokens"
+        assert (note in made.notes) is bool(missed)
+        assert gemma2.load(made.path, device="cpu").stop_ids == gemma.stop_ids
+        key = gguf.read_parts(made.path).metadata.get("gemma2.end_token_ids")
+        assert (key is not None) is bool(missed)
+    assert open_checkpoint(convert(third.path, tmp_path / "back", progress=False).path).end_ids >= gemma.stop_ids - {
+        107
+    }
 
 
 def test_inspect_shows_where_a_text_ends_and_what_is_no_id(tmp_path: Path) -> None:
