@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from gemma2.atomic import check_space, check_target, naming_a_full_disk, replacing
-from gemma2.checkpoints.beside import chat_template, chat_tuned, end_ids
-from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from gemma2.checkpoints.beside import Turns, chat_template, chat_tuned, end_ids
+from gemma2.checkpoints.checkpoint import Checkpoint, named_tokenizer, open_checkpoint, turns_for
 from gemma2.checkpoints.dtypes import FLOAT8, FLOATS, PLAIN
 from gemma2.checkpoints.export import FOLDER, Layout, layout_for, write
 from gemma2.checkpoints.gguf_weights import GGUFWeights
@@ -23,7 +23,7 @@ from gemma2.checkpoints.hf_config import read_config
 from gemma2.checkpoints.memory import WHERE, MemoryWeights
 from gemma2.checkpoints.neutral import neutral
 from gemma2.checkpoints.tokenizer_json import read_tokenizer_json
-from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer, same_tokenizer
+from gemma2.checkpoints.vocabulary import check_vocabulary, same_tokenizer
 from gemma2.checkpoints.weights import hidden
 from gemma2.gemma import Gemma
 from gemma2.load import load, locate, locate_tokenizer
@@ -100,7 +100,7 @@ def convert(
     if source is not None and not isinstance(source, str | Path):
         raise ValueError(f"source is of type {source.__class__.__name__}: give a path, a name or a Gemma")
     asked = _Target(target, type, force)
-    given = parse_tokenizer(locate_tokenizer(tokenizer))
+    given = named_tokenizer(locate_tokenizer(tokenizer))
     origin = locate(source, revision, tokenizer_given=given is not None)
     opened = open_checkpoint(origin, given)
     _check_apart(asked.path, opened)
@@ -123,7 +123,7 @@ def save(
 
     Args:
         model: a `Gemma`; or its `Gemma2` alone, with `tokenizer`. One that is compiled is written as what it compiles.
-        tokenizer: takes the place of the one of a `Gemma`.
+        tokenizer: takes the place of the one of a `Gemma`, as in `load`.
         target, type, force, progress: as in `convert`; the default type is that of the model's matrices.
     Raises:
         BadModelFile: the model is no Gemma 2 any more, as with an adapter that is not merged, or has no values here.
@@ -165,16 +165,19 @@ def _written(asked: _Target, opened: Checkpoint, title: str, progress: bool | No
 
 
 def _in_memory(model: Gemma | Gemma2, tokenizer: str | Path | Tokenizer | None) -> Checkpoint:
-    given = parse_tokenizer(locate_tokenizer(tokenizer))
+    given = named_tokenizer(locate_tokenizer(tokenizer))
     if not isinstance(model, Gemma):
         if given is None:
             raise ValueError("a model alone has no tokenizer to write: give a Gemma, or name one with tokenizer=")
-        model = Gemma(model, given)
+        model = Gemma(model, given.tokenizer)
     weights = MemoryWeights(getattr(model.model, "_orig_mod", model.model))
     config = model.config
-    found = check_vocabulary(given or model.tokenizer, config)
-    tuned, template, ends = model.chat_tuned, model.chat_template, model.stop_ids
-    return Checkpoint(Path(WHERE), "memory", config, weights, found, tuned, template, model.notes, ends)
+    found = check_vocabulary(model.tokenizer if given is None else given.tokenizer, config)
+    own = Turns(model.chat_tuned, model.chat_template, model.stop_ids)
+    turns = turns_for(own, given, found, config.vocab_size)
+    notes = (*model.notes, *(note for note in turns.notes if note not in model.notes))
+    tuned, template, ends = turns.chat_tuned, turns.chat_template, turns.end_ids
+    return Checkpoint(Path(WHERE), "memory", config, weights, found, tuned, template, notes, ends)
 
 
 def _form(target: Path) -> str:
@@ -271,6 +274,7 @@ def _notes(opened: Checkpoint, layout: Layout, main: str) -> list[str]:
     wide = sum(entry.type.name == "F32" for entry in layout.entries)
     if form != "gguf" and main not in ("F32", "F64") and wide:
         said.append(f"{wide} norm weights are float32, because {main.lower()} cannot hold them exactly")
+    said += layout.notes
     if form == "gguf":
         if main in FINER:
             said.append(f"the embedding, which is also the head, is {FINER[main]}: coarser, it costs most")

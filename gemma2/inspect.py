@@ -15,13 +15,17 @@ import numpy as np
 import torch
 
 from gemma2.checkpoints import gguf, gguf_tokenizer, gguf_weights
-from gemma2.checkpoints.beside import chat_template, chat_tuned, end_ids, turn_notes
+from gemma2.checkpoints.beside import chat_template, turns_of
 from gemma2.checkpoints.checkpoint import (
+    NamedTokenizer,
     folder_of,
     form_of,
+    gguf_turns,
+    named_tokenizer,
     naming_unreadable,
     stated_config,
     tokenizer_for,
+    turns_for,
     weights_of,
 )
 from gemma2.checkpoints.dtypes import RUNNABLE
@@ -29,12 +33,11 @@ from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.google import GoogleWeights
 from gemma2.checkpoints.hf_config import PUBLISHED, config_dict, published_config
 from gemma2.checkpoints.neutral import neutral
-from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer
+from gemma2.checkpoints.vocabulary import check_vocabulary
 from gemma2.checkpoints.weights import PlainWeights, Weights, check_names, count_nonfinite, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
 from gemma2.load import locate, locate_tokenizer
-from gemma2.templates import NOT_GEMMAS, is_gemmas
 from gemma2.tokenizer import Tokenizer
 
 SHOWN = 3  # elements of an array
@@ -164,12 +167,12 @@ def _inspect_gguf(path: Path, tokenizer: Path | Tokenizer | None) -> tuple[Inspe
         found.problems.append(_reason(error, path))
     found_tokenizer: Tokenizer | None = None
     try:
-        given = parse_tokenizer(tokenizer)
-        found_tokenizer = given or gguf_tokenizer.build_tokenizer(header)
-        found.filled += [] if given else gguf_tokenizer.notes(header)
-        found.chat_tuned = gguf_tokenizer.chat_tuned(header)
-        template = gguf_tokenizer.chat_template(header)
-        found.filled += [] if template is None or is_gemmas(template) else [NOT_GEMMAS]
+        named = named_tokenizer(tokenizer)
+        found_tokenizer = gguf_tokenizer.build_tokenizer(header) if named is None else named.tokenizer
+        found.filled += gguf_tokenizer.notes(header) if named is None else []
+        turns = turns_for(gguf_turns(header), named, found_tokenizer, _rows(config, found_tokenizer))
+        found.chat_tuned, found.end_ids = turns.chat_tuned, sorted(turns.end_ids)
+        found.filled += turns.notes
     except BadModelFile as error:
         found.problems.append(_reason(error, path))
     _complete(found, path, config, weights, found_tokenizer)
@@ -198,11 +201,19 @@ def _inspect_other(path: Path, form: str, tokenizer: Path | Tokenizer | None) ->
     if isinstance(weights, GoogleWeights):
         config = weights.config
     found.filled = [*notes, *(weights.notes if weights is not None else ())]
-    found_tokenizer = tried(lambda: tokenizer_for(folder, tokenizer))
+
+    def tokenizers() -> tuple[NamedTokenizer | None, Tokenizer]:
+        named = named_tokenizer(tokenizer)
+        return named, tokenizer_for(folder, named)
+
+    named, found_tokenizer = tried(tokenizers) or (None, None)
     if found_tokenizer is not None:
-        found.chat_tuned = tried(lambda: chat_tuned(folder, found_tokenizer))
-        found.end_ids = sorted(tried(lambda: end_ids(folder, found_tokenizer)) or ())
-        found.filled += tried(lambda: turn_notes(folder, found_tokenizer)) or []
+        rows = _rows(config, found_tokenizer)
+        own = tried(lambda: turns_of(folder, found_tokenizer))
+        if own is not None:
+            turns = turns_for(own, named, found_tokenizer, rows)
+            found.chat_tuned, found.end_ids = turns.chat_tuned, sorted(turns.end_ids)
+            found.filled += turns.notes
     else:
         tried(lambda: chat_template(folder))
     found.architecture = "gemma2" if config is not None else None
@@ -239,6 +250,10 @@ def _complete(
             found.filled += check_vocabulary(tokenizer, config).notes
     except BadModelFile as error:
         found.problems.append(_reason(error, path))
+
+
+def _rows(config: Gemma2Config | None, tokenizer: Tokenizer) -> int:
+    return len(tokenizer) if config is None else config.vocab_size
 
 
 def _same_shape(published: Gemma2Config, config: Gemma2Config) -> bool:

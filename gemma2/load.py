@@ -9,10 +9,9 @@ import torch
 
 from gemma2.checkpoints.adapters import open_adapter, plan_for
 from gemma2.checkpoints.apply_adapter import apply_adapter, check_installed, note_of
-from gemma2.checkpoints.checkpoint import open_checkpoint
+from gemma2.checkpoints.checkpoint import named_tokenizer, open_checkpoint
 from gemma2.checkpoints.dtypes import RUNNABLE, dtype_name
 from gemma2.checkpoints.neutral import neutral
-from gemma2.checkpoints.vocabulary import parse_tokenizer
 from gemma2.checkpoints.weights import EMBEDDING, build
 from gemma2.distributed.device_map import DeviceMap, MaxMemory, build_spread, check_alone
 from gemma2.errors import BadModelFile, first_line
@@ -66,7 +65,8 @@ def load(
         dtype: float32, bfloat16 or float64; default the dtype the checkpoint stores, float32 if that is float16, and
             bfloat16 for a GGUF other than F32.
         tokenizer: takes the place of the checkpoint's: a `tokenizer.model` or a folder with one, a hub name as above
-            (its tokenizer alone is downloaded), or a `Tokenizer`.
+            (its tokenizer alone is downloaded), or a `Tokenizer`. What a folder, a GGUF or a repository says about
+            chat comes with its tokenizer: ids at which a text ends, and the chat template.
         revision: branch, tag or commit, for a hub name.
         force_float16: run in float16 all the same.
         allow_nonfinite: take weights with NaN or infinity in them.
@@ -106,7 +106,7 @@ def load(
     added = None if adapter is None else open_adapter(locate_adapter(adapter))
     if added is not None:
         check_installed()
-    given = parse_tokenizer(locate_tokenizer(tokenizer))
+    given = named_tokenizer(locate_tokenizer(tokenizer))
     opened = open_checkpoint(locate(source, revision, tokenizer_given=given is not None), given)  # gigabytes, so last
     plan = None if added is None else plan_for(added, opened.config, merge=merge_adapter)
     final, notes = wanted or opened.weights.dtype, opened.notes

@@ -1,77 +1,66 @@
-"""Chat templates: whether one writes Gemma's turns. A template is read as text, and never run."""
+"""Chat templates: whether one writes Gemma's turns. A template is read, and never run.
+
+What it would write is worked out by `template_reading`, for conversations of which nothing is known but who speaks.
+"""
 
 from __future__ import annotations
 
-import re
+from typing import Any
+
+from gemma2.template_reading import Reading, Said
+from gemma2.template_tags import Unknown, parse
 
 NOT_GEMMAS = (
-    "the chat template of this checkpoint is not Gemma's: chat sends Gemma's turns; to send the template's own, write "
-    "them into a prompt for generate(special=True)"
+    "the chat template of this checkpoint is not Gemma's, as far as can be told without running it: chat sends Gemma's "
+    "turns; to send the template's own, write them into a prompt for generate(special=True)"
 )
 LONGEST = 200_000  # characters; Gemma's template has 600
 START, END = "<start_of_turn>", "<end_of_turn>"
-COMPUTED = "\0"  # stands for whatever a tag computes
-# What turns of other models begin or end with: ChatML and Phi, Llama, Zephyr, Command-R, Granite, Megrez; DeepSeek
-# (between full-width bars); EXAONE; Mistral and Llama 2; Gemma 4; Alpaca; Vicuna.
-OTHERS = re.compile(
-    r"<\|(?:im_\w+|user|assistant|system|end|endoftext|(?:start|end)_header_id|header_(?:start|end)|eot|eot_id|"
-    r"(?:START|END)_OF_TURN_TOKEN|\w+_TOKEN|(?:start|end)_of_role|role_(?:start|end)|turn)\|?>|<turn\|>"
-    r"|<\uff5c[^<>\uff5c]{1,40}\uff5c>|\[\|\w{1,20}\|\]|\[/?INST\]|<</?SYS>>|\[gMASK\]|</s>"
-    r"|###\s*(?:Instruction|Response|Human|Assistant|User)\b|\b(?:USER|ASSISTANT):|\b(?:Human|Assistant):\s"
-)
-# The open turn of the model, at the end of a prompt: with a newline, or with something computed behind it.
-OPEN_TURN = re.compile(rf"{START}\s*model(?:\s*\n|{COMPUTED})")
-OTHER_NAME = re.compile(rf"{START}\s*(?:assistant|bot|gpt|ai)\b", re.IGNORECASE)
-MODEL_ALONE = re.compile(rf"(?:^|{COMPUTED})model\n?(?:$|{COMPUTED})")  # the name by which a role is replaced
-SPELLED_NEWLINE = re.compile(r"(?<!\\)\\+n")  # a backslash and an n, however often a file escaped it
-TAG = re.compile(r"\{[{%#]")
-QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\"""", re.DOTALL)
-IN_TAG = re.compile(r"""['"]|[-+]?[}%]\}""")
+NAMES = {"user": "user", "assistant": "model"}
+LENGTHS = (1, 3, 5)  # of conversations: in these there is a first message, a last one, and any that is neither
+PARTS = (1, 3)  # of a message
+MARKS = [chr(0xE000 + i) for i in range(max(LENGTHS) * max(PARTS))]  # stand for what is said
 
 
 def is_gemmas(template: str) -> bool:
-    """Whether a Jinja template writes Gemma's turns, `<start_of_turn>user` and `<start_of_turn>model`.
+    """Whether a Jinja template writes Gemma's turns, to the letter, for every conversation of user and assistant.
 
     True for the templates of Gemma and Gemma 2, and for variants of them: with a system message merged into the user's
-    turn, minified, with comments, with marks for training. False for turns of any other model, also where a template
-    names `<start_of_turn>` in a comment alone.
+    turn, minified, with comments, with marks for training, without trimming. False for anything else, and for a
+    template that is written in a way that this file does not know.
     """
-    if len(template) > LONGEST:
+    if len(template) > LONGEST or START not in template or END not in template or any(m in template for m in MARKS):
         return False
-    written = _written(SPELLED_NEWLINE.sub("\n", template))
-    if START not in written or END not in written or OTHERS.search(written) or OTHER_NAME.search(written):
+    try:
+        nodes, asked = parse(template), False
+        for length in LENGTHS:
+            reading = Reading(_conversation(length))
+            if not _is_gemma(reading.write(nodes), reading.messages):
+                return False
+            asked |= reading.asked
+        if not asked:
+            return True
+        # It asks whether a message is a text, so it also takes messages in parts.
+        talks = [_conversation(length, parts) for length in LENGTHS for parts in PARTS]
+        return all(_is_gemma(Reading(talk).write(nodes), talk) for talk in talks)
+    except Unknown:
         return False
-    if START + "model" in written:
-        return OPEN_TURN.search(written) is not None
-    return MODEL_ALONE.search(written) is not None
 
 
-def _written(template: str) -> str:
-    """What a template can write: its text and the quoted strings of its tags, in order. Comments are left out, and
-    `COMPUTED` stands where something else may come between two strings."""
-    out, place = [], 0
-    while found := TAG.search(template, place):
-        out.append(template[place : found.start()])
-        if found[0] == "{#":
-            end = template.find("#}", found.end())
-            place = end + 2 if end >= 0 else len(template)
-            continue
-        place = _tag(template, found.end(), out, joins=found[0] == "{{")
-    return "".join(out) + template[place:]
+def _is_gemma(written: str, messages: list[dict[str, Any]]) -> bool:
+    expected = ""
+    for message in messages:
+        content = message["content"]
+        text = content.text if isinstance(content, Said) else "".join(part["text"].text for part in content)
+        expected += f"{START}{NAMES[message['role']]}\n{text}{END}\n"
+    return written.removeprefix("<bos>") == f"{expected}{START}model\n"
 
 
-def _tag(template: str, place: int, out: list[str], joins: bool) -> int:
-    """Add the strings of the tag whose content begins at `place`, and return where the tag ends. In `{{ }}` strings
-    with a plus between them are one; in `{% %}` each stands alone."""
-    between = place
-    while found := IN_TAG.search(template, place):
-        computes = not joins or template[between : found.start()].strip() not in ("", "+", "~")
-        if found[0] not in "'\"":
-            out.append(COMPUTED if joins and computes else "")
-            return found.end()
-        quoted = QUOTED.match(template, found.start())
-        if quoted is None:  # a quotation mark without its second one
-            break
-        out += [COMPUTED if computes else "", quoted[0][1:-1], "" if joins else COMPUTED]
-        place = between = quoted.end()
-    return len(template)
+def _conversation(length: int, parts: int = 0) -> list[dict[str, Any]]:
+    """Messages with a text each, or with so many parts."""
+    texts = map(Said, MARKS)
+
+    def content() -> Any:
+        return [{"type": "text", "text": next(texts)} for _ in range(parts)] if parts else next(texts)
+
+    return [{"role": ("user", "assistant")[i % 2], "content": content()} for i in range(length)]

@@ -72,8 +72,17 @@ GEMMAS = {
         "'\\n' ~ m['content'] | trim ~ '<end_of_turn>' ~ '\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<start_of_turn>' + 'model' + '\\n' }}{% endif %}"
     ),
+    "tools that are not given": "{% if tools %}{{ tools | tojson }}{% endif %}" + GEMMA,
 }
-# The intention is plain, the white space is not Gemma's to the letter.
+UNTRIMMED = (  # LLaMA-Factory's
+    "{{ '<bos>' }}{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% endif %}"
+    "{% for message in loop_messages %}{% set content = message['content'] %}{% if loop.index0 == 0 and "
+    "system_message is defined %}{% set content = system_message + '\n\n' + message['content'] %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '<start_of_turn>user\n' + content + '<end_of_turn>\n<start_of_turn>model\n'"
+    " }}{% elif message['role'] == 'assistant' %}{{ content + '<end_of_turn>\n' }}{% endif %}{% endfor %}"
+)
+# The intention is plain, but this writes white space around the turns.
 INDENTED = """{{ bos_token }}
 {% for message in messages %}
     {% set role = 'model' if message['role'] == 'assistant' else 'user' %}
@@ -118,4 +127,36 @@ OTHERS = {
     "turns that do not end": GEMMA.replace("<end_of_turn>", ""),
     "the content alone": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
     "nothing": "",
+    # Gemma's delimiters, and something else between them.
+    "a system turn of its own": "{{ '<start_of_turn>system\nYou are a pirate.<end_of_turn>\n' }}" + GEMMA,
+    "a system prompt in the user's turn": GEMMA.replace(
+        "'\n' + message", "'\n' + ('You are a helpful pirate.\n\n' if loop.first else '') + message"
+    ),
+    "a word before each content": GEMMA.replace("'\n' + message", "'\nTranslate: ' + message"),
+    "a user called human": GEMMA.replace("set role = message['role']", "set role = 'human'"),
+    "a thought begun": GEMMA.replace("{{'<start_of_turn>model\n'}}", "{{'<start_of_turn>model\n<think>\n'}}"),
+    "an end of text behind each turn": GEMMA.replace("'<end_of_turn>\n'", "'<end_of_turn>' + eos_token + '\n'"),
+    "an empty line between turns": GEMMA.replace("<end_of_turn>\n'", "<end_of_turn>\n\n'"),
+    "an empty line between turns, as text": GEMMA.replace("{% endfor %}", "\n\n{% endfor %}"),
+    "white space around turns": INDENTED,
+    "each content twice": GEMMA.replace("| trim +", "| trim + message['content'] | trim +"),
+    "roles exchanged": GEMMA.replace("== 'assistant') %}", "!= 'assistant') %}"),
+    "the last turn left out": GEMMA.replace("{{ '<start", "{% if not loop.last %}{{ '<start").replace(
+        "{% endfor %}", "{% endif %}{% endfor %}"
+    ),
+    "the third turn marked": GEMMA.replace("{% endfor %}", "{% if loop.index0 == 2 %}!{% endif %}{% endfor %}"),
+    "the hundredth turn marked": GEMMA.replace("{% endfor %}", "{% if loop.index0 == 99 %}!{% endif %}{% endfor %}"),
+    "a word that is answered": GEMMA.replace(
+        "{% endfor %}", "{% if message['content'] == 'x' %}!{% endif %}{% endfor %}"
+    ),
+    "what is said in capitals": GEMMA.replace("| trim", "| upper"),
+    "parts with an empty line between": PARTS.replace("item['text'] | trim", "item['text'] | trim + '\\n'"),
+    "a date": "{{ strftime_now('%d %b') }}" + GEMMA,
+    "a pad token where there is one": "{% if pad_token %}!{% endif %}" + GEMMA,
+    "a method of a message": GEMMA.replace("{% endfor %}", "{% if message.items %}!{% endif %}{% endfor %}"),
+    "a macro": "{% macro turn(m) %}{{ m }}{% endmacro %}" + GEMMA,
+    "a namespace": "{% set ns = namespace(x='') %}" + GEMMA,
+    "what is left of a loop": GEMMA.replace("{% endfor %}", "{% if loop.revindex0 %}!{% endif %}{% endfor %}"),
+    "raw text": "{% raw %}{{ x }}{% endraw %}" + GEMMA,
+    "no end": GEMMA.removesuffix("{% endif %}"),
 }

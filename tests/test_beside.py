@@ -11,15 +11,18 @@ import torch
 
 import gemma2
 from gemma2 import Gemma, Stats
-from gemma2.checkpoints.beside import chat_template, chat_tuned, end_ids, turn_notes
+from gemma2.checkpoints import gguf
+from gemma2.checkpoints.beside import chat_template, chat_tuned, end_ids, template_notes, turns_of
 from gemma2.checkpoints.checkpoint import open_checkpoint
 from gemma2.convert import convert
 from gemma2.inspect import inspect
 from gemma2.load import POCKET
 from gemma2.templates import NOT_GEMMAS
+from tests import tokenizer_files
 from tests.chat_templates import CHATML, GEMMA
+from tests.conftest import tensors_of, tiny
 from tests.gguf_files import tiny_model
-from tests.test_convert import model_folder
+from tests.test_convert import PLAIN, model_folder
 
 TOKENIZER = gemma2.Tokenizer.from_file(POCKET / "tokenizer.model")
 HI = [{"role": "user", "content": "HI"}]
@@ -33,6 +36,11 @@ def written(place: Path, files: dict[str, Any]) -> Path:
             content if isinstance(content, str) else json.dumps(content, indent=2), encoding="utf-8"
         )
     return place
+
+
+def turn_notes(place: Path, tokenizer: gemma2.Tokenizer) -> list[str]:
+    turns = turns_of(place, tokenizer)
+    return [*turns.notes, *template_notes(turns.chat_template)]
 
 
 # Where a text ends.
@@ -178,6 +186,31 @@ def test_end_ids_survive_a_conversion(tmp_path: Path) -> None:
         assert open_checkpoint(memory).end_ids == ends and open_checkpoint(memory).chat_tuned is tuned
 
 
+@pytest.mark.parametrize(
+    ("stops", "missed"),
+    [([1, 107, 88, 99, 77], "99"), ([1, 603], "603"), ([1, 88], ""), (603, "603"), ([1, 107], ""), ([4096], "4096")],
+)
+def test_all_end_ids_survive_in_a_gguf_and_a_note_says_which_llama_cpp_does_not_see(
+    stops: int | list[int], missed: str, tmp_path: Path
+) -> None:
+    """GGUF has two keys for them, which take control pieces alone. The last one here is a row without a piece."""
+    place = model_folder(tmp_path / "source", tensors=tensors_of(tiny(vocab_size=4097, **PLAIN)), vocab_size=4097)
+    written(place, {"generation_config.json": {"eos_token_id": stops}})
+    gemma = gemma2.load(place, device="cpu")
+    first = convert(place, tmp_path / "first.gguf", progress=False)
+    second = gemma2.save(gemma, tmp_path / "second.gguf", progress=False)
+    third = convert(first.path, tmp_path / "third.gguf", progress=False)
+    for made in (first, second, third):
+        note = f"llama.cpp will not end a text at {missed}: a GGUF names two at most, both control tokens"
+        assert (note in made.notes) is bool(missed)
+        assert gemma2.load(made.path, device="cpu").stop_ids == gemma.stop_ids
+        key = gguf.read_parts(made.path).metadata.get("gemma2.end_token_ids")
+        assert (key is not None) is bool(missed)
+    assert open_checkpoint(convert(third.path, tmp_path / "back", progress=False).path).end_ids >= gemma.stop_ids - {
+        107
+    }
+
+
 def test_inspect_shows_where_a_text_ends_and_what_is_no_id(tmp_path: Path) -> None:
     place = written(model_folder(tmp_path / "model"), {"generation_config.json": {"eos_token_id": [107, 1, "x"]}})
     found = inspect(place, progress=False)
@@ -268,3 +301,73 @@ def test_the_pocket_model_says_what_it_said(tmp_path: Path) -> None:
     assert (opened.chat_tuned, opened.chat_template, opened.notes, opened.end_ids) == (None, None, (), frozenset({1}))
     assert gemma2.load(POCKET, device="cpu").stop_ids == {1, 107}
     assert open_checkpoint(model_folder(tmp_path / "plain")).end_ids == frozenset()
+
+
+# What comes with a tokenizer that is given.
+
+SIZE = 4100
+
+
+def chatml(place: Path) -> Path:
+    """A folder with the tokenizer of a ChatML fine-tune, as transformers 5 writes it, and no weights."""
+    content = tokenizer_files.chatml(tokenizer_files.pocket())
+    tokenizer_files.write(place, content)
+    added = {str(one["id"]): {key: one[key] for key in one if key != "id"} for one in content["added_tokens"]}
+    said = {"eos_token": "<|im_end|>", "pad_token": "<pad>", "added_tokens_decoder": added}
+    return written(place, {"tokenizer_config.json": said, "chat_template.jinja": CHATML})
+
+
+def without_tokenizer(place: Path) -> Path:
+    """Weights for it, whose template and end ids are Gemma's."""
+    model_folder(place, tensors=tensors_of(tiny(vocab_size=SIZE, **PLAIN)), vocab_size=SIZE)
+    (place / "tokenizer.model").unlink()
+    generation = {"bos_token_id": 2, "eos_token_id": [1, 107], "pad_token_id": 0}
+    return written(place, {"generation_config.json": generation, "chat_template.jinja": GEMMA})
+
+
+@pytest.mark.parametrize("form", ["folder", "gguf"])
+def test_a_tokenizer_that_is_given_brings_its_end_ids_and_its_template(form: str, tmp_path: Path) -> None:
+    source, given = without_tokenizer(tmp_path / "source"), chatml(tmp_path / "chatml")
+    if form == "gguf":
+        given = convert(source, tmp_path / "chatml.gguf", tokenizer=given, progress=False).path
+    gemma = gemma2.load(source, tokenizer=given, device="cpu")
+    assert gemma.stop_ids == {1, 107, 4097} and gemma.chat_template == CHATML
+    expected = {
+        f"a text also ends at '<|im_end|>', as {given} says",
+        f"the chat template of {given} takes the place of the checkpoint's",
+        NOT_GEMMAS,
+    }
+    assert expected <= set(gemma.notes) and expected <= set(inspect(source, tokenizer=given, progress=False).filled)
+    with pytest.warns(UserWarning, match="not Gemma's"):
+        gemma.chat(HI, 2)
+    own = gemma2.load(source, tokenizer=gemma.tokenizer, device="cpu")  # a tokenizer alone says nothing
+    assert own.stop_ids == {1, 107} and own.chat_template == GEMMA and not expected & set(own.notes)
+    for name in ("out", "out.gguf"):
+        for number, made in enumerate(
+            (
+                convert(source, tmp_path / f"converted-{name}", tokenizer=given, progress=False),
+                gemma2.save(own, tmp_path / f"saved-{name}", tokenizer=given, progress=False),
+                gemma2.save(own.model, tmp_path / f"model-{name}", tokenizer=given, progress=False),
+            )
+        ):
+            again = gemma2.load(made.path, device="cpu")
+            assert again.stop_ids == {1, 107, 4097} and again.chat_template == CHATML
+            assert number == 2 or expected <= set(made.notes)
+
+
+def test_a_file_that_is_named_as_the_tokenizer_brings_nothing_else_and_a_folder_without_a_template_no_template(
+    tmp_path: Path,
+) -> None:
+    source, given = without_tokenizer(tmp_path / "source"), chatml(tmp_path / "chatml")
+    alone = open_checkpoint(source, given / "tokenizer.json")
+    assert alone.end_ids == {1, 107} and alone.chat_template == GEMMA and alone.notes == ()
+    (given / "chat_template.jinja").unlink()
+    opened = open_checkpoint(source, given)
+    assert opened.end_ids == {1, 107, 4097} and opened.chat_template == GEMMA and opened.chat_tuned is True
+    assert opened.notes == (f"a text also ends at '<|im_end|>', as {given} says",)
+
+
+def test_an_end_id_of_a_given_tokenizer_that_the_model_has_no_row_for_is_left_out(tmp_path: Path) -> None:
+    source, given = without_tokenizer(tmp_path / "source"), chatml(tmp_path / "chatml")
+    written(given, {"generation_config.json": {"eos_token_id": [4097, 4200]}, "config.json": {"vocab_size": 4300}})
+    assert open_checkpoint(source, given).end_ids == {1, 107, 4097}

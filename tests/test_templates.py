@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 import time
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from gemma2 import Gemma
 from gemma2.chat import chat_ids
 from gemma2.templates import LONGEST, is_gemmas
-from tests.chat_templates import GEMMA, GEMMAS, INDENTED, OTHERS
+from tests.chat_templates import GEMMA, GEMMAS, OTHERS, PARTS, UNTRIMMED
 
 TALK = [
     {"role": "user", "content": "HI"},
@@ -23,10 +25,6 @@ def test_gemmas_template_and_what_people_made_of_it_is_gemmas(case: str) -> None
     assert is_gemmas(GEMMAS[case])
 
 
-def test_indented_over_several_lines_it_is_gemmas_too() -> None:
-    assert is_gemmas(INDENTED)
-
-
 @pytest.mark.parametrize("case", GEMMAS)
 def test_what_is_taken_for_gemmas_writes_the_ids_of_chat(case: str, pocket: Gemma) -> None:
     """Run here, by transformers, which the package does not."""
@@ -34,6 +32,40 @@ def test_what_is_taken_for_gemmas_writes_the_ids_of_chat(case: str, pocket: Gemm
     pytest.importorskip("jinja2")
     (text,), _ = utils.render_jinja_template([TALK], None, None, GEMMAS[case], False, False, True, bos_token="")
     assert pocket.tokenizer.encode(text, special=True) == chat_ids(TALK, pocket.tokenizer)
+
+
+def test_a_template_that_does_not_trim_is_gemmas_too() -> None:
+    assert is_gemmas(UNTRIMMED)
+
+
+def test_white_space_around_tags_goes_as_transformers_sets_jinja() -> None:
+    """Each of the changed templates that is taken for Gemma's is run, by transformers, and writes Gemma's turns."""
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    jinja2 = pytest.importorskip("jinja2")
+
+    def parses(template: str) -> bool:
+        try:
+            utils._compile_jinja_template(template)
+        except jinja2.TemplateSyntaxError:  # in what is not reached
+            return False
+        return True
+
+    expected, yes = utils.render_jinja_template([TALK], None, None, GEMMA, False, False, True)[0], 0
+    for seed in range(1000):
+        source = random.Random(seed)
+        pieces = re.split(r"(?<=[}])|(?=[{])", source.choice([GEMMA, PARTS, *GEMMAS.values()]))
+        for _ in range(source.randrange(1, 4)):
+            spaces = source.choice(
+                ["\n", " ", "\n  ", " \n", "{#- x -#}", "{# x #}", "{#+ x +#}\n", "-", "+", "{{ '' }}"]
+            )
+            pieces.insert(source.randrange(len(pieces)), spaces)
+        template = "".join(pieces)
+        if is_gemmas(template) and parses(template):
+            yes += 1
+            assert utils.render_jinja_template([TALK], None, None, template, False, False, True)[0] == expected, (
+                template
+            )
+    assert yes > 100
 
 
 @pytest.mark.parametrize("case", OTHERS)
@@ -52,6 +84,14 @@ HOSTILE = {
     "turns with nothing behind": "<start_of_turn>" * (LONGEST // 15),
     "white space behind a turn": "<end_of_turn><start_of_turn>" + " " * (LONGEST - 50),
     "hash marks": "### " * (LONGEST // 4),
+    "brackets": GEMMA + "{{ " + "(" * (LONGEST // 2),
+    "choices": GEMMA + "{{ " + "'' if x else " * (LONGEST // 20) + "'' }}",
+    "choices in brackets": GEMMA + "{{ " + "('' if " * 1000 + "x" + " else '')" * 1000 + " }}",
+    "negations": GEMMA + "{{ " + "not " * (LONGEST // 5) + "x }}",
+    "tags in each other": GEMMA + "{% if x %}" * 10000 + "{% endif %}" * 10000,
+    "loops in each other": GEMMA + "{% for a in messages %}" * 25 + "{% endfor %}" * 25,
+    "a text that doubles": "{% set x = 'x' %}" + "{% set x = x + x %}" * 1000 + GEMMA,
+    "many tags": GEMMA + "{{ '' }}" * (LONGEST // 10),
     "long": GEMMA + " " * 10**7,
 }
 

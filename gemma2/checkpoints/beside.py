@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,52 @@ GENERATION, CONFIG = "generation_config.json", "config.json"
 TOKENIZER, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATE, NAMED_TEMPLATES, PROCESSOR = "chat_template.jinja", "additional_chat_templates", "chat_template.json"
 SHOWN = 60  # characters of a value in a note
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What files say about turns; `Checkpoint` says what each of these is. `notes` does not say what follows from the
+    template alone."""
+
+    chat_tuned: bool | None = None
+    chat_template: str | None = None
+    end_ids: frozenset[int] = frozenset()
+    notes: tuple[str, ...] = ()
+    companions: Mapping[str, Any] = field(default_factory=dict)
+
+
+def turns_of(folder: Path, tokenizer: Tokenizer) -> Turns:
+    """What the small files of a folder say about turns."""
+    tuned, template, ends = chat_tuned(folder, tokenizer), chat_template(folder), end_ids(folder, tokenizer)
+    ignored = tuple(found for found in _ends(folder, tokenizer) if isinstance(found, str))
+    return Turns(tuned, template, ends, ignored)
+
+
+def with_tokenizers(own: Turns, brought: Turns, where: str, tokenizer: Tokenizer, rows: int) -> Turns:
+    """What a checkpoint says about turns, with what the folder or file of another tokenizer says.
+
+    A text ends where either says; the template is the tokenizer's if it has one.
+
+    Args:
+        where: what notes call that folder or file.
+        tokenizer: that tokenizer, for a model of so many `rows`.
+    """
+    ends = frozenset(id for id in brought.end_ids if id < rows)
+    gemmas = {tokenizer.special[name] for name in ("eos", "end_of_turn") if name in tokenizer.special}
+    notes = own.notes + brought.notes
+    if more := sorted(ends - own.end_ids - gemmas):
+        pieces = ", ".join(repr(tokenizer.piece(id)) if id < len(tokenizer) else str(id) for id in more)
+        notes += (f"a text also ends at {pieces:.200}, as {where} says",)
+    template = own.chat_template if brought.chat_template is None else brought.chat_template
+    if own.chat_template not in (None, template):
+        notes += (f"the chat template of {where} takes the place of the checkpoint's",)
+    tuned = brought.chat_tuned or None if own.chat_tuned is None else own.chat_tuned
+    return replace(own, chat_tuned=tuned, chat_template=template, end_ids=own.end_ids | ends, notes=notes)
+
+
+def template_notes(template: str | None) -> tuple[str, ...]:
+    """A line for a chat template that is not Gemma's."""
+    return () if template is None or is_gemmas(template) else (NOT_GEMMAS,)
 
 
 def chat_tuned(folder: Path, tokenizer: Tokenizer) -> bool | None:
@@ -53,13 +100,6 @@ def end_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     """The ids at which the files of a folder say that a text ends: `eos_token_id` of generation_config.json or, where
     there is none, of config.json, as transformers takes it; and the `eos_token` of the tokenizer's files."""
     return frozenset(found for found in _ends(folder, tokenizer) if isinstance(found, int))
-
-
-def turn_notes(folder: Path, tokenizer: Tokenizer) -> list[str]:
-    """A line for everything that the files of a folder say about turns and that cannot be done."""
-    said = [found for found in _ends(folder, tokenizer) if isinstance(found, str)]
-    template = chat_template(folder)
-    return said if template is None or is_gemmas(template) else [*said, NOT_GEMMAS]
 
 
 def _ends(folder: Path, tokenizer: Tokenizer) -> Iterator[int | str]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from gemma2.checkpoints import gguf, gguf_tokenizer, gguf_weights
-from gemma2.checkpoints.beside import chat_template, chat_tuned, end_ids, turn_notes
+from gemma2.checkpoints.beside import Turns, template_notes, turns_of, with_tokenizers
 from gemma2.checkpoints.dtypes import FLOAT8
 from gemma2.checkpoints.folder import PICKLED, PICKLED_INDEX, FileWeights, chosen, open_folder
 from gemma2.checkpoints.foreign import INSTEAD, quantization, refuse_file, refuse_folder, refuse_foreign, refuse_names
@@ -19,11 +19,10 @@ from gemma2.checkpoints.hf_config import MOST_JSON, TIED, config_and_notes, read
 from gemma2.checkpoints.names import shown
 from gemma2.checkpoints.pickled import PICKLE, ZIP, PickledFile, names_are_googles
 from gemma2.checkpoints.safetensors_file import SafetensorsFile
-from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer, tokenizer_of
+from gemma2.checkpoints.vocabulary import Given, check_vocabulary, gguf_in, parse_tokenizer, tokenizer_of
 from gemma2.checkpoints.weights import EMBEDDING, HEAD, PlainWeights, Weights, check_names, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
-from gemma2.templates import NOT_GEMMAS, is_gemmas
 from gemma2.tokenizer import Tokenizer
 
 # GGUF has no key for `Checkpoint.chat_tuned`, so this project writes one, which other readers leave alone.
@@ -58,7 +57,34 @@ class Checkpoint:
     end_ids: frozenset[int] = frozenset()
 
 
-def open_checkpoint(path: Path, tokenizer: str | Path | Tokenizer | None = None) -> Checkpoint:
+@dataclass(frozen=True)
+class NamedTokenizer:
+    """A tokenizer that is given in the place of a checkpoint's.
+
+    Attributes:
+        turns: what its folder or GGUF says about turns. None for one that was given ready, and for a file that holds a
+            tokenizer and nothing else: then the checkpoint's own files say it.
+        where: that folder or file.
+    """
+
+    tokenizer: Tokenizer
+    turns: Turns | None = None
+    where: str = ""
+
+
+def named_tokenizer(given: Given) -> NamedTokenizer | None:
+    """A given tokenizer, and what comes with it; None for None. Raises BadModelFile as `parse_tokenizer`."""
+    found = parse_tokenizer(given)
+    if found is None or isinstance(given, Tokenizer | None):
+        return None if found is None else NamedTokenizer(found)
+    path = Path(given).expanduser()
+    header = gguf_in(path)
+    if header is None and not path.is_dir():
+        return NamedTokenizer(found)
+    return NamedTokenizer(found, turns_of(path, found) if header is None else gguf_turns(header), str(given))
+
+
+def open_checkpoint(path: Path, tokenizer: Given | NamedTokenizer = None) -> Checkpoint:
     """Open a folder or file. `tokenizer` takes the place of the one beside or inside it.
 
     Raises:
@@ -66,7 +92,8 @@ def open_checkpoint(path: Path, tokenizer: str | Path | Tokenizer | None = None)
     """
     with naming_unreadable(path):
         form = form_of(path)
-        return _open_gguf(path, tokenizer) if form == "gguf" else _open_other(path, form, tokenizer)
+        named = tokenizer if isinstance(tokenizer, NamedTokenizer) else named_tokenizer(tokenizer)
+        return _open_gguf(path, named) if form == "gguf" else _open_other(path, form, named)
 
 
 @contextmanager
@@ -181,25 +208,49 @@ def _unusual_dtypes(weights: PlainWeights, quantized: str) -> Iterator[str]:
         yield f"{weights.where}: {len(wide)} tensors are float64 ({named}), and run in the dtype of the embedding"
 
 
-def tokenizer_for(folder: Path, tokenizer: str | Path | Tokenizer | None) -> Tokenizer:
+def tokenizer_for(folder: Path, named: NamedTokenizer | None) -> Tokenizer:
     """The tokenizer that is given, or else the one in a folder, which must not be a pointer or a page instead."""
-    for name in TOKENIZERS if tokenizer is None else ():
+    if named is not None:
+        return named.tokenizer
+    for name in TOKENIZERS:
         if (folder / name).is_file():
             refuse_foreign(folder / name, kind="tokenizer")
-    return tokenizer_of(folder, tokenizer)
+    return tokenizer_of(folder, None)
 
 
-def _open_other(path: Path, form: str, tokenizer: str | Path | Tokenizer | None) -> Checkpoint:
+def turns_for(own: Turns, named: NamedTokenizer | None, tokenizer: Tokenizer, rows: int) -> Turns:
+    """What a checkpoint of so many rows says about turns, with what a given tokenizer brings, and all notes on it."""
+    brought = None if named is None else named.turns
+    if named is not None and brought is not None:
+        own = with_tokenizers(own, brought, named.where, tokenizer, rows)
+    return replace(own, notes=own.notes + template_notes(own.chat_template))
+
+
+def _open_other(path: Path, form: str, named: NamedTokenizer | None) -> Checkpoint:
     config, notes = stated_config(path)
     weights = weights_of(path, config)
     if isinstance(weights, GoogleWeights):
         config = weights.config
     assert config is not None  # as `stated_config` says
     folder = folder_of(path)
-    found = check_vocabulary(tokenizer_for(folder, tokenizer), config)
-    tuned, template, ends = chat_tuned(folder, found), chat_template(folder), end_ids(folder, found)
-    said = (*notes, *weights.notes, *found.notes, *turn_notes(folder, found))
-    return Checkpoint(path, form, config, weights, found, tuned, template, said, ends)
+    found = check_vocabulary(tokenizer_for(folder, named), config)
+    turns = turns_for(turns_of(folder, found), named, found, config.vocab_size)
+    return _checkpoint(path, form, config, weights, found, turns, (*notes, *weights.notes))
+
+
+def _checkpoint(
+    path: Path,
+    form: str,
+    config: Gemma2Config,
+    weights: Weights,
+    tokenizer: Tokenizer,
+    turns: Turns,
+    notes: Iterable[str],
+) -> Checkpoint:
+    said = (*notes, *tokenizer.notes, *turns.notes)
+    return Checkpoint(
+        path, form, config, weights, tokenizer, turns.chat_tuned, turns.chat_template, said, turns.end_ids
+    )
 
 
 def _fits(weights: PlainWeights, config: Gemma2Config) -> bool:
@@ -215,26 +266,22 @@ def _ggufs(path: Path) -> str:
     return f"; it holds {', '.join(held[:3])}: give that file itself" if held and path.is_dir() else ""
 
 
-def _open_gguf(path: Path, tokenizer: str | Path | Tokenizer | None) -> Checkpoint:
+def _open_gguf(path: Path, named: NamedTokenizer | None) -> Checkpoint:
     header = gguf.read_parts(path)
     config, notes = gguf_weights.config_of(header)
     weights = gguf_weights.GGUFWeights(header)
     check_names(weights, shapes_of(config))  # milliseconds; a tokenizer of 256,000 pieces takes a second
-    found = parse_tokenizer(tokenizer)
-    if found is None:
+    if named is None:
         found, notes = gguf_tokenizer.build_tokenizer(header), notes + gguf_tokenizer.notes(header)
+    else:
+        found = named.tokenizer
     found = check_vocabulary(found, config)
-    template = gguf_tokenizer.chat_template(header)
-    notes += [] if template is None or is_gemmas(template) else [NOT_GEMMAS]
-    tuned = header.metadata.get(CHAT_TUNED)
-    return Checkpoint(
-        path,
-        "gguf",
-        config,
-        weights,
-        found,
-        tuned.value if tuned is not None and tuned.type == "bool" else gguf_tokenizer.chat_tuned(header),
-        template,
-        (*notes, *found.notes),
-        gguf_tokenizer.end_ids(header),
-    )
+    turns = turns_for(gguf_turns(header), named, found, config.vocab_size)
+    return _checkpoint(path, "gguf", config, weights, found, turns, notes)
+
+
+def gguf_turns(header: gguf.GGUF) -> Turns:
+    """What a GGUF says about turns."""
+    stated = header.metadata.get(CHAT_TUNED)
+    tuned = stated.value if stated is not None and stated.type == "bool" else gguf_tokenizer.chat_tuned(header)
+    return Turns(tuned, gguf_tokenizer.chat_template(header), gguf_tokenizer.end_ids(header))

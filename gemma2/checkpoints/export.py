@@ -17,6 +17,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from gemma2.checkpoints.checkpoint import CHAT_TUNED, Checkpoint
 from gemma2.checkpoints.dtypes import PLAIN, dtype_name
 from gemma2.checkpoints.ggml import GGMLType
 from gemma2.checkpoints.gguf import Value
-from gemma2.checkpoints.gguf_tokenizer import tokenizer_metadata
+from gemma2.checkpoints.gguf_tokenizer import END_IDS, llama_cpp_end_ids, tokenizer_metadata
 from gemma2.checkpoints.gguf_weights import NORM, ZERO_CENTRED, llama_cpp_name
 from gemma2.checkpoints.gguf_write import (
     BLOCKS,
@@ -80,12 +81,14 @@ class Layout:
     Attributes:
         header: what stands before the tensors' data, or for a `.ckpt` describes them.
         beside: small files that belong to it, name -> content: in the folder, or in the one a `.ckpt` stands in.
+        notes: a line for everything that other programs will not see in it.
     """
 
     form: str
     entries: tuple[Entry, ...]
     header: bytes
     beside: Mapping[str, bytes]
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -110,7 +113,8 @@ def layout_for(form: str, opened: Checkpoint, main: str, title: str) -> Layout:
     check_head(opened.weights, shapes[EMBEDDING])
     if form == "gguf":
         entries = [_gguf_entry(opened, name, shape, main) for name, shape in shapes.items()]
-        return Layout(form, tuple(entries), _gguf_header(opened, entries, main, title), {})
+        header, notes = _gguf_header(opened, entries, main, title)
+        return Layout(form, tuple(entries), header, {}, notes)
     grouped = google.fused(shapes) if form == "ckpt" else {name: (name,) for name in shapes}
     entries = []
     for name, sources in grouped.items():
@@ -193,8 +197,9 @@ def _end_ids(opened: Checkpoint) -> tuple[list[int], list[int]]:
     return own if opened.chat_tuned else own[:1], sorted(opened.end_ids - set(own))
 
 
-def _gguf_header(opened: Checkpoint, entries: list[Entry], main: str, title: str) -> bytes:
-    """A GGUF's header: the keys that llama.cpp has, and keys of this project for what llama.cpp has none for."""
+def _gguf_header(opened: Checkpoint, entries: list[Entry], main: str, title: str) -> tuple[bytes, tuple[str, ...]]:
+    """A GGUF's header: the keys that llama.cpp has, and keys of this project for what llama.cpp has none for. And a
+    line for what llama.cpp will not do."""
     metadata = architecture_metadata(opened.config, opened.weights.where)
     metadata["general.name"] = Value("str", title)
     metadata["general.file_type"] = Value("u32", FILE_TYPES[main])
@@ -205,8 +210,18 @@ def _gguf_header(opened: Checkpoint, entries: list[Entry], main: str, title: str
         metadata["tokenizer.chat_template"] = Value("str", opened.chat_template)
     if opened.chat_tuned is not None:
         metadata[CHAT_TUNED] = Value("bool", opened.chat_tuned)
+    notes: tuple[str, ...] = ()
+    ends = frozenset(id for id in opened.end_ids if id < opened.config.vocab_size)
+    gemmas = {tokenizer.special[name] for name in ("eos", "end_of_turn") if name in tokenizer.special}
+    read = llama_cpp_end_ids(metadata)
+    if ends | gemmas != read | gemmas:
+        metadata[END_IDS] = Value("u32[]", np.array(sorted(ends), np.uint32))
+        if missed := sorted(ends - read - gemmas):
+            listed = ", ".join(map(str, missed))
+            notes = (f"llama.cpp will not end a text at {listed}: a GGUF names two at most, both control tokens",)
     metadata |= _lost_in_the_sum(opened, entries)
-    return header_bytes(metadata, [(entry.name, entry.shape, entry.type, entry.bytes) for entry in entries])
+    described = [(entry.name, entry.shape, entry.type, entry.bytes) for entry in entries]
+    return header_bytes(metadata, described), notes
 
 
 def _gguf_entry(opened: Checkpoint, name: str, shape: tuple[int, ...], main: str) -> Entry:

@@ -40,6 +40,8 @@ DECLARED = {"bos": "<bos>", "eos": "<eos>", "unknown": "<unk>", "eot": "<end_of_
 ENDS = ("eos", "eot", "eom")  # GGUF's names of what a text ends at
 # Pieces at which llama.cpp ends a text whatever the keys say (src/llama-vocab.cpp, special_eog_ids).
 ENDINGS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<EOT>")
+# The key with which this project states all ids at which a text ends, where GGUF's own keys have no room for them.
+END_IDS = "gemma2.end_token_ids"
 ADDED = -1000.0  # the score that llama.cpp's converter gives to what a tokenizer_config.json adds to the pieces
 PADDED = -10000.0  # and to `[PAD4097]` and the like, with which it fills the rows of an embedding that have no piece
 ELSEWHERE = "name a tokenizer.model with tokenizer="
@@ -116,10 +118,18 @@ def chat_template(header: GGUF) -> str | None:
 
 
 def end_ids(header: GGUF) -> frozenset[int]:
-    """The ids at which the file says that a text ends, and those of pieces at which llama.cpp always ends one."""
-    tokens = header.metadata.get(PREFIX + "tokens")
+    """The ids at which the file says that a text ends: those of a key of this project or else those of llama.cpp."""
+    stated, tokens = header.metadata.get(END_IDS), header.metadata.get(PREFIX + "tokens")
+    if stated is not None and stated.type == "u32[]" and tokens is not None and tokens.type == ARRAYS["tokens"]:
+        return frozenset(id for id in stated.value.tolist() if id < len(tokens.value))
+    return llama_cpp_end_ids(header.metadata)
+
+
+def llama_cpp_end_ids(metadata: Mapping[str, Value]) -> frozenset[int]:
+    """The ids at which llama.cpp ends a text: those that GGUF's keys state, and pieces at which it always ends one."""
+    tokens = metadata.get(PREFIX + "tokens")
     pieces = tokens.value if tokens is not None and tokens.type == ARRAYS["tokens"] else []
-    stated = [header.metadata.get(f"{PREFIX}{name}_token_id") for name in ENDS]
+    stated = [metadata.get(f"{PREFIX}{name}_token_id") for name in ENDS]
     found = {value.value for value in stated if value is not None and value.type == "u32" and value.value < len(pieces)}
     found = {i for i in found if pieces[i] not in SPECIAL or pieces[i] == DECLARED["eos"]}
     return frozenset(found | {i for i, piece in enumerate(pieces) if piece in ENDINGS})

@@ -80,15 +80,25 @@ def parse_tokenizer(given: Given) -> Tokenizer | None:
     if path.is_dir():
         return tokenizer_of(path, None)
     if path.is_file():
+        header = gguf_in(path)
+        if header is not None:
+            return _noting(gguf_tokenizer.build_tokenizer(header), *gguf_tokenizer.notes(header))
         with path.open("rb") as file:
             start = file.read(64)
-        if start.startswith(b"GGUF"):
-            header = gguf.read_parts(path)
-            return _noting(gguf_tokenizer.build_tokenizer(header), *gguf_tokenizer.notes(header))
         if path.suffix == ".json" or start.lstrip().startswith(b"{"):
             return read_tokenizer_json(path)
         return Tokenizer.from_file(path)
     raise BadModelFile(f"{path}: no such file or folder")
+
+
+def gguf_in(path: Path) -> gguf.GGUF | None:
+    """The header of a file that is a GGUF; None for any other file, and for a folder."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            return None
+    return gguf.read_parts(path)
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: Gemma2Config) -> Tokenizer:

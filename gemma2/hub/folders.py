@@ -47,11 +47,15 @@ def download(name: str, revision: str | None = None, *, tokenizer_given: bool = 
 
 
 def download_tokenizer(name: str, revision: str | None = None) -> Path:
-    """A folder with the files of a repository's tokenizer, and no weights. Raises BadModelFile as `download`."""
+    """A folder with the files of a repository's tokenizer, and of what it says about chat, and no weights.
+
+    Raises BadModelFile as `download`.
+    """
     repository = Repository(name, revision)
     with named(repository):
         folder = _fetch_tokenizer(repository)
-        repository.find("tokenizer_config.json")
+        for file in ABOUT_CHAT:
+            repository.find(file)
     return folder
 
 
