@@ -216,9 +216,8 @@ def _gguf_header(opened: Checkpoint, entries: list[Entry], main: str, title: str
     if ends | gemmas != read | gemmas:
         metadata[END_IDS] = Value("u32[]", np.array(sorted(ends), np.uint32))
         if missed := sorted(ends - read - gemmas):
-            notes = (
-                f"llama.cpp will not end a text at {', '.join(map(str, missed))}: a GGUF names two at most, both control tokens",
-            )
+            listed = ", ".join(map(str, missed))
+            notes = (f"llama.cpp will not end a text at {listed}: a GGUF names two at most, both control tokens",)
     metadata |= _lost_in_the_sum(opened, entries)
     described = [(entry.name, entry.shape, entry.type, entry.bytes) for entry in entries]
     return header_bytes(metadata, described), notes
