@@ -47,7 +47,8 @@ def chat_ids(
     """
     if not set(TURNS) <= set(tokenizer.special):
         raise BadModelFile(
-            f"{tokenizer.where}: the vocabulary has no <start_of_turn> and <end_of_turn>: chat needs them"
+            f"{tokenizer.where}: the vocabulary has no <start_of_turn> and <end_of_turn>, which chat needs: write the "
+            "turns that the model was trained on into a prompt for generate(special=True)"
         )
     if system not in ("merge", None):
         raise ValueError(f'system must be "merge" or None, not {system!r}; its text is a message of the role "system"')

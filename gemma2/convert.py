@@ -173,11 +173,11 @@ def _in_memory(model: Gemma | Gemma2, tokenizer: str | Path | Tokenizer | None) 
     weights = MemoryWeights(getattr(model.model, "_orig_mod", model.model))
     config = model.config
     found = check_vocabulary(model.tokenizer if given is None else given.tokenizer, config)
-    own = Turns(model.chat_tuned, model.chat_template, model.stop_ids)
+    own = Turns(model.chat_tuned, model.chat_template, model.stop_ids, companions=model.companions)
     turns = turns_for(own, given, found, config.vocab_size)
     notes = (*model.notes, *(note for note in turns.notes if note not in model.notes))
     tuned, template, ends = turns.chat_tuned, turns.chat_template, turns.end_ids
-    return Checkpoint(Path(WHERE), "memory", config, weights, found, tuned, template, notes, ends)
+    return Checkpoint(Path(WHERE), "memory", config, weights, found, tuned, template, notes, ends, turns.companions)
 
 
 def _form(target: Path) -> str:

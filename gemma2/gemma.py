@@ -70,6 +70,8 @@ class Gemma:
             that is not done.
         chat_template: the text of the checkpoint's chat template, which is passed on by `convert` and never run.
         stop_ids: ids at which a text ends: Gemma's `<eos>` and `<end_of_turn>`, and `end_ids` of the checkpoint.
+        companions: what the checkpoint's small files say for other programs, by the name of the file: special tokens,
+            and how transformers generates. Passed on by `save` and `as_transformers`, and never interpreted.
     """
 
     def __init__(
@@ -80,9 +82,10 @@ class Gemma:
         notes: Sequence[str] = (),
         chat_template: str | None = None,
         end_ids: Iterable[int] = (),
+        companions: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.chat_tuned, self.notes = model, tokenizer, chat_tuned, tuple(notes)
-        self.chat_template = chat_template
+        self.chat_template, self.companions = chat_template, dict(companions or {})
         names = ("eos", "end_of_turn")
         own = {tokenizer.special[name] for name in names if name in tokenizer.special}
         self.stop_ids = frozenset(own | set(end_ids))

@@ -138,7 +138,15 @@ def load(
     if added is not None and plan is not None:
         apply_adapter(model, added, plan, merge=merge_adapter)
         notes = (*notes, note_of(added, plan, merge_adapter))
-    return Gemma(model, opened.tokenizer, opened.chat_tuned, notes, opened.chat_template, opened.end_ids)
+    return Gemma(
+        model,
+        opened.tokenizer,
+        opened.chat_tuned,
+        notes,
+        opened.chat_template,
+        opened.end_ids,
+        companions=opened.companions,
+    )
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:

@@ -66,6 +66,7 @@ class Talk:
         self.messages: list[Mapping[str, Any]] = list(self.beginning)
         self.cache = HybridCache(self.gemma.config, 1, context, slack=min(self.max_new_tokens, context))
         self._fed: list[int] = []
+        self._computed = self._computes()
 
     def say(self, content: str | list[dict[str, str]], stats: Stats | None = None) -> Generator[str, None, None]:
         """The reply, piece by piece. Closing the iterator, or Ctrl-C inside it, ends the reply and keeps the talk.
@@ -109,8 +110,17 @@ class Talk:
         self.cache.reset()
         self._fed = []
 
+    def _computes(self) -> tuple[object, ...]:
+        """What the cache's values depend on beside the ids: where and in which dtype the model computes now."""
+        model = self.gemma.model
+        kind = model.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return model.dtype, model.device, autocast
+
     def _rolled_back(self, ids: list[int]) -> int:
         """How many ids of the new prompt the cache holds, after forgetting the others; one at least is to be fed."""
+        if self._computed != self._computes():
+            self.reset_cache()
         pairs = zip(self._fed, ids[:-1], strict=False)
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         try:
@@ -129,6 +139,7 @@ class Talk:
             asked.insert(0, repetition_penalty(self._penalty, torch.zeros(1, 1, device=before.device)))
 
         def process(ids: Tensor, logits: Tensor) -> Tensor:
+            self._computed = self._computes()
             whole = torch.cat((before, ids), dim=1)
             self._fed = whole[0].tolist()
             for processor in asked:

@@ -201,3 +201,10 @@ def test_chat_answers_without_the_turn_tags_and_warns_about_an_untuned_model(poc
     with pytest.warns(UserWarning, match="tuned for chat"):
         answer = pocket.chat(HI, max_new_tokens=12)
     assert isinstance(answer, str) and "<end_of_turn>" not in answer
+
+
+def test_a_vocabulary_without_turns_is_refused_with_what_to_do_instead(pocket: gemma2.Gemma) -> None:
+    proto = pocket.tokenizer.to_proto().replace(b"<start_of_turn>", b"<start_of_note>")
+    tokenizer = gemma2.Tokenizer(proto, "other.model")
+    with pytest.raises(gemma2.BadModelFile, match=r"other\.model: .*no <start_of_turn>.* generate\(special=True\)$"):
+        chat_ids(HI, tokenizer)

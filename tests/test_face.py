@@ -233,6 +233,21 @@ def test_a_module_that_is_replaced_on_one_side_is_replaced_on_the_other() -> Non
         assert torch.equal(face(tokens).logits, uncapped) and uncapped.abs().max() > 30
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_stop_string_ends_a_text_as_in_transformers(beams: int, pocket: gemma2.Gemma, tmp_path: Path) -> None:
+    gemma2.save(pocket, tmp_path / "out", progress=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    inputs, face = tokenizer(TEXT, return_tensors="pt"), as_transformers(pocket)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32")
+    options = {"max_new_tokens": 12, "do_sample": False, "num_beams": beams}
+    word = tokenizer.decode(face.generate(**inputs, **options)[0, -3])
+    stopped = [
+        model.generate(**inputs, **options, stop_strings=[word], tokenizer=tokenizer)[0].tolist()
+        for model in (face, theirs)
+    ]
+    assert stopped[0] == stopped[1] and len(stopped[0]) < inputs["input_ids"].shape[1] + 12
+
+
 def test_the_config_and_the_end_ids_are_those_of_the_checkpoint(pocket: gemma2.Gemma) -> None:
     special = pocket.tokenizer.special
     face = as_transformers(gemma2.Gemma(pocket.model, pocket.tokenizer, end_ids=[77]))

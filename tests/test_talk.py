@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import signal
@@ -54,6 +55,21 @@ def test_a_turn_computes_only_what_is_new(gemma: Gemma) -> None:
         fed.clear()
     hook.remove()
     assert talk.cache.length > 150 and counts[2] < 70, counts
+
+
+def test_a_turn_in_another_dtype_computes_the_conversation_anew(gemma: Gemma) -> None:
+    whole = copy.deepcopy(gemma)
+    talk = Talk(whole, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        "".join(talk.say(SAID[0]))
+    messages = [*talk.messages, {"role": "user", "content": SAID[1]}]
+    assert "".join(talk.say(SAID[1])).strip() == gemma.chat(messages, 20)
+    held = talk.cache.length
+    with torch.autocast("cpu", torch.bfloat16):
+        "".join(talk.say(SAID[2]))
+    assert talk.cache.length > held
+    whole.model.to(torch.bfloat16)
+    assert "".join(talk.say(SAID[1]))
 
 
 def test_a_reply_that_is_closed_is_kept_as_far_as_it_went_and_the_talk_goes_on(gemma: Gemma) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gemma2.checkpoints.added_tokens import LISTED, NAMED
 from gemma2.checkpoints.hf_config import read_json
 from gemma2.errors import BadModelFile
 from gemma2.templates import NOT_GEMMAS, is_gemmas
@@ -15,6 +17,7 @@ from gemma2.tokenizer import Tokenizer
 GENERATION, CONFIG = "generation_config.json", "config.json"
 TOKENIZER, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATE, NAMED_TEMPLATES, PROCESSOR = "chat_template.jinja", "additional_chat_templates", "chat_template.json"
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SHOWN = 60  # characters of a value in a note
 
 
@@ -34,7 +37,22 @@ def turns_of(folder: Path, tokenizer: Tokenizer) -> Turns:
     """What the small files of a folder say about turns."""
     tuned, template, ends = chat_tuned(folder, tokenizer), chat_template(folder), end_ids(folder, tokenizer)
     ignored = tuple(found for found in _ends(folder, tokenizer) if isinstance(found, str))
-    return Turns(tuned, template, ends, ignored)
+    return Turns(tuned, template, ends, ignored, companions(folder))
+
+
+def companions(folder: Path) -> dict[str, Mapping[str, Any]]:
+    """What the files of a folder say for other programs, by the name of the file: the ids of special tokens, their
+    names, and all of generation_config.json."""
+    config, settings, generation = (_stated(folder, name) for name in (CONFIG, TOKENIZER, GENERATION))
+    with contextlib.suppress(BadModelFile):  # of which there is a note
+        # transformers reads the older file where the newer one does not list the added tokens.
+        settings = settings if "added_tokens_decoder" in settings else {**settings, **_stated(folder, SPECIAL)}
+    found = {
+        CONFIG: {key: config[key] for key in IDS if key in config},
+        TOKENIZER: {key: settings[key] for key in (*NAMED, *LISTED, "padding_side") if settings.get(key) is not None},
+        GENERATION: generation,
+    }
+    return {name: content for name, content in found.items() if content}
 
 
 def with_tokenizers(own: Turns, brought: Turns, where: str, tokenizer: Tokenizer, rows: int) -> Turns:
@@ -56,7 +74,8 @@ def with_tokenizers(own: Turns, brought: Turns, where: str, tokenizer: Tokenizer
     if own.chat_template not in (None, template):
         notes += (f"the chat template of {where} takes the place of the checkpoint's",)
     tuned = brought.chat_tuned or None if own.chat_tuned is None else own.chat_tuned
-    return replace(own, chat_tuned=tuned, chat_template=template, end_ids=own.end_ids | ends, notes=notes)
+    settings = {name: content for name, content in brought.companions.items() if name == TOKENIZER}
+    return Turns(tuned, template, own.end_ids | ends, notes, {**own.companions, **settings})
 
 
 def template_notes(template: str | None) -> tuple[str, ...]:
@@ -119,19 +138,22 @@ def _ends(folder: Path, tokenizer: Tokenizer) -> Iterator[int | str]:
         except BadModelFile as error:
             yield f"{error}: it is left out"
             continue
-        piece = found.get("eos_token")
-        if isinstance(piece, dict):  # how transformers writes an AddedToken
-            piece = piece.get("content")
+        piece = _spelling(found.get("eos_token"))
         if piece is not None:
-            token = _id_of(piece, tokenizer, found.get("added_tokens_decoder"))
+            token = id_of(piece, tokenizer, found.get("added_tokens_decoder"))
             if token is not None and token < size:
                 yield token
             else:
                 yield f"{name}: eos_token {_shown(piece)} is not in the vocabulary, and is ignored"
 
 
-def _id_of(piece: object, tokenizer: Tokenizer, added: object) -> int | None:
+def _spelling(token: object) -> object:
+    return token.get("content") if isinstance(token, dict) else token  # a dict is how transformers writes an AddedToken
+
+
+def id_of(piece: object, tokenizer: Tokenizer, added: object = None) -> int | None:
     """The id of a token that is given by its spelling: in the vocabulary, or among what a file adds to it."""
+    piece = _spelling(piece)
     if not isinstance(piece, str) or not piece:
         return None
     named = tokenizer.special.get(piece[1:-1]) if piece == f"<{piece[1:-1]}>" else None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,6 +45,7 @@ class Checkpoint:
         chat_template: the text of a chat template in it, passed on when converting and never run.
         notes: a line for everything that the file does not state and that was filled in.
         end_ids: ids at which the checkpoint says that a text ends, beside Gemma's own.
+        companions: what its small files say for other programs, by the name of the file; passed on, never interpreted.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class Checkpoint:
     chat_template: str | None
     notes: tuple[str, ...] = ()
     end_ids: frozenset[int] = frozenset()
+    companions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -247,9 +250,17 @@ def _checkpoint(
     turns: Turns,
     notes: Iterable[str],
 ) -> Checkpoint:
-    said = (*notes, *tokenizer.notes, *turns.notes)
     return Checkpoint(
-        path, form, config, weights, tokenizer, turns.chat_tuned, turns.chat_template, said, turns.end_ids
+        path,
+        form,
+        config,
+        weights,
+        tokenizer,
+        turns.chat_tuned,
+        turns.chat_template,
+        (*notes, *tokenizer.notes, *turns.notes),
+        turns.end_ids,
+        turns.companions,
     )
 
 

@@ -7,7 +7,6 @@ once, in chunks and on all cores, from the source to the target. Neither is ever
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +21,8 @@ from torch import Tensor
 
 from gemma2.checkpoints import google, google_write, safetensors
 from gemma2.checkpoints.checkpoint import CHAT_TUNED, Checkpoint
-from gemma2.checkpoints.dtypes import PLAIN, dtype_name
+from gemma2.checkpoints.companions import small_files
+from gemma2.checkpoints.dtypes import PLAIN
 from gemma2.checkpoints.ggml import GGMLType
 from gemma2.checkpoints.gguf import Value
 from gemma2.checkpoints.gguf_tokenizer import END_IDS, llama_cpp_end_ids, tokenizer_metadata
@@ -37,10 +36,7 @@ from gemma2.checkpoints.gguf_write import (
     header_bytes,
     quantize,
 )
-from gemma2.checkpoints.hf_config import config_dict
 from gemma2.checkpoints.threads import one_thread_per_core
-from gemma2.checkpoints.tokenizer_json_write import tokenizer_json
-from gemma2.checkpoints.vocabulary import AS_TYPED
 from gemma2.checkpoints.weights import (
     EMBEDDING,
     RELEASE_BYTES,
@@ -123,10 +119,10 @@ def layout_for(form: str, opened: Checkpoint, main: str, title: str) -> Layout:
     entries.sort(key=lambda entry: -entry.type.bytes)  # wider first, so that every tensor is aligned
     if form == "ckpt":
         header = google_write.state_pickle({entry.name: (entry.type.name, entry.shape) for entry in entries})
-        return Layout(form, tuple(entries), header, _companions(opened))
+        return Layout(form, tuple(entries), header, small_files(opened))
     described = [(entry.name, entry.type.name, entry.shape, entry.bytes) for entry in entries]
     header = safetensors.header_bytes(described, {"format": "pt"})
-    return Layout(form, tuple(entries), header, _companions(opened, PLAIN[main]))
+    return Layout(form, tuple(entries), header, small_files(opened, PLAIN[main]))
 
 
 def write(layout: Layout, opened: Checkpoint, path: Path, advance: Advance) -> None:
@@ -161,40 +157,6 @@ def _write_flat(path: Path, header: bytes, tensors: Iterator[Iterator[bytes]], a
             for data in pieces:
                 file.write(data)
             file.write(bytes(-file.tell() % alignment))
-
-
-def _companions(opened: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, bytes]:
-    """The small files beside weights, for formats whose weights do not state config, tokenizer and template."""
-    tokenizer, special = opened.tokenizer, opened.tokenizer.special
-    ids = {f"{name}_token_id": special[name] for name in ("bos", "eos", "pad")}
-    stated = {} if dtype is None else {"torch_dtype": dtype_name(dtype)}
-    settings = {
-        "tokenizer_class": "GemmaTokenizer",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        **{f"{name}_token": tokenizer.piece(special[name]) for name in ("bos", "eos", "unk", "pad")},
-        **({} if tokenizer.typed is None else {AS_TYPED: True}),
-        **({} if opened.chat_template is None else {"chat_template": opened.chat_template}),
-    }
-    files: dict[str, Any] = {
-        "config.json": config_dict(opened.config) | ids | stated,
-        "tokenizer_config.json": settings,
-    }
-    own, more = _end_ids(opened)
-    if more or (opened.chat_tuned is not None and "end_of_turn" in special):
-        stops = own + more
-        files["generation_config.json"] = ids | {"eos_token_id": stops if len(stops) > 1 else stops[0]}
-    texts = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
-    # transformers reads tokenizer.json, for which it needs no other package. A .ckpt's readers know tokenizer.model.
-    fast = tokenizer_json(tokenizer) if dtype is not None or tokenizer.typed is not None else None
-    return texts | {"tokenizer.model": tokenizer.to_proto()} | ({} if fast is None else {"tokenizer.json": fast})
-
-
-def _end_ids(opened: Checkpoint) -> tuple[list[int], list[int]]:
-    """Ids at which a text ends: those of Gemma that say whether it was tuned for chat, and those of the checkpoint."""
-    special = opened.tokenizer.special
-    own = [special[name] for name in ("eos", "end_of_turn") if name in special]
-    return own if opened.chat_tuned else own[:1], sorted(opened.end_ids - set(own))
 
 
 def _gguf_header(opened: Checkpoint, entries: list[Entry], main: str, title: str) -> tuple[bytes, tuple[str, ...]]:

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SAID = ("cache_position",)  # what older versions pass too, and the cache says already
+# What generate() hands on and forward has no use for: the place in the cache, which the cache says already, and the
+# tokenizers that stop strings and assisted decoding need outside.
+SAID = ("cache_position", "tokenizer", "assistant_tokenizer")
 
 
 def check_options(options: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ def as_transformers(gemma: Gemma | Gemma2) -> Any:
     The parameters are the same objects under the same names, so training or adapting one changes the other. Logits,
     loss and generated ids are those of transformers' own Gemma 2 with eager attention. The config is a
     `transformers.Gemma2Config`; `generation_config.eos_token_id` holds the `stop_ids` of a `Gemma`, and `<eos>` alone
-    for a model without its tokenizer.
+    for a model without its tokenizer. What else the checkpoint's generation_config.json says is in it too.
 
     Raises:
         ImportError: transformers is missing or older.
@@ -27,8 +27,9 @@ def as_transformers(gemma: Gemma | Gemma2) -> Any:
         from gemma2.research.pretrained import Gemma2ForCausalLM
     except ImportError as error:
         raise ImportError(f"as_transformers needs transformers 5: pip install transformers ({error})") from None
-    if isinstance(gemma, Gemma):
-        ids, stops = {name: gemma.tokenizer.special[name] for name in PUBLISHED_IDS}, sorted(gemma.stop_ids)
-    else:
-        ids, stops = PUBLISHED_IDS, [PUBLISHED_IDS["eos"]]
-    return Gemma2ForCausalLM(model_of(gemma), {f"{name}_token_id": token for name, token in ids.items()}, stops)
+    if not isinstance(gemma, Gemma):
+        ids: dict[str, Any] = {f"{name}_token_id": token for name, token in PUBLISHED_IDS.items()}
+        return Gemma2ForCausalLM(model_of(gemma), ids, ids | {"eos_token_id": [PUBLISHED_IDS["eos"]]})
+    ids = {f"{name}_token_id": gemma.tokenizer.special[name] for name in PUBLISHED_IDS}
+    settings = ids | dict(gemma.companions.get("generation_config.json", {})) | {"eos_token_id": sorted(gemma.stop_ids)}
+    return Gemma2ForCausalLM(model_of(gemma), ids | dict(gemma.companions.get("config.json", {})), settings)

@@ -7,7 +7,7 @@ does around a model (beams, sampling, assisted decoding, saving, training) is it
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NoReturn
 
@@ -227,10 +227,11 @@ class Gemma2ForCausalLM(Around, transformers.GenerationMixin):  # type: ignore[m
     accepts_loss_kwargs = True  # Trainer gives the number of tokens in the whole batch, and the loss divides by it
     _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012  # the head has no weight of its own
 
-    def __init__(self, whole: Gemma2, ids: dict[str, int], stops: Sequence[int]) -> None:
+    def __init__(self, whole: Gemma2, ids: dict[str, Any], settings: dict[str, Any]) -> None:
+        """`ids` of special tokens are for the config; `settings` are those of a generation_config.json."""
         super().__init__(foreign_config(whole, ids), whole)
         self.model, self.lm_head = Gemma2Model(self.config, whole), Head(whole)
-        self.generation_config = transformers.GenerationConfig(**ids | {"eos_token_id": list(stops)})
+        self.generation_config = transformers.GenerationConfig.from_dict(settings)
         self.post_init()
         self.train(whole.training)
         self.register_load_state_dict_pre_hook(drop_equal_head)  # transformers' state_dict() has `lm_head.weight` too
@@ -288,7 +289,7 @@ class Gemma2ForCausalLM(Around, transformers.GenerationMixin):  # type: ignore[m
         return attention_mask
 
 
-def foreign_config(model: Gemma2, ids: dict[str, int]) -> transformers.Gemma2Config:
+def foreign_config(model: Gemma2, ids: dict[str, Any]) -> transformers.Gemma2Config:
     """transformers' config of the same shape."""
     shape = {name: value for name, value in config_dict(model.config).items() if name != "model_type"}
     scalar = shape["query_pre_attn_scalar"]
