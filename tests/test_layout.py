@@ -12,7 +12,7 @@ import gemma2
 PACKAGE = Path(gemma2.__file__).parent
 # A file may import only from rows above its own (and, in a package, from its own folder).
 ROWS = [
-    ["errors", "atomic", "checks", "memory", "stats", "tied", "tokens", "warmup"],
+    ["errors", "atomic", "checks", "memory", "stats", "symbols", "tied", "tokens", "warmup"],
     ["config", "ops"],
     ["cache", "tokenizer", "sampling"],
     ["model", "chat", "detokenizer", "feed", "templates"],

@@ -72,7 +72,7 @@ def test_auto_tokenizer_gives_the_same_ids_with_gemma_2s_own_vocabulary(tmp_path
     (tmp_path / "tokenizer.json").write_bytes(content)
     compare({tmp_path: tokenizer}, 500)
     again = read_tokenizer_json(tmp_path / "tokenizer.json")
-    assert again.to_proto() == tokenizer.to_proto() and again.typed is None
+    assert again.to_proto() == tokenizer.to_proto() and again.added is None
 
 
 def test_a_tokenizer_with_a_space_before_every_text_has_none() -> None:

@@ -29,9 +29,10 @@ from gemma2.checkpoints.sentencepiece_proto import (
     write_proto,
 )
 from gemma2.errors import BadModelFile
+from gemma2.symbols import SPACE
 from gemma2.templates import is_gemmas
 from gemma2.tokenizer import CONTROL as STEERING
-from gemma2.tokenizer import SPACE, Tokenizer
+from gemma2.tokenizer import Tokenizer
 
 PREFIX = "tokenizer.ggml."
 ARRAYS = {"tokens": "str[]", "scores": "f32[]", "token_type": "i32[]"}  # types are numbered as in SentencePiece

@@ -10,7 +10,8 @@ import numpy as np
 
 from gemma2.checkpoints.sentencepiece_proto import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, read_proto
 from gemma2.checkpoints.tokenizer_json import DECODER, NORMALIZER, PRE_TOKENIZER
-from gemma2.tokenizer import SPACE, TURNS, Tokenizer
+from gemma2.symbols import SPACE, Symbol
+from gemma2.tokenizer import TURNS, Tokenizer
 
 SPECIAL = {"<mask>", *(f"<{name}>" for name in TURNS)}  # symbols that transformers calls special
 
@@ -23,16 +24,15 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes | None:
     if tokenizer.space_prefix:
         return None
     found = read_proto(tokenizer.to_proto(), tokenizer.where)
-    pieces, kinds, scores, typed = found.pieces, found.kinds.tolist(), found.scores.tolist(), tokenizer.typed
-    texts = list(pieces)
-    for text, i in (typed or {}).items():
-        texts[i] = text
+    pieces, kinds, scores = found.pieces, found.kinds.tolist(), found.scores.tolist()
+    symbols, texts = {symbol.id: symbol for symbol in tokenizer.added or ()}, list(pieces)
     added = []
-    for i, (text, kind) in enumerate(zip(texts, kinds, strict=True)):
-        if kind in (CONTROL, UNKNOWN, USER_DEFINED):
-            # SentencePiece finds its symbols after spaces have become `▁`; what is found before is in `typed`.
-            normalized = kind == USER_DEFINED and SPACE in text and (typed is None or text not in typed)
-            added.append(_added(i, text, normalized, kind != USER_DEFINED or text in SPECIAL))
+    for i, (piece, kind) in enumerate(zip(pieces, kinds, strict=True)):
+        # SentencePiece finds its symbols after spaces have become `▁`.
+        symbol = symbols.get(i) or Symbol(piece, i, normalized=kind == USER_DEFINED and SPACE in piece)
+        texts[i] = symbol.text
+        if i in symbols or kind in (CONTROL, UNKNOWN, USER_DEFINED):
+            added.append(_added(symbol, kind in (CONTROL, UNKNOWN) or symbol.text in SPECIAL))
     special = tokenizer.special["bos"], texts[tokenizer.special["bos"]]
     content = {
         "version": "1.0",
@@ -78,9 +78,9 @@ def _merges(tokenizer: Tokenizer, pieces: Sequence[str], kinds: Sequence[int], s
     return [f"{left} {right}" for left, right in (*spaces, *pairs(others))]
 
 
-def _added(id: int, text: str, normalized: bool, special: bool) -> dict[str, Any]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-    return {"id": id, "content": text, **flags, "normalized": normalized, "special": special}
+def _added(symbol: Symbol, special: bool) -> dict[str, Any]:
+    flags = {name: getattr(symbol, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+    return {"id": symbol.id, "content": symbol.text, **flags, "special": special}
 
 
 def _template(id: int, bos: str) -> dict[str, Any]:
