@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ class Added:
     special: bool
     normalized: bool = False
     around: tuple[bool, bool, bool] = (False, False, False)  # in the order of `AROUND`
+
+    @property
+    def single_word(self) -> bool:
+        return self.around[2]
 
     def symbol(self, id: int) -> Symbol:
         return Symbol(self.text, id, self.normalized, *self.around)
@@ -110,7 +115,8 @@ def add(pieces: list[str], kinds: list[int], added: Iterable[Added], where: str)
     Raises:
         BadModelFile: two tokens of one id, or more than 65,536 tokens.
     """
-    ids = {piece: i for i, piece in enumerate(pieces)}
+    added, ids = list(islice(added, MOST + 1)), {piece: i for i, piece in enumerate(pieces)}
+    whole = [token.text for token in added if token.single_word]
     trained, said, taken, symbols = len(pieces), list[str](), dict[int, str](), dict[str, Symbol]()
     for count, token in enumerate(added):
         if count == MOST:
@@ -120,6 +126,10 @@ def add(pieces: list[str], kinds: list[int], added: Iterable[Added], where: str)
                 f"{where}: added tokens {taken[token.id]!r:.60} and {token.text!r:.60} both have the id {token.id}"
             )
         found = ids.get(token.text)
+        if token.single_word and SYMBOL.search(token.text):
+            raise BadModelFile(
+                f"{where}: added token {token.text!r:.60} has single_word=true, and one of Gemma's symbols is in it"
+            )
         merged = found is not None and found < trained and kinds[found] == NORMAL
         if found is None and token.id is not None and token.id < trained:
             found = token.id
@@ -137,7 +147,7 @@ def add(pieces: list[str], kinds: list[int], added: Iterable[Added], where: str)
         if token.id is not None or token.text not in symbols:
             symbols[token.text] = token.symbol(found)
         kind = kind_of(token, kinds[found])
-        if merged and _is_merged_too(symbols[token.text]):
+        if merged and _is_merged_too(symbols[token.text], whole):
             if kind == CONTROL:
                 raise BadModelFile(
                     f"{where}: special token {token.text!r:.60} is a piece of ordinary text too, where it is not found"
@@ -147,9 +157,12 @@ def add(pieces: list[str], kinds: list[int], added: Iterable[Added], where: str)
     return said, symbols
 
 
-def _is_merged_too(symbol: Symbol) -> bool:
-    """Whether a piece that is an added token is also made of its parts, in places where the token is not found."""
-    return symbol.single_word or (SPACE in symbol.text and not symbol.normalized)
+def _is_merged_too(symbol: Symbol, whole: Sequence[str]) -> bool:
+    """Whether a piece that is an added token is also made of its parts, in places where the token is not found.
+
+    That is inside of tokens that are single words, `whole`, and where a space is typed instead of a `▁`.
+    """
+    return any(symbol.text in text for text in whole) or (SPACE in symbol.text and not symbol.normalized)
 
 
 def kind_of(token: Added, kind: int) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 
 from gemma2.checkpoints.sentencepiece_proto import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, read_proto
 from gemma2.checkpoints.tokenizer_json import DECODER, NORMALIZER, PRE_TOKENIZER
+from gemma2.checkpoints.with_symbols import LONGEST_RUN, is_gemmas
 from gemma2.symbols import SPACE, Symbol
 from gemma2.tokenizer import TURNS, Tokenizer
 
@@ -33,6 +34,10 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes | None:
         texts[i] = symbol.text
         if i in symbols or kind in (CONTROL, UNKNOWN, USER_DEFINED):
             added.append(_added(symbol, kind in (CONTROL, UNKNOWN) or symbol.text in SPECIAL))
+    # What was added behind a vocabulary is not in it: one character would be taken for that piece wherever it stands.
+    trained, tokens = len(texts), {token["id"] for token in added}
+    while trained - 1 in tokens and not is_gemmas(texts[trained - 1]):
+        trained -= 1
     special = tokenizer.special["bos"], texts[tokenizer.special["bos"]]
     content = {
         "version": "1.0",
@@ -52,8 +57,10 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes | None:
             "fuse_unk": True,
             "byte_fallback": True,
             "ignore_merges": False,
-            "vocab": {text: i for i, text in enumerate(texts)},
-            "merges": _merges(tokenizer, pieces, kinds, scores),
+            "vocab": {text: i for i, text in enumerate(texts[:trained])},
+            "merges": _merges(
+                tokenizer, ["" if a != b else a for a, b in zip(pieces, texts, strict=True)], kinds, scores
+            ),
         },
     }
     return json.dumps(content, ensure_ascii=False).encode()
@@ -64,7 +71,7 @@ def _merges(tokenizer: Tokenizer, pieces: Sequence[str], kinds: Sequence[int], s
 
     Those of runs of spaces come before all others, in the order that cuts a run as the tokenizer does.
     """
-    runs = [i for i, piece in enumerate(pieces) if piece.startswith(SPACE) and not piece.strip(SPACE)]
+    runs = [i for i, piece in enumerate(pieces) if 0 < len(piece) <= LONGEST_RUN and not piece.strip(SPACE)]
     others = sorted(set(np.flatnonzero(np.array(kinds) == NORMAL).tolist()) - set(runs), key=lambda i: (-scores[i], i))
     known = {pieces[i] for i in (*runs, *others)}
 

@@ -68,7 +68,7 @@ def beyond_sentencepiece(symbols: Iterable[Symbol] | None) -> set[Symbol]:
     looked_for = [s for s in symbols or () if not (s.bare and len(s.text) <= LONGEST_RUN and not s.text.strip(SPACE))]
     if one_pass_is_enough(looked_for, DEEPEST):
         return set()
-    return {s for s in looked_for if s.normalized or not s.bare or not is_gemmas(s.text)}
+    return {s for s in looked_for if s.normalized or not s.bare or not is_gemmas(s.text) or not s.text.strip(" ▁")}
 
 
 def is_gemmas(text: str) -> bool:
