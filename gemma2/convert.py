@@ -16,6 +16,7 @@ from gemma2.checkpoints.beside import chat_template, chat_tuned, end_ids
 from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gemma2.checkpoints.dtypes import FLOATS
 from gemma2.checkpoints.export import FOLDER, Layout, layout_for, write
+from gemma2.checkpoints.gguf_tokenizer import lost
 from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.gguf_write import FILE_TYPES, FINER
 from gemma2.checkpoints.hf_config import read_config
@@ -263,6 +264,7 @@ def _notes(opened: Checkpoint, layout: Layout, main: str) -> list[str]:
     if form != "gguf" and main != "F32" and wide:
         said.append(f"{wide} norm weights are float32, because {main.lower()} cannot hold them exactly")
     if form == "gguf":
+        said += lost(opened.tokenizer)
         if main in FINER:
             said.append(f"the embedding, which is also the head, is {FINER[main]}: coarser, it costs most")
         for name in ("rms_norm_eps", "rope_theta", "attn_logit_softcapping", "final_logit_softcapping"):

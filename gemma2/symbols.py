@@ -114,7 +114,9 @@ def one_pass_is_enough(symbols: Iterable[Symbol], deepest: int) -> bool:
 
 
 def _clash(text: str, tree: Mapping[str, Any]) -> bool:
-    """Whether a spelling of the first pass stands in `text`, or begins with its end."""
+    """Whether a spelling of the first pass stands in `text`, or begins with its end; of a long text it may."""
+    if len(text) > 1000:
+        return True
     for start in range(len(text)):
         node = tree
         for character in text[start:]:

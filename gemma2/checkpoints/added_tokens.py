@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from gemma2.errors import BadModelFile
 from gemma2.symbols import SPACE, Symbol
 
 MOST = 2**16  # added tokens of a file
+LONGEST = 2**21, 2**17  # characters that all of them may have together, and those that are single words
 AROUND = ("lstrip", "rstrip", "single_word")  # flags that make a token depend on the text around it, as in `Symbol`
 # The keys under which transformers' files name one special token each, in its order, and those that list more of them.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -116,7 +117,9 @@ def add(pieces: list[str], kinds: list[int], added: Iterable[Added], where: str)
         BadModelFile: two tokens of one id, or more than 65,536 tokens.
     """
     added, ids = list(islice(added, MOST + 1)), {piece: i for i, piece in enumerate(pieces)}
-    whole = [token.text for token in added if token.single_word]
+    whole = "\0".join(token.text for token in added if token.single_word)
+    if sum(len(token.text) for token in added) > LONGEST[0] or len(whole) > LONGEST[1]:
+        raise BadModelFile(f"{where}: added tokens that are too many or too long to be looked for")
     trained, said, taken, symbols = len(pieces), list[str](), dict[int, str](), dict[str, Symbol]()
     for count, token in enumerate(added):
         if count == MOST:
@@ -157,12 +160,12 @@ def add(pieces: list[str], kinds: list[int], added: Iterable[Added], where: str)
     return said, symbols
 
 
-def _is_merged_too(symbol: Symbol, whole: Sequence[str]) -> bool:
+def _is_merged_too(symbol: Symbol, whole: str) -> bool:
     """Whether a piece that is an added token is also made of its parts, in places where the token is not found.
 
     That is inside of tokens that are single words, `whole`, and where a space is typed instead of a `▁`.
     """
-    return any(symbol.text in text for text in whole) or (SPACE in symbol.text and not symbol.normalized)
+    return symbol.text in whole or (SPACE in symbol.text and not symbol.normalized)
 
 
 def kind_of(token: Added, kind: int) -> int:

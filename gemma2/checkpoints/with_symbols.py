@@ -41,7 +41,8 @@ def tokenizer_with(
     Raises:
         BadModelFile: as `Tokenizer`.
     """
-    if not merged and one_pass_is_enough(symbols, DEEPEST):
+    # SentencePiece itself finds runs of spaces that are normalized.
+    if not merged and one_pass_is_enough([s for s in symbols if not (s.normalized and _is_run(s))], DEEPEST):
         return Tokenizer(write_proto(vocabulary), where, notes=notes)
     pieces, taken, kinds = list(vocabulary.pieces), set(vocabulary.pieces), vocabulary.kinds
     for i in np.flatnonzero(kinds == USER_DEFINED).tolist():
@@ -65,14 +66,22 @@ def beyond_sentencepiece(symbols: Iterable[Symbol] | None) -> set[Symbol]:
 
     Gemma's runs of spaces are left aside: SentencePiece has them as symbols too.
     """
-    looked_for = [s for s in symbols or () if not (s.bare and len(s.text) <= LONGEST_RUN and not s.text.strip(SPACE))]
+    looked_for = [s for s in symbols or () if not _is_run(s)]
     if one_pass_is_enough(looked_for, DEEPEST):
         return set()
-    return {s for s in looked_for if s.normalized or not s.bare or not is_gemmas(s.text) or not s.text.strip(" ▁")}
+    return {s for s in looked_for if s.normalized or not s.bare or not is_gemmas(s.text)}
 
 
 def is_gemmas(text: str) -> bool:
+    """Whether a spelling is one of Gemma's own symbols."""
+    if not text.strip(f" {SPACE}"):
+        return len(text) <= LONGEST_RUN and " " not in text
     return text in SPECIAL or SYMBOL.fullmatch(text) is not None
+
+
+def _is_run(symbol: Symbol) -> bool:
+    """Whether a symbol is a run of spaces, as Gemma has them."""
+    return symbol.bare and len(symbol.text) <= LONGEST_RUN and not symbol.text.strip(SPACE)
 
 
 def in_effect(own: Iterable[Symbol], added: Mapping[str, Symbol]) -> list[Symbol]:
