@@ -9,7 +9,7 @@ in text. So what is one symbol whatever surrounds it (USER_DEFINED) is decided b
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple
 from operator import itemgetter
 from typing import Any
@@ -83,7 +83,7 @@ def tokenizer_model(header: GGUF) -> bytes:
 def _with_symbols(header: GGUF, found: Vocabulary) -> Tokenizer:
     """The tokenizer, with what the file says of added tokens that types of pieces cannot."""
     where, kinds = str(header.path), found.kinds
-    told = _told(header, found)
+    told = _told(header, found.pieces)
     typed = [
         Symbol(found.pieces[i], i) for i in np.flatnonzero(kinds == USER_DEFINED).tolist() if " " in found.pieces[i]
     ]
@@ -95,22 +95,34 @@ def _with_symbols(header: GGUF, found: Vocabulary) -> Tokenizer:
     return tokenizer_with(found, [p if is_gemmas_symbol(p) else "" for p in found.pieces], symbols, where, ())
 
 
-def _told(header: GGUF, found: Vocabulary) -> list[Symbol]:
+def _told(header: GGUF, pieces: Sequence[str]) -> list[Symbol]:
+    """The added tokens that the file lists. Each must be the piece of its id, or one that has no spelling there."""
     stated = header.metadata.get(AS_ADDED)
     if stated is None:
         return []
     try:
         told = [Symbol(*each) for each in json.loads(stated.value)]
-        good = all(
-            type(s.text) is str and s.text and type(s.id) is int and 0 <= s.id < len(found.pieces)
-            and {type(s.normalized), type(s.lstrip), type(s.rstrip), type(s.single_word)} == {bool}
-            for s in told
-        )  # fmt: skip
+        good = all(_is_sound(symbol, pieces) for symbol in told) and len({s.id for s in told}) == len(told)
     except (TypeError, ValueError, RecursionError):
         good = False
-    if not good or sum(len(s.text) for s in told) > LONGEST[0] or len({s.id for s in told}) < len(told):
+    if not good or sum(len(s.text) for s in told) > LONGEST[0]:
         raise BadModelFile(f"{header.path}: {AS_ADDED} is {stated.value!r:.80}, which is damaged; {ELSEWHERE}")
     return told
+
+
+def _is_sound(symbol: Symbol, pieces: Sequence[str]) -> bool:
+    text, id = symbol.text, symbol.id
+    flags = (symbol.normalized, symbol.lstrip, symbol.rstrip, symbol.single_word)
+    if type(text) is not str or not text or type(id) is not int or {*map(type, flags)} != {bool}:
+        return False
+    return 0 <= id < len(pieces) and (
+        pieces[id] == _unspelled(id) or text.replace(" ", SPACE) == pieces[id].replace(" ", SPACE)
+    )
+
+
+def _unspelled(id: int) -> str:
+    """Stands for an added token whose spelling another token has already: a GGUF has one of each."""
+    return f"[added {id}]"
 
 
 def lost(tokenizer: Tokenizer) -> list[str]:
@@ -228,7 +240,7 @@ def tokenizer_metadata(
         types[i] = USER_DEFINED if types[i] == USER_DEFINED and not steers else CONTROL
         if types[i] == USER_DEFINED:
             if not is_gemmas_symbol(pieces[i]) and pieces[i].replace(SPACE, " ") in taken:
-                pieces[i], types[i] = f"[added {i}]", UNUSED  # a GGUF has one token of a spelling
+                pieces[i], types[i] = _unspelled(i), UNUSED
             pieces[i] = pieces[i].replace(SPACE, " ")
     missing = 0 if rows is None else rows - len(pieces)
     if missing < 0:
@@ -284,14 +296,14 @@ def _vocabulary(header: GGUF) -> Vocabulary:
     end = len(tokens)
     while end and types[end - 1] == UNUSED and tokens[end - 1] == f"[PAD{end - 1}]":
         end -= 1  # rows of the embedding that have no piece
-    tokens, scores, types = tokens[:end], scores[:end], types[:end]
+    tokens, scores, types = tokens[:end], scores[:end], types[:end].copy()
     pieces, own_scores, kinds = list(tokens), scores.copy(), types.copy()
-    told = {symbol.id: symbol.text for symbol in _told(header, Vocabulary(pieces, own_scores, kinds))}
+    told = {symbol.id: symbol.text for symbol in _told(header, tokens)}
     names = set(pieces)
     # Before the bytes Gemma keeps what no merge makes.
     first_byte = pieces.index("<0x00>") if "<0x00>" in pieces else 0
     for i in np.flatnonzero((types != NORMAL) | (scores == 0) | (scores == ADDED)).tolist():
-        if types[i] == UNUSED and i in told:
+        if i in told and pieces[i] == _unspelled(i):
             pieces[i], types[i] = told[i], USER_DEFINED
         kinds[i] = _kind(pieces[i], int(types[i]), i < first_byte)
         if kinds[i] == USER_DEFINED:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma2.checkpoints.added_tokens import Added, add, parse_added
+from gemma2.checkpoints.added_tokens import MOST, Added, add, parse_added
 from gemma2.checkpoints.merges import merge_ranks
 from gemma2.checkpoints.sentencepiece_proto import (
     BYTE,
@@ -275,6 +275,8 @@ def _added(stated: Any, where: str) -> list[Added]:
         return []
     if not isinstance(stated, list):
         raise BadModelFile(f"{where}: added_tokens must be a list, found {stated!r:.60}")
+    if len(stated) > MOST:
+        raise BadModelFile(f"{where}: more than {MOST:,} added tokens")
     found = []
     for token in stated:
         if not isinstance(token, Mapping) or "id" not in token:
