@@ -17,6 +17,7 @@ from gemma2.checkpoints.beside import Turns, chat_template, chat_tuned, end_ids
 from gemma2.checkpoints.checkpoint import Checkpoint, named_tokenizer, open_checkpoint, turns_for
 from gemma2.checkpoints.dtypes import FLOAT8, FLOATS, PLAIN
 from gemma2.checkpoints.export import FOLDER, Layout, layout_for, write
+from gemma2.checkpoints.gguf_tokenizer import lost
 from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.gguf_write import FILE_TYPES, FINER
 from gemma2.checkpoints.hf_config import read_config
@@ -276,6 +277,7 @@ def _notes(opened: Checkpoint, layout: Layout, main: str) -> list[str]:
         said.append(f"{wide} norm weights are float32, because {main.lower()} cannot hold them exactly")
     said += layout.notes
     if form == "gguf":
+        said += lost(opened.tokenizer)
         if main in FINER:
             said.append(f"the embedding, which is also the head, is {FINER[main]}: coarser, it costs most")
         for name in ("rms_norm_eps", "rope_theta", "attn_logit_softcapping", "final_logit_softcapping"):

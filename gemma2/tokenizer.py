@@ -6,7 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,13 +14,13 @@ from typing import Any
 import sentencepiece
 
 from gemma2.errors import BadModelFile, first_line
+from gemma2.symbols import SPACE, Finder, Symbol
 
 NAMES = ("pad", "eos", "bos", "unk")  # in the order of their ids in Gemma's vocabularies
 RESPELLED = ("pad", "eos")  # those that a fine-tune may spell otherwise, as <|im_end|>, if they stay control pieces
 TURNS = ("start_of_turn", "end_of_turn")
 # Pieces that steer a model rather than say something. SentencePiece finds them in any text.
 CONTROL = re.compile(r"<mask>|<2mass>|\[@BOS@\]|<unused\d+>|<start_of_turn>|<end_of_turn>|\[toxicity=0\]")
-SPACE = "▁"  # U+2581, how SentencePiece writes a space
 # A NormalizerSpec (field 3) with add_dummy_prefix (field 3) off. Of a field that a protobuf has twice, the last holds.
 NO_PREFIX = b"\x1a\x02\x18\x00"
 PADDING = 1024  # fewer rows than this are taken for padding of an embedding; more are another model's
@@ -35,15 +35,16 @@ class Tokenizer:
         proto: the bytes of a `tokenizer.model`.
         where: the file it came from, for error messages.
         rows: of the embedding it is used with; default: one for each piece.
-        typed: the added tokens of a `tokenizer.json`, spelling -> id, which are found in a text as it is typed, before
-            spaces become `▁`. None for a `tokenizer.model`, which finds its symbols afterwards.
-        engine: the SentencePiece model that cuts what is between the tokens in `typed`; default `proto`.
+        added: all added tokens, as the library `tokenizers` finds them, where SentencePiece would not find them so.
+            None where SentencePiece finds its symbols by itself.
+        engine: the SentencePiece model that cuts what is between the tokens in `added`; default `proto`. Pieces that it
+            must not find have the spelling `hidden` there.
         notes: see below.
 
     Attributes:
         special: ids by name: pad, eos, bos, unk and, where the vocabulary has them, start_of_turn and end_of_turn.
         space_prefix: whether the file asks for a space before every text (add_dummy_prefix). Gemma 2's own do not.
-        where, rows, typed: as given.
+        where, rows, added: as given.
         notes: a line for everything about the tokenizer's files that the reader should know.
     Raises:
         BadModelFile: not a SentencePiece model, or one without Gemma's special and byte pieces.
@@ -54,11 +55,12 @@ class Tokenizer:
         proto: bytes,
         where: str = "tokenizer.model",
         rows: int | None = None,
-        typed: Mapping[str, int] | None = None,
+        added: Sequence[Symbol] | None = None,
         engine: bytes | None = None,
         notes: Sequence[str] = (),
     ) -> None:
-        self.where, self.typed, self.notes = where, typed, tuple(notes)
+        self.where, self.notes = where, tuple(notes)
+        self.added = None if added is None else tuple(added)
         self._proto, self._engine = proto, engine
         if not proto:
             raise BadModelFile(f"{where}: empty file, expected a SentencePiece model")
@@ -91,14 +93,17 @@ class Tokenizer:
         self.rows = len(names) if rows is None else rows
         control = {names[i]: i for i, is_control in enumerate(self._pieces.is_control(every)) if is_control}
         self._spelled_bos = names[declared["bos"]]
-        self._ids = {**(typed or {}), **control, "<unk>": declared["unk"]}
-        plain = [
-            text for text in typed or () if text not in control and not CONTROL.fullmatch(text) and text != "<unk>"
-        ]
+        self._hidden = {token.id: token.text for token in added or () if names[token.id] == hidden(token.id)}
+        given = {token.text: token for token in added or ()}
+        steering = {
+            text: given.pop(text, Symbol(text, i)) for text, i in (*control.items(), ("<unk>", declared["unk"]))
+        }
+        plain = {text: token for text, token in given.items() if not CONTROL.fullmatch(text)}
         try:
-            self._with_control, self._without_control = _pattern(self._ids), _pattern(plain)
-        except (RecursionError, OverflowError, re.error):
-            raise BadModelFile(f"{where}: added tokens that are too many or too long to be looked for") from None
+            self._with_control = _passes([*given.values(), *steering.values()])
+            self._without_control = _passes(plain.values())
+        except ValueError as error:
+            raise BadModelFile(f"{where}: {error}") from None
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -106,7 +111,7 @@ class Tokenizer:
         return cls(Path(path).read_bytes(), where=str(path))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._proto, self.where, self.rows, self.typed, self._engine, self.notes)
+        return type(self), (self._proto, self.where, self.rows, self.added, self._engine, self.notes)
 
     def to_proto(self) -> bytes:
         """The SentencePiece model, as `tokenizer.model` holds it."""
@@ -115,11 +120,13 @@ class Tokenizer:
     def id_of(self, piece: str) -> int | None:
         """The id of the piece with exactly this spelling; None if there is none."""
         found = int(self._pieces.piece_to_id(piece))
-        return found if self._pieces.id_to_piece(found) == piece else None
+        if self._pieces.id_to_piece(found) == piece:
+            return found
+        return next((i for i, text in self._hidden.items() if piece in (text, text.replace(" ", SPACE))), None)
 
     def piece(self, id: int) -> str:
         """The spelling of a piece, in which a space is `▁`."""
-        return str(self._pieces.id_to_piece(id))
+        return self._hidden[id].replace(" ", SPACE) if id in self._hidden else str(self._pieces.id_to_piece(id))
 
     def for_rows(self, rows: int) -> Tokenizer:
         """This tokenizer for an embedding of so many rows, which may be padded or cut.
@@ -181,15 +188,24 @@ class Tokenizer:
             ids = [self.special["bos"]]
         if self.space_prefix and text:
             text = f" {text}"
-        pattern, at = self._with_control if special else self._without_control, 0
-        for match in pattern.finditer(text) if pattern is not None else ():
-            ids += self._cut(text[at : match.start()], special)
-            ids.append(self._ids[match.group()])
-            at = match.end()
-        ids += self._cut(text[at:] if at else text, special)
+        ids += self._scan(text, self._with_control if special else self._without_control, special)
         if self.rows < len(self):
             self._refuse_rowless(ids)
         return ids
+
+    def _scan(self, text: str, passes: Sequence[tuple[bool, Finder]], special: bool) -> list[int]:
+        """The ids of a text: the tokens that the first pass finds, and what the others make of the rest."""
+        if not passes:
+            return self._cut(text, special)
+        (normalized, finder), *later = passes
+        text = text.replace(" ", SPACE) if normalized else text
+        ids, at = list[int](), 0
+        for start, stop, id in finder.find(text):
+            if at < start:
+                ids += self._scan(text[at:start], later, special)
+            ids.append(id)
+            at = stop
+        return ids + self._scan(text[at:] if at else text, later, special)
 
     def _cut(self, text: str, special: bool) -> list[int]:
         """The ids of a text by SentencePiece alone."""
@@ -200,8 +216,7 @@ class Tokenizer:
         for token in ids:
             if token >= self.rows:
                 raise ValueError(
-                    f"the text needs piece {token} ({self._pieces.id_to_piece(token)!r}), and the embedding has only "
-                    f"{self.rows} rows"
+                    f"the text needs piece {token} ({self.piece(token)!r}), and the embedding has only {self.rows} rows"
                 )
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -216,8 +231,17 @@ class Tokenizer:
         given, pieces = parse_ids(ids, self.rows), len(self)
         if self.rows > pieces:
             given = [token for token in given if token < pieces]
+        if not self._hidden.keys().isdisjoint(given):
+            runs = groupby(given, lambda token: self._hidden.get(token))
+            return "".join(
+                self._spell(run) if text is None else text.replace(SPACE, " ") * len(list(run)) for text, run in runs
+            )
+        return self._spell(given)
+
+    def _spell(self, ids: Iterable[int]) -> str:
+        """The text of ids by SentencePiece alone."""
         # With some settings SentencePiece drops a space where a text begins, so the text begins with a full stop here.
-        return str(self._pieces.decode([self._full_stop, *given]))[1:]
+        return str(self._pieces.decode([self._full_stop, *ids]))[1:]
 
     def pending_bytes(self, ids: list[int]) -> int:
         """How many ids at the end spell an unfinished UTF-8 character (0 to 3): text to hold back while streaming."""
@@ -254,6 +278,18 @@ class Tokenizer:
         return i is not None and i < len(self) and bool(self._pieces.is_byte(i))
 
 
+def hidden(id: int) -> str:
+    """A spelling that SentencePiece finds in no text, for it has a space, and what it is given has `▁` instead."""
+    return f" {id}"
+
+
+def _passes(symbols: Iterable[Symbol]) -> list[tuple[bool, Finder]]:
+    """What finds symbols: first those that are not normalized, then the others."""
+    every = list(symbols)
+    found = [(later, Finder(token for token in every if token.normalized == later)) for later in (False, True)]
+    return [(later, finder) for later, finder in found if finder]
+
+
 def check_text(text: str) -> None:
     """Raises ValueError unless `text` is a string that UTF-8 can hold."""
     if not isinstance(text, str):
@@ -280,29 +316,3 @@ def _break_control(text: str) -> list[str]:
     """Cut `text` after the first character of every control spelling, so that none is ever seen whole."""
     cuts = [0, *(match.start() + 1 for match in CONTROL.finditer(text)), len(text)]
     return [text[a:b] for a, b in pairwise(cuts) if b > a]
-
-
-def _pattern(spellings: Iterable[str]) -> re.Pattern[str] | None:
-    """What finds the longest of the spellings at a place; None if there are none."""
-    tree: dict[str, Any] = {}
-    for text in spellings:
-        node = tree
-        for character in text:
-            node = node.setdefault(character, {})
-        node[""] = {}
-    return re.compile(_alternatives(tree), re.DOTALL) if tree else None
-
-
-def _alternatives(tree: Mapping[str, Any]) -> str:
-    """A regular expression for a tree of characters in which "" ends a spelling, the longest first."""
-    branches = []
-    for character, below in tree.items():
-        if character:
-            # A chain without branches is written flat: what nests deeply cannot be compiled.
-            text = re.escape(character)
-            while len(below) == 1 and "" not in below:
-                ((character, below),) = below.items()
-                text += re.escape(character)
-            branches.append(text + _alternatives(below))
-    joined = "|".join(branches)
-    return "" if not branches else f"(?:{joined})?" if "" in tree else f"(?:{joined})"

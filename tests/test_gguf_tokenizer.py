@@ -35,7 +35,7 @@ from gemma2.checkpoints.sentencepiece_proto import (
     read_proto,
 )
 from gemma2.load import POCKET
-from gemma2.tokenizer import SPACE
+from gemma2.symbols import SPACE
 from tests.chat_templates import GEMMA
 from tests.conftest import SHARED
 from tests.parity.recordings import PARITY, WRITTEN

@@ -57,7 +57,7 @@ def test_tokenizer_json_alone_is_enough(folder: Folder, plain: Tokenizer) -> Non
 def test_of_two_files_that_say_the_same_the_model_file_holds_and_nothing_is_said(tmp_path: Path) -> None:
     write(model_in(tmp_path), pocket())
     found = tokenizer_of(tmp_path, None)
-    assert found.to_proto() == PROTO and found.typed is None and found.notes == ()
+    assert found.to_proto() == PROTO and found.added is None and found.notes == ()
 
 
 def test_of_two_files_that_differ_tokenizer_json_holds_as_in_transformers_and_that_is_said(tmp_path: Path) -> None:

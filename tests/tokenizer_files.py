@@ -29,8 +29,11 @@ def _merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     ]
 
 
-def fast(proto: bytes) -> dict[str, Any]:
-    """What `AutoTokenizer.from_pretrained(folder).save_pretrained` of transformers 5 writes for a tokenizer.model."""
+def fast(proto: bytes, merges: bool = True) -> dict[str, Any]:
+    """What `AutoTokenizer.from_pretrained(folder).save_pretrained` of transformers 5 writes for a tokenizer.model.
+
+    Without merges for `older`, which makes its own.
+    """
     found = read_proto(proto, "given")
     vocabulary = {piece: i for i, piece in enumerate(found.pieces)}
     kinds = found.kinds.tolist()
@@ -76,7 +79,7 @@ def fast(proto: bytes) -> dict[str, Any]:
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": vocabulary,
-            "merges": list(map(list, _merges(vocabulary))),
+            "merges": list(map(list, _merges(vocabulary))) if merges else [],
         },
     }
 

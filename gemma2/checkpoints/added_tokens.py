@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from gemma2.checkpoints.hf_config import read_json
 from gemma2.checkpoints.sentencepiece_proto import CONTROL, NORMAL, SPECIAL, SYMBOL, USER_DEFINED
 from gemma2.errors import BadModelFile
+from gemma2.symbols import SPACE, Symbol
 
 MOST = 2**16  # added tokens of a file
-AROUND = ("lstrip", "rstrip", "single_word")  # flags that make a token depend on the text around it
+LONGEST = 2**21, 2**17  # characters that all of them may have together, and those that are single words
+AROUND = ("lstrip", "rstrip", "single_word")  # flags that make a token depend on the text around it, as in `Symbol`
 # The keys under which transformers' files name one special token each, in its order, and those that list more of them.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LISTED = ("additional_special_tokens", "extra_special_tokens")
@@ -24,19 +27,29 @@ LISTED = ("additional_special_tokens", "extra_special_tokens")
 
 @dataclass(frozen=True)
 class Added:
-    """One added token: its text, the id that the file states, if any, and two of its flags."""
+    """One added token: its text, the id that the file states, if any, and its flags, see `Symbol`."""
 
     text: str
     id: int | None
     special: bool
     normalized: bool = False
+    around: tuple[bool, bool, bool] = (False, False, False)  # in the order of `AROUND`
+
+    @property
+    def single_word(self) -> bool:
+        return self.around[2]
+
+    def symbol(self, id: int) -> Symbol:
+        return Symbol(self.text, id, self.normalized, *self.around)
 
 
 def parse_added(stated: Any, where: str, id: Any = None, special: bool = False) -> Added:
     """An added token as transformers writes it: its text alone, or an object with content and flags.
 
+    One that does not say whether it is normalized is so if it is not special, as in transformers.
+
     Raises:
-        BadModelFile: wrong types, or a flag that this program does not follow.
+        BadModelFile: wrong types.
     """
     if isinstance(stated, str):
         stated = {"content": stated}
@@ -54,13 +67,9 @@ def parse_added(stated: Any, where: str, id: Any = None, special: bool = False) 
             raise BadModelFile(
                 f"{where}: {flag} of added token {text!r:.80} is {stated[flag]!r:.40}, not true or false"
             )
-    for flag in AROUND:
-        if stated.get(flag, False):
-            raise BadModelFile(
-                f"{where}: added token {text!r:.80} has {flag}=true, and this program finds added tokens whatever "
-                "stands around them"
-            )
-    return Added(text, id, stated.get("special", special), stated.get("normalized", False))
+    special = stated.get("special", special)
+    around = tuple(stated.get(flag, False) for flag in AROUND)
+    return Added(text, id, special, stated.get("normalized", not special), (around[0], around[1], around[2]))
 
 
 def added_beside(folder: Path) -> tuple[list[Added], list[Added]]:
@@ -95,17 +104,23 @@ def added_beside(folder: Path) -> tuple[list[Added], list[Added]]:
     return sorted(added, key=lambda token: token.id or 0), specials
 
 
-def add(pieces: list[str], kinds: list[int], added: Iterable[Added], where: str) -> list[str]:
-    """Put added tokens into a vocabulary, as the library `tokenizers` does. Returns lines that the reader should know.
+def add(pieces: list[str], kinds: list[int], added: Iterable[Added], where: str) -> tuple[list[str], dict[str, Symbol]]:
+    """Put added tokens into a vocabulary, as the library `tokenizers` does.
 
     A token that is a piece already keeps that piece's id; one with the id of another piece renames it; any other gets
     the next id. The kind of a piece follows from the token's flag `special`, but Gemma's own symbols keep theirs.
 
+    Returns:
+        Lines that the reader should know, and the tokens by their texts. Of two with one text the one that states no id
+        only names the other, whose flags hold.
     Raises:
         BadModelFile: two tokens of one id, or more than 65,536 tokens.
     """
-    ids = {piece: i for i, piece in enumerate(pieces)}
-    trained, said, taken = len(pieces), list[str](), dict[int, str]()
+    added, ids = list(islice(added, MOST + 1)), {piece: i for i, piece in enumerate(pieces)}
+    whole = "\0".join(token.text for token in added if token.single_word)
+    if sum(len(token.text) for token in added) > LONGEST[0] or len(whole) > LONGEST[1]:
+        raise BadModelFile(f"{where}: added tokens that are too many or too long to be looked for")
+    trained, said, taken, symbols = len(pieces), list[str](), dict[int, str](), dict[str, Symbol]()
     for count, token in enumerate(added):
         if count == MOST:
             raise BadModelFile(f"{where}: more than {MOST:,} added tokens")
@@ -114,6 +129,11 @@ def add(pieces: list[str], kinds: list[int], added: Iterable[Added], where: str)
                 f"{where}: added tokens {taken[token.id]!r:.60} and {token.text!r:.60} both have the id {token.id}"
             )
         found = ids.get(token.text)
+        if token.single_word and SYMBOL.search(token.text):
+            raise BadModelFile(
+                f"{where}: added token {token.text!r:.60} has single_word=true, and one of Gemma's symbols is in it"
+            )
+        merged = found is not None and found < trained and kinds[found] == NORMAL
         if found is None and token.id is not None and token.id < trained:
             found = token.id
             said.append(f"piece {found}, {pieces[found]!r:.60}, is renamed to {token.text!r:.60}")
@@ -127,8 +147,25 @@ def add(pieces: list[str], kinds: list[int], added: Iterable[Added], where: str)
             kinds.append(NORMAL)
         if token.id is not None and found != token.id:
             said.append(f"added token {token.text!r:.60} has the id {found}, as in transformers, and not {token.id}")
-        kinds[found] = kind_of(token, kinds[found])
-    return said
+        if token.id is not None or token.text not in symbols:
+            symbols[token.text] = token.symbol(found)
+        kind = kind_of(token, kinds[found])
+        if merged and _is_merged_too(symbols[token.text], whole):
+            if kind == CONTROL:
+                raise BadModelFile(
+                    f"{where}: special token {token.text!r:.60} is a piece of ordinary text too, where it is not found"
+                )
+            kind = NORMAL
+        kinds[found] = kind
+    return said, symbols
+
+
+def _is_merged_too(symbol: Symbol, whole: str) -> bool:
+    """Whether a piece that is an added token is also made of its parts, in places where the token is not found.
+
+    That is inside of tokens that are single words, `whole`, and where a space is typed instead of a `▁`.
+    """
+    return symbol.text in whole or (SPACE in symbol.text and not symbol.normalized)
 
 
 def kind_of(token: Added, kind: int) -> int:

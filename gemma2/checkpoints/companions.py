@@ -39,7 +39,7 @@ def small_files(opened: Checkpoint, dtype: torch.dtype | None = None) -> dict[st
         "add_eos_token": False,
         **{f"{name}_token": tokenizer.piece(special[name]) for name in ("bos", "eos", "unk", "pad")},
         **named,
-        **({} if tokenizer.typed is None else {AS_TYPED: True}),
+        **({} if tokenizer.added is None else {AS_TYPED: True}),
         **({} if opened.chat_template is None else {"chat_template": opened.chat_template}),
     }
     files: dict[str, Any] = {
@@ -51,7 +51,7 @@ def small_files(opened: Checkpoint, dtype: torch.dtype | None = None) -> dict[st
         files[GENERATION] = generation
     texts = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
     # transformers reads tokenizer.json, for which it needs no other package. A .ckpt's readers know tokenizer.model.
-    fast = tokenizer_json(tokenizer) if dtype is not None or tokenizer.typed is not None else None
+    fast = tokenizer_json(tokenizer) if dtype is not None or tokenizer.added is not None else None
     return texts | {"tokenizer.model": tokenizer.to_proto()} | ({} if fast is None else {"tokenizer.json": fast})
 
 

@@ -167,7 +167,9 @@ def _gguf_header(opened: Checkpoint, entries: list[Entry], main: str, title: str
     metadata["general.file_type"] = Value("u32", FILE_TYPES[main])
     metadata["general.quantization_version"] = Value("u32", 2)
     tokenizer = opened.tokenizer
-    metadata |= tokenizer_metadata(tokenizer.to_proto(), tokenizer.where, opened.config.vocab_size, opened.end_ids)
+    metadata |= tokenizer_metadata(
+        tokenizer.to_proto(), tokenizer.where, opened.config.vocab_size, opened.end_ids, tokenizer.added
+    )
     if opened.chat_template is not None:
         metadata["tokenizer.chat_template"] = Value("str", opened.chat_template)
     if opened.chat_tuned is not None:

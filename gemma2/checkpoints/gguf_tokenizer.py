@@ -8,12 +8,16 @@ in text. So what is one symbol whatever surrounds it (USER_DEFINED) is decided b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma2.checkpoints.added_tokens import LONGEST
 from gemma2.checkpoints.gguf import GGUF, Value
 from gemma2.checkpoints.sentencepiece_proto import (
     BYTE,
@@ -22,16 +26,20 @@ from gemma2.checkpoints.sentencepiece_proto import (
     NORMAL,
     SPECIAL,
     SYMBOL,
+    UNKNOWN,
     UNUSED,
     USER_DEFINED,
     Vocabulary,
     read_proto,
     write_proto,
 )
+from gemma2.checkpoints.with_symbols import LONGEST_RUN, beyond_sentencepiece, in_effect, tokenizer_with
+from gemma2.checkpoints.with_symbols import is_gemmas as is_gemmas_symbol
 from gemma2.errors import BadModelFile
+from gemma2.symbols import SPACE, Symbol
 from gemma2.templates import is_gemmas
 from gemma2.tokenizer import CONTROL as STEERING
-from gemma2.tokenizer import SPACE, Tokenizer
+from gemma2.tokenizer import Tokenizer
 
 PREFIX = "tokenizer.ggml."
 ARRAYS = {"tokens": "str[]", "scores": "f32[]", "token_type": "i32[]"}  # types are numbered as in SentencePiece
@@ -44,6 +52,9 @@ ENDINGS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>",
 END_IDS = "gemma2.end_token_ids"
 ADDED = -1000.0  # the score that llama.cpp's converter gives to what a tokenizer_config.json adds to the pieces
 PADDED = -10000.0  # and to `[PAD4097]` and the like, with which it fills the rows of an embedding that have no piece
+# The key with which this project says how added tokens are found, where that is not by their types; JSON. Other readers
+# leave it alone.
+AS_ADDED = "gemma2.added_tokens"
 ELSEWHERE = "name a tokenizer.model with tokenizer="
 
 
@@ -54,14 +65,14 @@ def build_tokenizer(header: GGUF) -> Tokenizer:
         BadModelFile: no vocabulary, arrays of unequal length or another type, special tokens that are not Gemma's, or
             what `Tokenizer` refuses; or not one piece for each row of the embedding.
     """
-    proto = tokenizer_model(header)
+    found = _vocabulary(header)
     listed, embedding = len(header.metadata[PREFIX + "tokens"].value), header.tensors.get("token_embd.weight")
     if embedding is not None and embedding.shape[0] != listed:
         raise BadModelFile(
             f"{header.path}: {listed} pieces, but the embedding has {embedding.shape[0]} rows; {ELSEWHERE}"
         )
     try:
-        return Tokenizer(proto, str(header.path), rows=listed)
+        return _with_symbols(header, found).for_rows(listed)
     except BadModelFile as error:
         raise BadModelFile(f"{error}; {ELSEWHERE}") from None
 
@@ -69,6 +80,66 @@ def build_tokenizer(header: GGUF) -> Tokenizer:
 def tokenizer_model(header: GGUF) -> bytes:
     """The bytes of a `tokenizer.model` for the tokenizer of a GGUF. Raises BadModelFile as `build_tokenizer`."""
     return write_proto(_vocabulary(header))
+
+
+def _with_symbols(header: GGUF, found: Vocabulary) -> Tokenizer:
+    """The tokenizer, with what the file says of added tokens that types of pieces cannot."""
+    where, kinds = str(header.path), found.kinds
+    told = _told(header, found.pieces)
+    typed = [
+        Symbol(found.pieces[i], i) for i in np.flatnonzero(kinds == USER_DEFINED).tolist() if " " in found.pieces[i]
+    ]
+    if not told and not typed:
+        return Tokenizer(write_proto(found), where)
+    symbol_kinds = (CONTROL, UNKNOWN, USER_DEFINED)
+    own = [Symbol(p, i) for i, (p, kind) in enumerate(zip(found.pieces, kinds, strict=True)) if kind in symbol_kinds]
+    symbols = in_effect(own, {symbol.text: symbol for symbol in told or typed})
+    return tokenizer_with(found, [p if is_gemmas_symbol(p) else "" for p in found.pieces], symbols, where, ())
+
+
+def _told(header: GGUF, pieces: Sequence[str]) -> list[Symbol]:
+    """The added tokens that the file lists. Each must be the piece of its id, or one that has no spelling there."""
+    stated = header.metadata.get(AS_ADDED)
+    if stated is None:
+        return []
+    try:
+        told = [Symbol(*each) for each in json.loads(stated.value)]
+        good = all(_is_sound(symbol, pieces) for symbol in told) and len({s.id for s in told}) == len(told)
+    except (TypeError, ValueError, RecursionError):
+        good = False
+    if not good or sum(len(s.text) for s in told) > LONGEST[0]:
+        raise BadModelFile(f"{header.path}: {AS_ADDED} is {stated.value!r:.80}, which is damaged; {ELSEWHERE}")
+    return told
+
+
+def _is_sound(symbol: Symbol, pieces: Sequence[str]) -> bool:
+    text, id = symbol.text, symbol.id
+    flags = (symbol.normalized, symbol.lstrip, symbol.rstrip, symbol.single_word)
+    if type(text) is not str or not text or type(id) is not int or {*map(type, flags)} != {bool}:
+        return False
+    return 0 <= id < len(pieces) and (
+        pieces[id] == _unspelled(id) or text.replace(" ", SPACE) == pieces[id].replace(" ", SPACE)
+    )
+
+
+def _unspelled(id: int) -> str:
+    """Stands for an added token whose spelling another token has already: a GGUF has one of each."""
+    return f"[added {id}]"
+
+
+def lost(tokenizer: Tokenizer) -> list[str]:
+    """What a GGUF cannot state of a tokenizer."""
+    said, beyond = [], sorted(symbol.text for symbol in beyond_sentencepiece(tokenizer.added))
+    if beyond:
+        listed = ", ".join(map(repr, beyond[:3])) + (", ..." if beyond[3:] else "")
+        said.append(
+            f"how added tokens are found ({listed:.200}) is in a key of this project ({AS_ADDED}): llama.cpp may find "
+            "them elsewhere"
+        )
+    run = tokenizer.id_of(SPACE * LONGEST_RUN)
+    if run is not None and tokenizer.encode(" " * (LONGEST_RUN + 9), bos=False)[0] != run:
+        said.append(f"runs of more than {LONGEST_RUN} spaces are cut otherwise from a GGUF, the longest piece first")
+    return said
 
 
 def notes(header: GGUF) -> list[str]:
@@ -108,6 +179,10 @@ def notes(header: GGUF) -> list[str]:
     ends = [pieces[i] for i in sorted(end_ids(header)) if pieces[i] not in (DECLARED["eos"], DECLARED["eot"])]
     if ends:
         said.append(f"a text also ends at {', '.join(map(repr, ends)):.200}")
+    normal = [pieces[i] for i in sorted(end_ids(header)) if types is not None and types.value[i] == NORMAL]
+    normal = [piece for piece in normal if piece not in SPECIAL and not SYMBOL.fullmatch(piece)]
+    if normal:
+        said.append(f"{', '.join(map(repr, normal)):.200} is of type NORMAL, and taken for a control piece")
     return said
 
 
@@ -147,7 +222,11 @@ def chat_tuned(header: GGUF) -> bool | None:
 
 
 def tokenizer_metadata(
-    proto: bytes, where: str = "tokenizer.model", rows: int | None = None, ends: Iterable[int] = ()
+    proto: bytes,
+    where: str = "tokenizer.model",
+    rows: int | None = None,
+    ends: Iterable[int] = (),
+    added: Iterable[Symbol] | None = None,
 ) -> dict[str, Value]:
     """The tokenizer's part of a GGUF, key for key and in the order of llama.cpp's converter for Gemma 2.
 
@@ -156,6 +235,7 @@ def tokenizer_metadata(
         where: its name, for error messages.
         rows: of the embedding; default: one for each piece.
         ends: ids at which a text ends beside Gemma's own; a GGUF has room for two.
+        added: the tokenizer's added tokens, if SentencePiece does not find them by itself.
     Raises:
         BadModelFile: what `Tokenizer` refuses, more pieces than rows, and settings other than Gemma's, which a GGUF
             could not hold.
@@ -163,11 +243,14 @@ def tokenizer_metadata(
     special = Tokenizer(proto, where).special
     found = read_proto(proto, where)
     pieces, scores, types = list(found.pieces), found.scores.copy(), found.kinds.astype("<i4")
+    told, taken = beyond_sentencepiece(added), {p.replace(SPACE, " ") for p in pieces if is_gemmas_symbol(p)}
     for i in np.flatnonzero((types != NORMAL) & (types != BYTE) & (types != UNUSED)).tolist():
         steers = STEERING.fullmatch(pieces[i]) and pieces[i] != "[toxicity=0]"
         scores[i] = ADDED
         types[i] = USER_DEFINED if types[i] == USER_DEFINED and not steers else CONTROL
         if types[i] == USER_DEFINED:
+            if not is_gemmas_symbol(pieces[i]) and pieces[i].replace(SPACE, " ") in taken:
+                pieces[i], types[i] = _unspelled(i), UNUSED
             pieces[i] = pieces[i].replace(SPACE, " ")
     missing = 0 if rows is None else rows - len(pieces)
     if missing < 0:
@@ -192,6 +275,7 @@ def tokenizer_metadata(
         PREFIX + "add_eos_token": Value("bool", False),
         PREFIX + "add_space_prefix": Value("bool", found.space_prefix),
         **{f"{PREFIX}{name}_token_id": Value("u32", id) for name, id in zip(ENDS[1:], others, strict=False)},
+        **({AS_ADDED: Value("str", json.dumps(sorted(map(astuple, told), key=itemgetter(1))))} if told else {}),
     }
 
 
@@ -222,16 +306,26 @@ def _vocabulary(header: GGUF) -> Vocabulary:
     end = len(tokens)
     while end and types[end - 1] == UNUSED and tokens[end - 1] == f"[PAD{end - 1}]":
         end -= 1  # rows of the embedding that have no piece
-    tokens, scores, types = tokens[:end], scores[:end], types[:end]
+    tokens, scores, types = tokens[:end], scores[:end], types[:end].copy()
     pieces, own_scores, kinds = list(tokens), scores.copy(), types.copy()
+    told = {symbol.id: symbol.text for symbol in _told(header, tokens)}
+    names = set(pieces)
     # Before the bytes Gemma keeps what no merge makes.
     first_byte = pieces.index("<0x00>") if "<0x00>" in pieces else 0
     for i in np.flatnonzero((types != NORMAL) | (scores == 0) | (scores == ADDED)).tolist():
+        if i in told and pieces[i] == _unspelled(i):
+            pieces[i], types[i] = told[i], USER_DEFINED
         kinds[i] = _kind(pieces[i], int(types[i]), i < first_byte)
         if kinds[i] == USER_DEFINED:
-            pieces[i] = pieces[i].replace(" ", SPACE)  # the converter writes the spaces of such pieces bare
+            spelling = pieces[i].replace(" ", SPACE)  # the converter writes the spaces of such pieces bare
+            if spelling not in names:
+                pieces[i] = spelling
+                names.add(spelling)
         if kinds[i] not in (NORMAL, UNUSED):
             own_scores[i] = 0
+    for i in end_ids(header):
+        if i < end and _is_added_end(pieces, i, int(kinds[i])):
+            kinds[i], own_scores[i] = CONTROL, 0  # as llama.cpp takes it, whatever the type says
     _check_declared(metadata, tokens, kinds, where)
     merges = np.flatnonzero(kinds == NORMAL)
     if merges.size and merges[0] < first_byte:
@@ -287,6 +381,14 @@ def _may_end(piece: str, kind: int) -> bool:
         return piece == DECLARED["eos"]
     own = SYMBOL.fullmatch(piece) is not None and STEERING.fullmatch(piece) is None
     return kind == CONTROL or (kind == USER_DEFINED and not own)
+
+
+def _is_added_end(pieces: list[str], i: int, kind: int) -> bool:
+    """Whether a piece at which a text ends is of type NORMAL, though no merge makes it."""
+    if kind != NORMAL or pieces[i] in SPECIAL:
+        return False
+    known, piece = set(pieces), pieces[i]
+    return len(piece) > 1 and not any(piece[:n] in known and piece[n:] in known for n in range(1, len(piece)))
 
 
 def _array(metadata: Mapping[str, Value], name: str, kind: str, where: str) -> Any:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gemma2.checkpoints.sentencepiece_proto import BYTE, NORMAL, USER_DEFINED
 from gemma2.errors import BadModelFile
-from gemma2.tokenizer import SPACE
+from gemma2.symbols import SPACE
 
 # Gemma 2's own pieces and merges in the orders in which programs write them, and whether long runs of spaces come
 # first. To look at 580,000 merges takes more than half of the time that a file takes to read.

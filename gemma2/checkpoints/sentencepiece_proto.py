@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma2.errors import BadModelFile
+from gemma2.symbols import SPACE
 from gemma2.tokenizer import CONTROL as STEERING
-from gemma2.tokenizer import NAMES, RESPELLED, SPACE
+from gemma2.tokenizer import NAMES, RESPELLED
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
 SPECIAL = {"<pad>": CONTROL, "<eos>": CONTROL, "<bos>": CONTROL, "<unk>": UNKNOWN}
@@ -73,15 +74,17 @@ def write_proto(vocabulary: Vocabulary) -> bytes:
     return bytes(out + _bytes(TRAINER, trainer) + _bytes(NORMALIZER, normalizer))
 
 
-def with_kinds(proto: bytes, changes: Iterable[tuple[str, float, int]]) -> bytes:
-    """What `write_proto` gave, with other scores and kinds for some pieces, which stand in the order of their ids."""
-    out, at = bytearray(proto), 0
-    for piece, score, kind in changes:
-        text = piece.encode()
-        head = _piece_head(len(text)) + text + b"\x15"
-        at = out.index(head, at) + len(head)
-        out[at : at + 6] = struct.pack("<f", score) + b"\x18" + kind.to_bytes()
-    return bytes(out)
+def with_pieces(proto: bytes, changes: Iterable[tuple[str, str, float, int]]) -> bytes:
+    """What `write_proto` gave, with another spelling, score and kind for some pieces, in the order of their ids."""
+    out, at = bytearray(), 0
+    for piece, spelling, score, kind in changes:
+        old, new = piece.encode(), spelling.encode()
+        entry = _piece_head(len(old)) + old + b"\x15"
+        start = proto.index(entry, at)
+        out += proto[at:start] + _piece_head(len(new)) + new + b"\x15" + struct.pack("<f", score)
+        out += b"\x18" + kind.to_bytes()
+        at = start + len(entry) + 6  # the score, and a kind
+    return bytes(out + proto[at:])
 
 
 def _special(vocabulary: Vocabulary, name: str) -> tuple[int, str]:

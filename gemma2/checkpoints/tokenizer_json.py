@@ -4,7 +4,7 @@ SentencePiece merges two neighbours whenever together they are a piece, the one 
 has a list of pairs that may merge, in order. Both do the same where the list has every pair of pieces that makes a
 piece, and where all pairs of one piece stand together, as transformers writes it. Both are checked here, so that a text
 has the same ids as there. One thing differs between Gemma's own two files: `tokenizers` looks for added tokens in the
-text as it is typed, where a run of spaces is not yet the piece `▁▁`. See `Tokenizer.typed`.
+text as it is typed, where a run of spaces is not yet the piece `▁▁`. See `Tokenizer.added`.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import Any
 
 import numpy as np
 
-from gemma2.checkpoints.added_tokens import Added, add, parse_added
+from gemma2.checkpoints.added_tokens import MOST, Added, add, parse_added
 from gemma2.checkpoints.merges import merge_ranks
 from gemma2.checkpoints.sentencepiece_proto import (
     BYTE,
     NORMAL,
     SPECIAL,
-    UNUSED,
     USER_DEFINED,
     Vocabulary,
-    with_kinds,
-    write_proto,
+    read_proto,
 )
+from gemma2.checkpoints.with_symbols import beyond_sentencepiece, is_gemmas, tokenizer_with
 from gemma2.errors import BadModelFile
-from gemma2.tokenizer import SPACE, Tokenizer
+from gemma2.symbols import SPACE
+from gemma2.tokenizer import Tokenizer
 
 MOST_BYTES = 96 * 2**20  # Gemma 2's own has 17 to 34 MB
 TAB = "<0x09>"  # which older files spell "\t"
@@ -129,30 +129,48 @@ def _tokenizer(content: dict[str, Any], where: str, named: Sequence[Added]) -> T
         kinds[i] = BYTE
     trained = list(pieces)
     added = _added(content.get("added_tokens"), where)
-    notes += add(pieces, kinds, [*added, *named], where)
+    said, symbols = add(pieces, kinds, [*added, *named], where)
     ranks, longest_first = merge_ranks(model.get("merges"), vocabulary, trained, kinds, where)
-    wanted = {token.text for token in added if not token.normalized}
-    typed = {piece: i for i, piece in enumerate(pieces) if piece in wanted}
     if TAB not in vocabulary:
         pieces[vocabulary["\t"]] = TAB
-    for i in np.flatnonzero(np.array(kinds) == USER_DEFINED).tolist():
-        pieces[i] = pieces[i].replace(" ", SPACE)
-    if longest_first:
-        for i, piece in enumerate(trained):
-            if len(piece) > 1 and not piece.strip(SPACE):
+    merged = {}
+    for i, piece in enumerate(trained):
+        if len(piece) > 1 and piece[0] == SPACE and not piece.strip(SPACE):
+            # Runs of spaces: as symbols, or merged from their parts in the order of the file.
+            if piece in symbols and not (longest_first or symbols[piece].normalized):
+                merged[i] = float(ranks[i])
+            if piece in symbols or longest_first:
                 kinds[i] = USER_DEFINED
-    scores = np.where(np.array(kinds) == NORMAL, ranks, np.float32(0))
-    proto = write_proto(Vocabulary(pieces, scores, np.array(kinds, np.int32)))
-    if not any(" " in text or SPACE in text for text in typed):
-        return Tokenizer(proto, where, notes=notes)  # SentencePiece finds all of them by itself
-    changes = []
-    for i in sorted(typed.values()):
-        if kinds[i] == USER_DEFINED and SPACE in pieces[i]:
-            # Runs of spaces are merged from their parts; any other piece with a space is made by nothing but `typed`.
-            run = not pieces[i].strip(SPACE)
-            if not (run and longest_first):
-                changes.append((pieces[i], float(ranks[i]) if run else 0.0, NORMAL if run else UNUSED))
-    return Tokenizer(proto, where, typed=typed, engine=with_kinds(proto, changes), notes=notes)
+    kind = np.array(kinds, np.int32)
+    found = Vocabulary(pieces, np.where(kind == NORMAL, ranks, np.float32(0)), kind)
+    return tokenizer_with(found, trained, list(symbols.values()), where, [*notes, *said], merged)
+
+
+def not_in(path: Path, other: Tokenizer) -> str:
+    """Names an added token or a piece of a tokenizer.json that another tokenizer has not, or not in the same way.
+
+    "" if it has them all, and for a file whose pieces and tokens cannot be read.
+    """
+    try:
+        content = _content(path)
+        added = _added(content.get("added_tokens"), str(path))
+    except (BadModelFile, OSError):
+        return ""
+    kinds = read_proto(other.to_proto(), other.where).kinds
+    known = {symbol.text: symbol for symbol in other.added or ()}
+    symbols = {token.symbol(token.id or 0) for token in added}
+    beyond = beyond_sentencepiece(symbols)
+    for symbol in symbols:
+        i = other.id_of(symbol.text)
+        same = i == symbol.id and (is_gemmas(symbol.text) or kinds[i] != NORMAL)
+        if not same or (symbol in beyond and known.get(symbol.text) != symbol):
+            return f"added token {symbol.text!r:.60}"
+    vocabulary = content["model"].get("vocab")
+    if isinstance(vocabulary, dict):
+        for piece, i in vocabulary.items():
+            if piece != "\t" and i != other.id_of(piece):
+                return f"piece {piece!r:.60}"
+    return ""
 
 
 def _check_settings(content: Mapping[str, Any], where: str) -> None:
@@ -242,6 +260,8 @@ def _pieces(vocabulary: Mapping[str, Any], where: str) -> list[str]:
             raise BadModelFile(f"{where}: piece {piece!r:.60} has the id {i}, but there are only {len(pieces)} pieces")
         if pieces[i] is not None:
             raise BadModelFile(f"{where}: pieces {pieces[i]!r:.60} and {piece!r:.60} both have the id {i}")
+        if not piece:
+            raise BadModelFile(f"{where}: the piece with the id {i} is empty, which a SentencePiece model cannot hold")
         pieces[i] = piece
     try:
         "".join(vocabulary).encode()
@@ -255,6 +275,8 @@ def _added(stated: Any, where: str) -> list[Added]:
         return []
     if not isinstance(stated, list):
         raise BadModelFile(f"{where}: added_tokens must be a list, found {stated!r:.60}")
+    if len(stated) > MOST:
+        raise BadModelFile(f"{where}: more than {MOST:,} added tokens")
     found = []
     for token in stated:
         if not isinstance(token, Mapping) or "id" not in token:

@@ -10,7 +10,9 @@ import numpy as np
 
 from gemma2.checkpoints.sentencepiece_proto import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, read_proto
 from gemma2.checkpoints.tokenizer_json import DECODER, NORMALIZER, PRE_TOKENIZER
-from gemma2.tokenizer import SPACE, TURNS, Tokenizer
+from gemma2.checkpoints.with_symbols import LONGEST_RUN, is_gemmas
+from gemma2.symbols import SPACE, Symbol
+from gemma2.tokenizer import TURNS, Tokenizer
 
 SPECIAL = {"<mask>", *(f"<{name}>" for name in TURNS)}  # symbols that transformers calls special
 
@@ -23,16 +25,19 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes | None:
     if tokenizer.space_prefix:
         return None
     found = read_proto(tokenizer.to_proto(), tokenizer.where)
-    pieces, kinds, scores, typed = found.pieces, found.kinds.tolist(), found.scores.tolist(), tokenizer.typed
-    texts = list(pieces)
-    for text, i in (typed or {}).items():
-        texts[i] = text
+    pieces, kinds, scores = found.pieces, found.kinds.tolist(), found.scores.tolist()
+    symbols, texts = {symbol.id: symbol for symbol in tokenizer.added or ()}, list(pieces)
     added = []
-    for i, (text, kind) in enumerate(zip(texts, kinds, strict=True)):
-        if kind in (CONTROL, UNKNOWN, USER_DEFINED):
-            # SentencePiece finds its symbols after spaces have become `▁`; what is found before is in `typed`.
-            normalized = kind == USER_DEFINED and SPACE in text and (typed is None or text not in typed)
-            added.append(_added(i, text, normalized, kind != USER_DEFINED or text in SPECIAL))
+    for i, (piece, kind) in enumerate(zip(pieces, kinds, strict=True)):
+        # SentencePiece finds its symbols after spaces have become `▁`.
+        symbol = symbols.get(i) or Symbol(piece, i, normalized=kind == USER_DEFINED and SPACE in piece)
+        texts[i] = symbol.text
+        if i in symbols or kind in (CONTROL, UNKNOWN, USER_DEFINED):
+            added.append(_added(symbol, kind in (CONTROL, UNKNOWN) or symbol.text in SPECIAL))
+    # What was added behind a vocabulary is not in it: one character would be taken for that piece wherever it stands.
+    trained, tokens = len(texts), {token["id"] for token in added}
+    while trained - 1 in tokens and not is_gemmas(texts[trained - 1]):
+        trained -= 1
     special = tokenizer.special["bos"], texts[tokenizer.special["bos"]]
     content = {
         "version": "1.0",
@@ -52,8 +57,10 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes | None:
             "fuse_unk": True,
             "byte_fallback": True,
             "ignore_merges": False,
-            "vocab": {text: i for i, text in enumerate(texts)},
-            "merges": _merges(tokenizer, pieces, kinds, scores),
+            "vocab": {text: i for i, text in enumerate(texts[:trained])},
+            "merges": _merges(
+                tokenizer, ["" if a != b else a for a, b in zip(pieces, texts, strict=True)], kinds, scores
+            ),
         },
     }
     return json.dumps(content, ensure_ascii=False).encode()
@@ -64,7 +71,7 @@ def _merges(tokenizer: Tokenizer, pieces: Sequence[str], kinds: Sequence[int], s
 
     Those of runs of spaces come before all others, in the order that cuts a run as the tokenizer does.
     """
-    runs = [i for i, piece in enumerate(pieces) if piece.startswith(SPACE) and not piece.strip(SPACE)]
+    runs = [i for i, piece in enumerate(pieces) if 0 < len(piece) <= LONGEST_RUN and not piece.strip(SPACE)]
     others = sorted(set(np.flatnonzero(np.array(kinds) == NORMAL).tolist()) - set(runs), key=lambda i: (-scores[i], i))
     known = {pieces[i] for i in (*runs, *others)}
 
@@ -78,9 +85,9 @@ def _merges(tokenizer: Tokenizer, pieces: Sequence[str], kinds: Sequence[int], s
     return [f"{left} {right}" for left, right in (*spaces, *pairs(others))]
 
 
-def _added(id: int, text: str, normalized: bool, special: bool) -> dict[str, Any]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-    return {"id": id, "content": text, **flags, "normalized": normalized, "special": special}
+def _added(symbol: Symbol, special: bool) -> dict[str, Any]:
+    flags = {name: getattr(symbol, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+    return {"id": symbol.id, "content": symbol.text, **flags, "special": special}
 
 
 def _template(id: int, bos: str) -> dict[str, Any]:

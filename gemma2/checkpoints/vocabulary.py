@@ -9,14 +9,24 @@ import numpy as np
 from gemma2.checkpoints import gguf, gguf_tokenizer
 from gemma2.checkpoints.added_tokens import Added, add, added_beside
 from gemma2.checkpoints.hf_config import read_json
-from gemma2.checkpoints.sentencepiece_proto import SPECIAL, SYMBOL, Vocabulary, read_proto, write_proto
-from gemma2.checkpoints.tokenizer_json import read_tokenizer_json
+from gemma2.checkpoints.sentencepiece_proto import (
+    CONTROL,
+    SPECIAL,
+    SYMBOL,
+    UNKNOWN,
+    USER_DEFINED,
+    Vocabulary,
+    read_proto,
+)
+from gemma2.checkpoints.tokenizer_json import not_in, read_tokenizer_json
+from gemma2.checkpoints.with_symbols import beyond_sentencepiece, in_effect, tokenizer_with
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
+from gemma2.symbols import Symbol
 from gemma2.tokenizer import Tokenizer
 
 # The key of tokenizer_config.json with which this project says that a tokenizer.model was made from the tokenizer.json
-# beside it, whose rules for runs of spaces hold (see `Tokenizer.typed`). Other readers leave it alone.
+# beside it, whose rules for runs of spaces hold (see `Tokenizer.added`). Other readers leave it alone.
 AS_TYPED = "gemma2.added_tokens_as_typed"
 MODEL, JSON = "tokenizer.model", "tokenizer.json"
 ELSEWHERE = (
@@ -49,8 +59,13 @@ def tokenizer_of(folder: Path, given: Given) -> Tokenizer:
     except BadModelFile as error:
         if not model.is_file():
             raise BadModelFile(f"{error}; {ELSEWHERE}") from None
-        note = f"{JSON} cannot be used, so {MODEL} is: {str(error).removeprefix(f'{fast}: ')}"
-        return _noting(_with_added(Tokenizer.from_file(model), folder), note)
+        other = _with_added(Tokenizer.from_file(model), folder)
+        lost = not_in(fast, other)
+        if lost:
+            raise BadModelFile(
+                f"{error}; {MODEL} is another tokenizer, without that {lost}: if it is meant, name it with tokenizer="
+            ) from None
+        return _noting(other, f"{JSON} cannot be used, so {MODEL} is: {str(error).removeprefix(f'{fast}: ')}")
     if not model.is_file():
         return found
     try:
@@ -58,7 +73,7 @@ def tokenizer_of(folder: Path, given: Given) -> Tokenizer:
         if other.to_proto() != found.to_proto():
             other = _with_added(other, folder)
         if same_tokenizer(other, found):
-            return found if _made_here(folder) else other
+            return other if other.added is None and same_symbols(other, found) and not _made_here(folder) else found
     except BadModelFile:
         return _noting(found, f"{MODEL} cannot be read; {JSON} is used")
     return _noting(
@@ -115,6 +130,14 @@ def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
     return same and np.array_equal(np.argsort(-a.scores, kind="stable"), np.argsort(-b.scores, kind="stable"))
 
 
+def same_symbols(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers of the same pieces find the same added tokens, and in the same way.
+
+    How they cut runs of spaces is not looked at: Google's own two files differ there, in runs of more than 31.
+    """
+    return beyond_sentencepiece(one.added) == beyond_sentencepiece(other.added)
+
+
 def _with_added(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
     """The tokenizer of a tokenizer.model, with the tokens that the files beside it add."""
     added, named = added_beside(folder)
@@ -122,18 +145,31 @@ def _with_added(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
         return tokenizer  # as in Google's folders; reading 256,000 pieces is saved
     found = read_proto(tokenizer.to_proto(), tokenizer.where)
     pieces, kinds = list(found.pieces), found.kinds.tolist()
-    notes = add(pieces, kinds, [*added, *named], str(folder))
+    own = [
+        Symbol(piece, i)
+        for i, (piece, kind) in enumerate(zip(pieces, kinds, strict=True))
+        if kind in (CONTROL, UNKNOWN, USER_DEFINED)
+    ]
+    notes, more = add(pieces, kinds, [*added, *named], str(folder))
+    symbols = in_effect(own, more)
     scores = np.zeros(len(pieces), np.float32)
     scores[: len(found.scores)] = found.scores
-    more = Vocabulary(pieces, scores, np.array(kinds, np.int32), found.space_prefix)
-    return Tokenizer(write_proto(more), tokenizer.where, notes=notes)
+    return tokenizer_with(
+        Vocabulary(pieces, scores, np.array(kinds, np.int32), found.space_prefix),
+        found.pieces,
+        symbols if beyond_sentencepiece(symbols) else [],
+        tokenizer.where,
+        notes,
+    )
 
 
 def _is_there(token: Added, tokenizer: Tokenizer) -> bool:
     """Whether an added token changes nothing, because it is one of Gemma's own symbols in its place."""
     found = tokenizer.id_of(token.text)
     own = token.text in SPECIAL or SYMBOL.fullmatch(token.text) is not None
-    return own and found is not None and token.id in (None, found)
+    if not own or found is None or token.id not in (None, found):
+        return False
+    return token.id is None or token.symbol(found) == Symbol(token.text, found)
 
 
 def _made_here(folder: Path) -> bool:
