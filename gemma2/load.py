@@ -9,7 +9,7 @@ import torch
 
 from gemma2.checkpoints.adapters import open_adapter, plan_for
 from gemma2.checkpoints.apply_adapter import apply_adapter, check_installed, note_of
-from gemma2.checkpoints.checkpoint import open_checkpoint
+from gemma2.checkpoints.checkpoint import open_checkpoint, with_tokenizer_of
 from gemma2.checkpoints.dtypes import RUNNABLE, dtype_name
 from gemma2.checkpoints.neutral import neutral
 from gemma2.checkpoints.vocabulary import parse_tokenizer
@@ -74,7 +74,9 @@ def load(
             `gemma2/numerics/__init__.py`, as "gemma_pytorch" or "llama.cpp" (which computes in float32).
         make: puts twins of modules in before any weight is read, see `gemma2.twins.replaced`: packed linears, say.
         adapter: a PEFT adapter (LoRA, DoRA, rsLoRA, IA3) to put into the model: a folder, or a hub name as
-            `owner/repo`. It needs the package peft. See `gemma2/checkpoints/apply_adapter.py` for what it computes in.
+            `owner/repo`. It needs the package peft. A tokenizer, a chat template and end ids in its folder are used
+            too, unless `tokenizer` is given; a note says so. See `gemma2/checkpoints/apply_adapter.py` for what it
+            computes in.
         merge_adapter: add it into the weights, so that the model can be written; PEFT is then out of it again.
         device_map: "auto" spreads the layers over all GPUs, memory and the disk, by accelerate; or a map of one's own.
         max_memory, offload_folder: for a device_map, see `gemma2.distributed.device_map.build_spread`.
@@ -103,12 +105,14 @@ def load(
             "an adapter goes around Gemma 2's own modules, and numerics and make replace them: write the merged model "
             "with convert, and load that"
         )
-    added = None if adapter is None else open_adapter(locate_adapter(adapter))
+    added = None if adapter is None else open_adapter(locate_adapter(adapter, tokenizer_given=tokenizer is not None))
     if added is not None:
         check_installed()
     given = parse_tokenizer(locate_tokenizer(tokenizer))
     opened = open_checkpoint(locate(source, revision, tokenizer_given=given is not None), given)  # gigabytes, so last
     plan = None if added is None else plan_for(added, opened.config, merge=merge_adapter)
+    if added is not None and given is None:
+        opened = with_tokenizer_of(opened, added.where)
     final, notes = wanted or opened.weights.dtype, opened.notes
     _, stored = opened.weights.tensors.get(EMBEDDING, (None, None))
     if wanted is None and opened.form != "gguf" and stored == torch.float16:
@@ -196,11 +200,11 @@ def locate(source: str | Path | None, revision: str | None = None, *, tokenizer_
     )
 
 
-def locate_adapter(adapter: str | Path) -> Path:
+def locate_adapter(adapter: str | Path, *, tokenizer_given: bool = False) -> Path:
     """The local folder of a PEFT adapter, which is downloaded if it is on the hub."""
     path = Path(adapter).expanduser()
     if isinstance(adapter, str) and not path.exists() and REPOSITORY.fullmatch(adapter):
-        return download_adapter(adapter)
+        return download_adapter(adapter, tokenizer_given=tokenizer_given)
     return path
 
 

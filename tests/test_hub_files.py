@@ -269,10 +269,14 @@ def test_a_data_set_and_a_space_are_called_so(hub: Hub, kind: str, what: str) ->
     assert refused(lambda: gemma2.load(NAME)) == f"{NAME}: {what} of the hub, not a model"
 
 
-def test_an_adapter_is_fetched_by_its_name_and_nothing_else_of_the_repository(hub: Hub, tmp_path: Path) -> None:
+def test_an_adapter_is_fetched_by_its_name_with_its_tokenizer_and_nothing_else_of_the_repository(
+    hub: Hub, tmp_path: Path
+) -> None:
     files = {"adapter_config.json": ADAPTER, "adapter_model.safetensors": WEIGHTS, "adapter_model.bin": b"pickle"}
     hub.push({**files, "tokenizer.json": b"{}", "optimizer.pt": b"state"})
-    assert {*content(locate_adapter(NAME))} == {"adapter_config.json", "adapter_model.safetensors"}
+    weighted = {"adapter_config.json", "adapter_model.safetensors"}
+    assert {*content(locate_adapter(NAME, tokenizer_given=True))} == weighted
+    assert {*content(locate_adapter(NAME))} == weighted | {"tokenizer.json"}
     hub.push({**{file: data for file, data in files.items() if file != "adapter_model.safetensors"}})
     assert {*content(download_adapter(NAME))} == {"adapter_config.json", "adapter_model.bin"}
     hub.push({"adapter_config.json": ADAPTER})

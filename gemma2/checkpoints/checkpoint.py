@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from gemma2.checkpoints.hf_config import MOST_JSON, TIED, config_and_notes, read
 from gemma2.checkpoints.names import shown
 from gemma2.checkpoints.pickled import PICKLE, ZIP, PickledFile, names_are_googles
 from gemma2.checkpoints.safetensors_file import SafetensorsFile
-from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer, tokenizer_of
+from gemma2.checkpoints.vocabulary import check_vocabulary, parse_tokenizer, same_tokenizer, tokenizer_of
 from gemma2.checkpoints.weights import EMBEDDING, HEAD, PlainWeights, Weights, check_names, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
@@ -187,6 +187,46 @@ def tokenizer_for(folder: Path, tokenizer: str | Path | Tokenizer | None) -> Tok
         if (folder / name).is_file():
             refuse_foreign(folder / name, kind="tokenizer")
     return tokenizer_of(folder, tokenizer)
+
+
+def with_tokenizer_of(opened: Checkpoint, adapter: Path) -> Checkpoint:
+    """The checkpoint with the tokenizer, the chat template and the end ids that are beside an adapter, where training
+    programs save those it was trained with. A line in `notes` says what was taken, or why it was not."""
+    if not any((adapter / name).is_file() for name in TOKENIZERS):
+        return opened
+    theirs = opened.tokenizer
+    try:
+        found = tokenizer_for(adapter, None)
+        if len(found) > max(opened.config.vocab_size, len(theirs)):
+            rows = f"it has {len(found)} pieces, and the embedding has {opened.config.vocab_size} rows"
+            raise BadModelFile(f"{rows}; tokenizer={str(adapter)!r} uses it all the same")
+        found = check_vocabulary(found, opened.config)
+        template, ends = chat_template(adapter), end_ids(adapter, found)
+        said = (*found.notes, *turn_notes(adapter, found))
+    except BadModelFile as error:
+        return replace(
+            opened, notes=(*opened.notes, f"the tokenizer beside the adapter {adapter} is not used: {error}")
+        )
+    known = opened.end_ids | {theirs.special[name] for name in ("eos", "end_of_turn") if name in theirs.special}
+    other = {
+        "tokenizer": not same_tokenizer(found, theirs),
+        "chat template": template not in (None, opened.chat_template),
+        "end ids": not ends <= known,
+    }
+    taken = [name for name, differs in other.items() if differs]
+    if not taken:
+        return opened
+    notes = tuple(note for note in opened.notes if note != NOT_GEMMAS or template is None)
+    listed = " and ".join(filter(None, (", ".join(taken[:-1]), taken[-1])))
+    verb = "is" if taken in (["tokenizer"], ["chat template"]) else "are"
+    return replace(
+        opened,
+        tokenizer=found if other["tokenizer"] else theirs,
+        chat_tuned=opened.chat_tuned if (tuned := chat_tuned(adapter, found)) is None else tuned,
+        chat_template=template or opened.chat_template,
+        end_ids=opened.end_ids | ends,
+        notes=(*notes, f"the {listed} beside the adapter {adapter} {verb} used; tokenizer= takes another", *said),
+    )
 
 
 def _open_other(path: Path, form: str, tokenizer: str | Path | Tokenizer | None) -> Checkpoint:
