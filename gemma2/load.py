@@ -9,13 +9,14 @@ import torch
 
 from gemma2.checkpoints.adapters import open_adapter, plan_for
 from gemma2.checkpoints.apply_adapter import apply_adapter, check_installed, note_of
-from gemma2.checkpoints.checkpoint import open_checkpoint, with_tokenizer_of
+from gemma2.checkpoints.checkpoint import naming_unreadable, open_checkpoint, with_tokenizer_of
 from gemma2.checkpoints.dtypes import RUNNABLE, dtype_name
+from gemma2.checkpoints.foreign import refuse_broken_links
 from gemma2.checkpoints.neutral import neutral
 from gemma2.checkpoints.vocabulary import parse_tokenizer
 from gemma2.checkpoints.weights import EMBEDDING, build
 from gemma2.distributed.device_map import DeviceMap, MaxMemory, build_spread, check_alone
-from gemma2.errors import BadModelFile, first_line
+from gemma2.errors import BadModelFile, said_of_device
 from gemma2.gemma import Gemma
 from gemma2.hub import download, download_adapter, download_gguf, download_tokenizer
 from gemma2.numerics import check_profile, storage_of, twins_of
@@ -23,7 +24,16 @@ from gemma2.tokenizer import Tokenizer
 from gemma2.twins import Make
 
 POCKET = Path(__file__).parent / "assets" / "pocket"
-SUFFIXES = (".safetensors", ".gguf", ".ckpt", ".bin", ".model", ".json")  # of files, so never taken for a hub name
+SUFFIXES = (
+    ".safetensors",
+    ".gguf",
+    ".ckpt",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".model",
+    ".json",
+)  # of files, so never taken for a hub name
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FLOAT16 = (
     "float16 is too narrow for Gemma 2 (it holds nothing beyond 65,504, so activations can overflow to infinity): "
@@ -152,7 +162,7 @@ def parse_device(device: str | torch.device | None) -> torch.device:
         found = torch.device(best if device is None else device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError, ImportError) as error:
-        raise ValueError(f"device {str(device)!r} is not available here ({first_line(error)})") from None
+        raise ValueError(f"device {str(device)!r} is not available here ({said_of_device(error)})") from None
     if found.type == "meta":
         raise ValueError("device 'meta' holds no values, so nothing can be loaded there")
     return found
@@ -183,10 +193,11 @@ def locate(source: str | Path | None, revision: str | None = None, *, tokenizer_
     if source is None:
         return POCKET
     path = Path(source).expanduser()
-    if path.is_file() or path.is_dir():
-        return path
-    if path.exists():
+    if _is_there(path):
+        if path.is_file() or path.is_dir():
+            return path
         raise BadModelFile(f"{source}: neither a file nor a folder")
+    refuse_broken_links([path])
     name, colon, file = str(source).partition(":")
     if name == "pocket" and (not colon or (file == Path(file).name and (POCKET / file).is_file())):
         return POCKET / file
@@ -203,7 +214,7 @@ def locate(source: str | Path | None, revision: str | None = None, *, tokenizer_
 def locate_adapter(adapter: str | Path, *, tokenizer_given: bool = False) -> Path:
     """The local folder of a PEFT adapter, which is downloaded if it is on the hub."""
     path = Path(adapter).expanduser()
-    if isinstance(adapter, str) and not path.exists() and REPOSITORY.fullmatch(adapter):
+    if isinstance(adapter, str) and not _is_there(path) and REPOSITORY.fullmatch(adapter):
         return download_adapter(adapter, tokenizer_given=tokenizer_given)
     return path
 
@@ -216,9 +227,15 @@ def locate_tokenizer(given: str | Path | Tokenizer | None) -> Path | Tokenizer |
     if not isinstance(given, str):
         return given
     path, (name, colon, _) = Path(given).expanduser(), given.partition(":")
-    if not path.exists():
+    if not _is_there(path):
         if name == POCKET.name or (colon and REPOSITORY.fullmatch(name)):
             return locate(given)
         if REPOSITORY.fullmatch(name) and path.suffix not in SUFFIXES:
             return download_tokenizer(name)
     return path
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a file or folder. Raises BadModelFile where that cannot be seen, as in a folder of others."""
+    with naming_unreadable(path):
+        return path.exists()

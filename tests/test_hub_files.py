@@ -69,7 +69,7 @@ def test_of_the_weights_those_are_fetched_that_transformers_reads(
     assert hub.requests == [("HEAD", "config.json")]
 
 
-@pytest.mark.parametrize("shard", ["../x.bin", "/abs.bin", "a/b.bin", "C:x.bin", "x.safetensors", "x.pkl"])
+@pytest.mark.parametrize("shard", ["../x.bin", "/abs.bin", "a/../x.bin", "C:x.bin", "x.safetensors", "x.pkl"])
 def test_an_index_of_pickles_that_reaches_elsewhere_is_refused_and_nothing_it_names_asked_for(
     hub: Hub, shard: str
 ) -> None:
@@ -288,6 +288,13 @@ def test_an_adapter_is_fetched_by_its_name_with_its_tokenizer_and_nothing_else_o
 
 
 def test_a_name_with_the_ending_of_a_file_is_no_hub_name(hub: Hub) -> None:
-    for name in ("models/model.safetensors", "models/pytorch_model.bin", "models/tokenizer.model", "models/c.json"):
+    for name in (
+        "models/model.safetensors",
+        "models/pytorch_model.bin",
+        "models/tokenizer.model",
+        "models/c.json",
+        "m/x.pt",
+        "m/x.pth",
+    ):
         assert "no such file or folder" in refused(lambda name=name: locate(name), name)  # type: ignore[misc]
     assert not hub.requests

@@ -21,7 +21,7 @@ from torch import Tensor
 from gemma2.checkpoints.weights import EMBEDDING, Weights, build, check_names, empty_model, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.distributed.offload import OffloadFolder
-from gemma2.errors import first_line
+from gemma2.errors import said_of_device
 from gemma2.memory import free_memory
 from gemma2.model import Gemma2
 
@@ -183,7 +183,7 @@ def _place(value: object) -> str:
     except (RuntimeError, AssertionError, TypeError, NotImplementedError, ImportError) as error:
         raise ValueError(
             f"device_map: {value!r} is neither {', '.join(map(repr, INFERRED))} nor a device that is here "
-            f"({first_line(error)})"
+            f"({said_of_device(error)})"
         ) from None
     if device == META:
         raise ValueError("device_map: device 'meta' holds no values, so nothing can be loaded there")
