@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -231,6 +231,22 @@ def _dispatch(model: Gemma2, places: _Places, folder: OffloadFolder | None) -> N
         accelerate().dispatch_model(
             model, device_map, main_device=places.main, offload_dir=str(folder.path) if folder else None
         )
+    state = {"_not_pickled": _NotPickled(), **model.__dict__}  # first, so that pickle meets it before a hook
+    model.__dict__.clear()
+    model.__dict__.update(state)
+
+
+class _NotPickled:
+    """In the state of a model with accelerate's hooks, it says what to do where pickle would name a local function."""
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a model spread by device_map cannot be pickled: its weights are on other devices or the disk; load it in the "
+            "other process, or without device_map"
+        )
+
+    def __deepcopy__(self, memo: object) -> _NotPickled:
+        return self
 
 
 @contextmanager
