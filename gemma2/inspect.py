@@ -182,7 +182,7 @@ def _inspect_gguf(path: Path, tokenizer: Path | Tokenizer | None) -> tuple[Inspe
 def _inspect_other(path: Path, form: str, tokenizer: Path | Tokenizer | None) -> tuple[Inspection, Weights | None]:
     folder = folder_of(path)
     files = [path] if path.is_file() else sorted(folder.glob("*.bin" if form == "bin" else "*.safetensors"))
-    found = Inspection(str(path), form, sum(file.stat().st_size for file in files))
+    found = Inspection(str(path), form, sum(file.stat().st_size for file in files if file.is_file()))
 
     def tried(part: Callable[[], T]) -> T | None:
         """What a part of the checkpoint is, or None with one more problem."""

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import torch
 
+from gemma2.checkpoints.adapter_tokenizer import with_tokenizer_of
 from gemma2.checkpoints.adapters import open_adapter, plan_for
 from gemma2.checkpoints.apply_adapter import apply_adapter, check_installed, note_of
-from gemma2.checkpoints.checkpoint import named_tokenizer, open_checkpoint
+from gemma2.checkpoints.checkpoint import named_tokenizer, naming_unreadable, open_checkpoint
 from gemma2.checkpoints.dtypes import RUNNABLE, dtype_name
+from gemma2.checkpoints.foreign import refuse_broken_links
 from gemma2.checkpoints.neutral import neutral
 from gemma2.checkpoints.weights import EMBEDDING, build
 from gemma2.distributed.device_map import DeviceMap, MaxMemory, build_spread, check_alone
-from gemma2.errors import BadModelFile, first_line
+from gemma2.errors import BadModelFile, said_of_device
 from gemma2.gemma import Gemma
 from gemma2.hub import download, download_adapter, download_gguf, download_tokenizer
 from gemma2.numerics import check_profile, storage_of, twins_of
@@ -22,7 +24,16 @@ from gemma2.tokenizer import Tokenizer
 from gemma2.twins import Make
 
 POCKET = Path(__file__).parent / "assets" / "pocket"
-SUFFIXES = (".safetensors", ".gguf", ".ckpt", ".bin", ".model", ".json")  # of files, so never taken for a hub name
+SUFFIXES = (
+    ".safetensors",
+    ".gguf",
+    ".ckpt",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".model",
+    ".json",
+)  # of files, so never taken for a hub name
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FLOAT16 = (
     "float16 is too narrow for Gemma 2 (it holds nothing beyond 65,504, so activations can overflow to infinity): "
@@ -74,7 +85,9 @@ def load(
             `gemma2/numerics/__init__.py`, as "gemma_pytorch" or "llama.cpp" (which computes in float32).
         make: puts twins of modules in before any weight is read, see `gemma2.twins.replaced`: packed linears, say.
         adapter: a PEFT adapter (LoRA, DoRA, rsLoRA, IA3) to put into the model: a folder, or a hub name as
-            `owner/repo`. It needs the package peft. See `gemma2/checkpoints/apply_adapter.py` for what it computes in.
+            `owner/repo`. It needs the package peft. A tokenizer, a chat template and end ids in its folder are used
+            too, unless `tokenizer` is given; a note says so. See `gemma2/checkpoints/apply_adapter.py` for what it
+            computes in.
         merge_adapter: add it into the weights, so that the model can be written; PEFT is then out of it again.
         device_map: "auto" spreads the layers over all GPUs, memory and the disk, by accelerate; or a map of one's own.
         max_memory, offload_folder: for a device_map, see `gemma2.distributed.device_map.build_spread`.
@@ -103,12 +116,14 @@ def load(
             "an adapter goes around Gemma 2's own modules, and numerics and make replace them: write the merged model "
             "with convert, and load that"
         )
-    added = None if adapter is None else open_adapter(locate_adapter(adapter))
+    added = None if adapter is None else open_adapter(locate_adapter(adapter, tokenizer_given=tokenizer is not None))
     if added is not None:
         check_installed()
     given = named_tokenizer(locate_tokenizer(tokenizer))
     opened = open_checkpoint(locate(source, revision, tokenizer_given=given is not None), given)  # gigabytes, so last
     plan = None if added is None else plan_for(added, opened.config, merge=merge_adapter)
+    if added is not None and given is None:
+        opened = with_tokenizer_of(opened, added.where)
     final, notes = wanted or opened.weights.dtype, opened.notes
     _, stored = opened.weights.tensors.get(EMBEDDING, (None, None))
     if wanted is None and opened.form != "gguf" and stored == torch.float16:
@@ -156,7 +171,7 @@ def parse_device(device: str | torch.device | None) -> torch.device:
         found = torch.device(best if device is None else device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError, ImportError) as error:
-        raise ValueError(f"device {str(device)!r} is not available here ({first_line(error)})") from None
+        raise ValueError(f"device {str(device)!r} is not available here ({said_of_device(error)})") from None
     if found.type == "meta":
         raise ValueError("device 'meta' holds no values, so nothing can be loaded there")
     return found
@@ -187,10 +202,11 @@ def locate(source: str | Path | None, revision: str | None = None, *, tokenizer_
     if source is None:
         return POCKET
     path = Path(source).expanduser()
-    if path.is_file() or path.is_dir():
-        return path
-    if path.exists():
+    if _is_there(path):
+        if path.is_file() or path.is_dir():
+            return path
         raise BadModelFile(f"{source}: neither a file nor a folder")
+    refuse_broken_links([path])
     name, colon, file = str(source).partition(":")
     if name == "pocket" and (not colon or (file == Path(file).name and (POCKET / file).is_file())):
         return POCKET / file
@@ -204,11 +220,11 @@ def locate(source: str | Path | None, revision: str | None = None, *, tokenizer_
     )
 
 
-def locate_adapter(adapter: str | Path) -> Path:
+def locate_adapter(adapter: str | Path, *, tokenizer_given: bool = False) -> Path:
     """The local folder of a PEFT adapter, which is downloaded if it is on the hub."""
     path = Path(adapter).expanduser()
-    if isinstance(adapter, str) and not path.exists() and REPOSITORY.fullmatch(adapter):
-        return download_adapter(adapter)
+    if isinstance(adapter, str) and not _is_there(path) and REPOSITORY.fullmatch(adapter):
+        return download_adapter(adapter, tokenizer_given=tokenizer_given)
     return path
 
 
@@ -220,9 +236,15 @@ def locate_tokenizer(given: str | Path | Tokenizer | None) -> Path | Tokenizer |
     if not isinstance(given, str):
         return given
     path, (name, colon, _) = Path(given).expanduser(), given.partition(":")
-    if not path.exists():
+    if not _is_there(path):
         if name == POCKET.name or (colon and REPOSITORY.fullmatch(name)):
             return locate(given)
         if REPOSITORY.fullmatch(name) and path.suffix not in SUFFIXES:
             return download_tokenizer(name)
     return path
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a file or folder. Raises BadModelFile where that cannot be seen, as in a folder of others."""
+    with naming_unreadable(path):
+        return path.exists()

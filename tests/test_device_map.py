@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -403,3 +405,11 @@ def test_layers_in_memory_run_on_the_gpu(tmp_path: Path) -> None:
     assert torch.equal(gemma.model(tokens, None, cache), alone.model(tokens))
     assert {layer.keys.device for layer in cache.layers} == {torch.device("cuda", 0)}
     assert gemma.generate(PROMPT, 12) == alone.generate(PROMPT, 12)
+
+
+def test_a_spread_model_is_not_pickled_and_the_line_says_what_to_do(away: gemma2.Gemma) -> None:
+    for what in (away, away.model):
+        with pytest.raises(TypeError, match=r"spread by device_map cannot be pickled: .* load it in the other process"):
+            pickle.dumps(what)
+    again = copy.deepcopy(away)  # as before
+    assert again.generate(PROMPT, 3) == away.generate(PROMPT, 3)

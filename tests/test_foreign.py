@@ -270,6 +270,8 @@ FOLDERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "model.onnx": ("an ONNX model", ("export it",)),
     "2b-it.sbs": ("weights of gemma.cpp", ("export it",)),
     "x.npz": ("NumPy arrays", ("export it",)),
+    "model.safetensors.incomplete": ("a download that did not finish", ("download it again",)),
+    "Unconfirmed 481.crdownload": ("a download that did not finish", ("download it again",)),
     "x.gguf": ("it holds x.gguf: give that file itself", ()),
     "x.ckpt": ("it holds x.ckpt: give that file itself", ()),
 }
@@ -284,6 +286,31 @@ def test_a_folder_of_something_else_is_named(name: str, config: bool, place: Pat
     (place / name).mkdir() if name.endswith("/") else (place / name).write_bytes(b"x")
     words, cure = FOLDERS[name]
     says(place, words, *cure)
+
+
+def test_shards_without_their_index_are_called_so(place: Path, good: Tensors) -> None:
+    (place / SINGLE).unlink()
+    half = {name: tensor for name, tensor in good.items() if "layers" in name}
+    one, two = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
+    save_file(half, place / one)
+    says(place, "it holds 1 of 2 shards, and no model.safetensors.index.json: get what is missing")
+    says(place / one, f"one of the 2 shards of a model: give their folder, {place}")
+    save_file({name: tensor for name, tensor in good.items() if name not in half}, place / two)
+    says(place, "it holds 2 of 2 shards, and no model.safetensors.index.json")
+    save_file(good, place / two)  # a whole model, whatever its name
+    assert gemma2.load(place / two, device="cpu", progress=False).notes == ()
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("name", [SINGLE, "config.json", "tokenizer.model", "model-00001-of-00001.safetensors"])
+def test_a_link_to_a_file_that_is_gone_is_called_so(name: str, place: Path, good: Tensors) -> None:
+    if name.startswith("model-"):
+        (place / SINGLE).unlink()
+        mapping = {"weight_map": dict.fromkeys(good, name)}
+        (place / "model.safetensors.index.json").write_text(json.dumps(mapping), encoding="utf-8")
+    (place / name).unlink(missing_ok=True)
+    (place / name).symlink_to("../../blobs/4d7a21")
+    says(place, f"{place / name}: a link to ../../blobs/4d7a21, which is not there: download it again")
 
 
 # Files.

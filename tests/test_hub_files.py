@@ -69,7 +69,7 @@ def test_of_the_weights_those_are_fetched_that_transformers_reads(
     assert hub.requests == [("HEAD", "config.json")]
 
 
-@pytest.mark.parametrize("shard", ["../x.bin", "/abs.bin", "a/b.bin", "C:x.bin", "x.safetensors", "x.pkl"])
+@pytest.mark.parametrize("shard", ["../x.bin", "/abs.bin", "a/../x.bin", "C:x.bin", "x.safetensors", "x.pkl"])
 def test_an_index_of_pickles_that_reaches_elsewhere_is_refused_and_nothing_it_names_asked_for(
     hub: Hub, shard: str
 ) -> None:
@@ -269,10 +269,14 @@ def test_a_data_set_and_a_space_are_called_so(hub: Hub, kind: str, what: str) ->
     assert refused(lambda: gemma2.load(NAME)) == f"{NAME}: {what} of the hub, not a model"
 
 
-def test_an_adapter_is_fetched_by_its_name_and_nothing_else_of_the_repository(hub: Hub, tmp_path: Path) -> None:
+def test_an_adapter_is_fetched_by_its_name_with_its_tokenizer_and_nothing_else_of_the_repository(
+    hub: Hub, tmp_path: Path
+) -> None:
     files = {"adapter_config.json": ADAPTER, "adapter_model.safetensors": WEIGHTS, "adapter_model.bin": b"pickle"}
     hub.push({**files, "tokenizer.json": b"{}", "optimizer.pt": b"state"})
-    assert {*content(locate_adapter(NAME))} == {"adapter_config.json", "adapter_model.safetensors"}
+    weighted = {"adapter_config.json", "adapter_model.safetensors"}
+    assert {*content(locate_adapter(NAME, tokenizer_given=True))} == weighted
+    assert {*content(locate_adapter(NAME))} == weighted | {"tokenizer.json"}
     hub.push({**{file: data for file, data in files.items() if file != "adapter_model.safetensors"}})
     assert {*content(download_adapter(NAME))} == {"adapter_config.json", "adapter_model.bin"}
     hub.push({"adapter_config.json": ADAPTER})
@@ -284,6 +288,13 @@ def test_an_adapter_is_fetched_by_its_name_and_nothing_else_of_the_repository(hu
 
 
 def test_a_name_with_the_ending_of_a_file_is_no_hub_name(hub: Hub) -> None:
-    for name in ("models/model.safetensors", "models/pytorch_model.bin", "models/tokenizer.model", "models/c.json"):
+    for name in (
+        "models/model.safetensors",
+        "models/pytorch_model.bin",
+        "models/tokenizer.model",
+        "models/c.json",
+        "m/x.pt",
+        "m/x.pth",
+    ):
         assert "no such file or folder" in refused(lambda name=name: locate(name), name)  # type: ignore[misc]
     assert not hub.requests

@@ -280,3 +280,23 @@ def test_a_numerics_profile_computes_otherwise_with_the_same_weights() -> None:
     assert gemma2.load(device="cpu", numerics="llama.cpp").model.dtype == torch.float32
     with pytest.raises(ValueError, match="numerics 'ggml' is not one of transformers, gemma_pytorch"):
         gemma2.load("nowhere", numerics="ggml")
+
+
+@pytest.mark.posix
+def test_a_path_that_cannot_be_looked_at_is_named_in_one_line(tmp_path: Path) -> None:
+    """A name that is longer than the system's names stands for a folder that is not readable: root reads any."""
+    path = tmp_path / ("x" * 300)
+    for name in ("source", "adapter", "tokenizer"):
+        given = {name: str(path)} if name != "source" else {}
+        with pytest.raises(gemma2.BadModelFile, match=r"/x{300}: cannot be read \(File name too long\)"):
+            gemma2.load(path if name == "source" else None, **given)  # type: ignore[arg-type]
+    link = tmp_path / "link"
+    link.symlink_to("gone")
+    with pytest.raises(gemma2.BadModelFile, match="link: a link to gone, which is not there"):
+        gemma2.load(link)
+
+
+def test_a_device_that_pytorch_does_not_know_is_named_without_all_that_it_knows() -> None:
+    for given in ({"device": "foo"}, {"device_map": "foo"}, {"device_map": {"": "foo"}}):
+        with pytest.raises(ValueError, match=r"'foo' is n.*\(PyTorch knows no such device\)$"):
+            gemma2.load(**given)

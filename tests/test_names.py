@@ -230,6 +230,21 @@ def test_messages_have_the_names_of_the_file(bare: Path, good: Tensors) -> None:
         gemma2.load(bare)
 
 
+@pytest.mark.parametrize("index", [INDEX, PICKLED_INDEX])
+def test_shards_may_be_in_a_folder_below_the_index(index: str, bare: Path, good: Tensors) -> None:
+    shard(bare, good, index)
+    stated = json.loads((bare / index).read_text(encoding="utf-8"))
+    one = stated["weight_map"][NORM]
+    (bare / "below").mkdir()
+    (bare / one).rename(bare / "below" / one)
+    stated["weight_map"] = {
+        name: f"below/{one}" if file == one else file for name, file in stated["weight_map"].items()
+    }
+    (bare / index).write_text(json.dumps(stated), encoding="utf-8")
+    loaded = means_the_same_as_in_transformers(bare)
+    assert same(loaded, good) and loaded.notes == ()
+
+
 # Which of two tied tensors is there.
 
 

@@ -14,11 +14,20 @@ from gemma2.checkpoints import gguf, gguf_tokenizer, gguf_weights
 from gemma2.checkpoints.beside import Turns, template_notes, turns_of, with_tokenizers
 from gemma2.checkpoints.dtypes import FLOAT8
 from gemma2.checkpoints.folder import PICKLED, PICKLED_INDEX, FileWeights, chosen, open_folder
-from gemma2.checkpoints.foreign import INSTEAD, quantization, refuse_file, refuse_folder, refuse_foreign, refuse_names
+from gemma2.checkpoints.foreign import (
+    INSTEAD,
+    quantization,
+    refuse_broken_links,
+    refuse_file,
+    refuse_folder,
+    refuse_foreign,
+    refuse_names,
+)
 from gemma2.checkpoints.google import GoogleWeights
 from gemma2.checkpoints.hf_config import MOST_JSON, TIED, config_and_notes, read_json
 from gemma2.checkpoints.names import shown
 from gemma2.checkpoints.pickled import PICKLE, ZIP, PickledFile, names_are_googles
+from gemma2.checkpoints.safetensors import SHARD
 from gemma2.checkpoints.safetensors_file import SafetensorsFile
 from gemma2.checkpoints.vocabulary import Given, check_vocabulary, gguf_in, parse_tokenizer, tokenizer_of
 from gemma2.checkpoints.weights import EMBEDDING, HEAD, PlainWeights, Weights, check_names, shapes_of
@@ -146,6 +155,7 @@ def stated_config(path: Path) -> tuple[Gemma2Config | None, tuple[str, ...]]:
     """What the config.json of a folder or file states, and a line for what was filled in; None for a `.ckpt` without
     one, which has the config of the published model of its shape."""
     stated = folder_of(path) / CONFIG
+    refuse_broken_links([stated])
     if stated.is_file():
         return config_and_notes(stated)
     if not path.is_dir() and form_of(path) == "ckpt":
@@ -174,6 +184,11 @@ def weights_of(path: Path, config: Gemma2Config | None) -> PlainWeights:
     read = read_json(stated, MOST_JSON) if stated.is_file() else {}
     raw = read if isinstance(read, dict) else {}
     if config is None or not _fits(weights, config):
+        shard = None if path.is_dir() else SHARD.fullmatch(path.name)
+        if shard:
+            raise BadModelFile(
+                f"{path}: one of the {int(shard[2])} shards of a model: give their folder, {path.parent}"
+            )
         refuse_names([weights.in_file(name) for name in weights.tensors], weights.where, raw)
     if raw.get(TIED) is False:
         if weights.in_file(EMBEDDING).endswith(HEAD):
@@ -218,6 +233,8 @@ def tokenizer_for(folder: Path, named: NamedTokenizer | None) -> Tokenizer:
     for name in TOKENIZERS:
         if (folder / name).is_file():
             refuse_foreign(folder / name, kind="tokenizer")
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        refuse_broken_links(folder / name for name in TOKENIZERS)
     return tokenizer_of(folder, None)
 
 
@@ -228,8 +245,6 @@ def turns_for(own: Turns, named: NamedTokenizer | None, tokenizer: Tokenizer, ro
         own = with_tokenizers(own, brought, named.where, tokenizer, rows)
     return replace(own, notes=own.notes + template_notes(own.chat_template))
 
-
-def _open_other(path: Path, form: str, named: NamedTokenizer | None) -> Checkpoint:
     config, notes = stated_config(path)
     weights = weights_of(path, config)
     if isinstance(weights, GoogleWeights):

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gemma2.checkpoints.foreign import refuse_folder
+from gemma2.checkpoints.foreign import refuse_broken_links, refuse_folder
 from gemma2.checkpoints.hf_config import MOST_JSON, read_json
 from gemma2.checkpoints.names import REDUNDANT, TOKENIZER, outer_prefix, own_names, plain_name, shown, unwrapped
 from gemma2.checkpoints.pickled import PickledFile
-from gemma2.checkpoints.safetensors import INDEX, SINGLE, shard_names
+from gemma2.checkpoints.safetensors import ENDING, INDEX, SHARD, SINGLE, shard_names
 from gemma2.checkpoints.safetensors_file import SafetensorsFile
 from gemma2.checkpoints.weights import EMBEDDING, HEAD, PlainWeights, TensorFile, chunks
 from gemma2.errors import BadModelFile
@@ -81,6 +81,7 @@ def open_folder(folder: Path) -> FileWeights:
     """The weights of a Hugging Face folder. Raises BadModelFile when there are none, or the index does not fit."""
     first = chosen(folder)
     if first is None:
+        refuse_broken_links(folder / name for name in ORDER)
         refuse_folder(folder)
         raise BadModelFile(f"{folder}: neither {' nor '.join(ORDER[:3])}{_held(folder)}")
     others = [name for name in ORDER if name != first.name and (folder / name).is_file()]
@@ -100,10 +101,11 @@ def _open_shards(path: Path, notes: list[str]) -> FileWeights:
     names = shard_names(index, str(path), ".safetensors" if path.name == INDEX else ".bin")
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
+        refuse_broken_links(folder / name for name in absent)
         raise BadModelFile(f"{folder}: {len(absent)} of {len(names)} shards missing: {', '.join(absent[:5])}")
     files = [_open_file(folder / name) for name in names]
     listed: Mapping[str, str] = index["weight_map"]
-    held = {name: file.path.name for file in files for name in file.tensors}
+    held = {name: file.path.relative_to(folder).as_posix() for file in files for name in file.tensors}
     there = {plain_name(name) for name in held}
     ghosts = [
         name for name in listed if plain_name(name) not in there and not _redundant(name) and not _is_head(name, there)
@@ -156,4 +158,9 @@ def _held(folder: Path) -> str:
     """Other weights that a folder holds, each of which can be given itself."""
     files = [path for path in sorted(folder.glob("*")) if path.suffix in (".gguf", ".safetensors", ".ckpt", ".bin")]
     found = [path.name for path in files if path.is_file() and path.name != "training_args.bin"]
+    shards = [match for match in map(SHARD.fullmatch, found) if match]
+    if shards:
+        index = INDEX if shards[0].string.endswith(ENDING) else PICKLED_INDEX
+        held = f"{len(shards)} of {int(shards[0][2])} shards"
+        return f"; it holds {held}, and no {index}: get what is missing from its source"
     return f"; it holds {', '.join(found[:3])}: give that file itself" if found else ""

@@ -50,6 +50,7 @@ ENDINGS = {
 }
 # What files and folders inside a folder say it is, the first that fits.
 FOLDERS: dict[str, str] = {
+    r".*\.(incomplete|part|partial|crdownload|aria2|download)": "a download that did not finish: download it again",
     r"zero_pp_rank_.*|global_step\d+|bf16_zero_pp_rank_.*": (
         "a DeepSpeed checkpoint, whose weights are in pieces: merge them with its zero_to_fp32.py, then load what "
         "that wrote"
@@ -152,6 +153,22 @@ def refuse_folder(folder: Path) -> None:
         best = max(below, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
         several = f", the last of {len(below)}" if len(below) > 1 else ""
         raise BadModelFile(f"{folder}: no checkpoint itself, but a folder of some: give {folder / best}{several}")
+
+
+def refuse_broken_links(paths: Iterable[Path]) -> None:
+    """Say that a file is a link to nothing, as in a hub cache that was moved or copied in part."""
+    for path in paths:
+        if not path.is_symlink():
+            continue
+        try:
+            path.stat()
+        except FileNotFoundError:
+            to = os.readlink(path)
+            raise BadModelFile(
+                f"{path}: a link to {to}, which is not there: download it again, or copy a hub cache whole"
+            ) from None
+        except OSError:  # it links to itself, or may not be followed
+            continue
 
 
 def refuse_adapter(folder: Path) -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from gemma2.checkpoints.weights import EMBEDDING, Weights, build, check_names, empty_model, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.distributed.offload import OffloadFolder
-from gemma2.errors import first_line
+from gemma2.errors import said_of_device
 from gemma2.memory import free_memory
 from gemma2.model import Gemma2
 
@@ -183,7 +183,7 @@ def _place(value: object) -> str:
     except (RuntimeError, AssertionError, TypeError, NotImplementedError, ImportError) as error:
         raise ValueError(
             f"device_map: {value!r} is neither {', '.join(map(repr, INFERRED))} nor a device that is here "
-            f"({first_line(error)})"
+            f"({said_of_device(error)})"
         ) from None
     if device == META:
         raise ValueError("device_map: device 'meta' holds no values, so nothing can be loaded there")
@@ -231,6 +231,22 @@ def _dispatch(model: Gemma2, places: _Places, folder: OffloadFolder | None) -> N
         accelerate().dispatch_model(
             model, device_map, main_device=places.main, offload_dir=str(folder.path) if folder else None
         )
+    state = {"_not_pickled": _NotPickled(), **model.__dict__}  # first, so that pickle meets it before a hook
+    model.__dict__.clear()
+    model.__dict__.update(state)
+
+
+class _NotPickled:
+    """In the state of a model with accelerate's hooks, it says what to do where pickle would name a local function."""
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a model spread by device_map cannot be pickled: its weights are on other devices or the disk; load it in "
+            "the other process, or without device_map"
+        )
+
+    def __deepcopy__(self, memo: object) -> _NotPickled:
+        return self
 
 
 @contextmanager

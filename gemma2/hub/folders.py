@@ -59,12 +59,15 @@ def download_tokenizer(name: str, revision: str | None = None) -> Path:
     return folder
 
 
-def download_adapter(name: str, revision: str | None = None) -> Path:
-    """A folder with a repository's PEFT adapter. Raises BadModelFile as `download`."""
+def download_adapter(name: str, revision: str | None = None, *, tokenizer_given: bool = False) -> Path:
+    """A folder with a repository's PEFT adapter, and with its tokenizer where it has one and none is given. Raises
+    BadModelFile as `download`."""
     repository = Repository(name, revision)
     with named(repository):
         folder = repository.fetch(ADAPTER).parent
         _first(repository, ADAPTER_WEIGHTS)
+        for file in () if tokenizer_given else (*PIECES, *ADDED, *ABOUT_CHAT):
+            repository.find(file)
     return folder
 
 

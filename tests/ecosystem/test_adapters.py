@@ -18,6 +18,7 @@ from gemma2.research.capture import capture
 from gemma2.research.sites import chosen
 from tests.conftest import ids
 from tests.ecosystem.conftest import needs
+from tests.test_adapter_tokenizer import CHATML, END, beside
 
 peft = needs("peft")
 transformers = needs("transformers")
@@ -174,6 +175,21 @@ def test_an_adapter_of_float64_is_applied_in_float64(base: Path, tmp_path: Path)
     assert (logits(double) - wanted).abs().max() <= 1e-5 * wanted.abs().max()  # its norms are float32
     single = logits(gemma2.load(base, dtype="float32", device="cpu", adapter=place).model)
     assert (single - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_the_tokenizer_beside_an_adapter_is_used_and_written_unless_another_is_given(
+    base: Path, tmp_path: Path
+) -> None:
+    place = beside(tmp_path / "adapter", 8, END, CHATML)
+    made(theirs(base), lora(), place)
+    gemma = gemma2.load(base, adapter=place, device="cpu")
+    assert gemma.chat_template == CHATML and 9 in gemma.stop_ids
+    assert gemma.tokenizer.encode(END, bos=False, special=True) == [9]
+    gemma2.convert(base, tmp_path / "merged", adapter=place)
+    merged = gemma2.load(tmp_path / "merged", device="cpu")
+    assert (merged.stop_ids, merged.chat_template) == (gemma.stop_ids, CHATML)
+    plain = gemma2.load(base, adapter=place, device="cpu", tokenizer=base)
+    assert plain.chat_template is None and 9 not in plain.stop_ids
 
 
 def test_a_pickled_adapter_is_read_as_its_tensors(base: Path, tmp_path: Path) -> None:

@@ -225,7 +225,10 @@ WEIGHTS: dict[str, tuple[Tensors, str]] = {
         TENSORS | {EMBED: torch.ones(VOCAB + 2, D)},
         f"its embedding has {VOCAB + 2:,} rows",
     ),
-    "an embedding and a head of two sizes": (TENSORS | {EMBED: ROWS[1:], HEAD: ROWS[2:]}, f"{D}] instead of [{VOCAB}"),
+    "an embedding and a head of two sizes": (
+        TENSORS | {EMBED: torch.ones(VOCAB + 1, D), HEAD: torch.ones(VOCAB + 2, D)},
+        f"{D}] instead of [{VOCAB}",
+    ),
     "a copy unlike its embedding": (
         TENSORS | {EMBED: ROWS, EMBED.replace("weight", "modules_to_save.weight"): ROWS * 2},
         "model.embed_tokens.modules_to_save.weight differs from model.embed_tokens.weight",
