@@ -16,7 +16,7 @@ from gemma2.checkpoints.beside import chat_template, chat_tuned, end_ids
 from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gemma2.checkpoints.dtypes import FLOATS
 from gemma2.checkpoints.export import FOLDER, Layout, layout_for, write
-from gemma2.checkpoints.gguf_tokenizer import lost
+from gemma2.checkpoints.gguf_tokenizer_write import lost
 from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.gguf_write import FILE_TYPES, FINER
 from gemma2.checkpoints.hf_config import read_config

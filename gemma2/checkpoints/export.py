@@ -25,7 +25,7 @@ from gemma2.checkpoints.checkpoint import CHAT_TUNED, Checkpoint
 from gemma2.checkpoints.dtypes import FLOATS, dtype_name
 from gemma2.checkpoints.ggml import GGMLType
 from gemma2.checkpoints.gguf import Value
-from gemma2.checkpoints.gguf_tokenizer import tokenizer_metadata
+from gemma2.checkpoints.gguf_tokenizer_write import tokenizer_metadata
 from gemma2.checkpoints.gguf_weights import NORM, ZERO_CENTRED, llama_cpp_name
 from gemma2.checkpoints.gguf_write import (
     BLOCKS,
