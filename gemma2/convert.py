@@ -17,7 +17,7 @@ from gemma2.checkpoints.beside import Turns, chat_template, chat_tuned, end_ids
 from gemma2.checkpoints.checkpoint import Checkpoint, named_tokenizer, open_checkpoint, turns_for
 from gemma2.checkpoints.dtypes import FLOAT8, FLOATS, PLAIN
 from gemma2.checkpoints.export import FOLDER, Layout, layout_for, write
-from gemma2.checkpoints.gguf_tokenizer import lost
+from gemma2.checkpoints.gguf_tokenizer_write import lost
 from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.gguf_write import FILE_TYPES, FINER
 from gemma2.checkpoints.hf_config import read_config

@@ -52,13 +52,14 @@ class Symbol:
 
 
 class Finder:
-    """Finds some symbols in a text, all in one pass.
+    """Finds some symbols in a text, all in one pass: all `normalized`, or none.
 
     Raises:
         ValueError: too many, or two that are looked for by one spelling.
     """
 
-    def __init__(self, symbols: Iterable[Symbol]) -> None:
+    def __init__(self, symbols: Iterable[Symbol], normalized: bool) -> None:
+        self.normalized = normalized
         self._symbols: dict[str, Symbol] = {}
         for symbol in symbols:
             other = self._symbols.setdefault(symbol.sought, symbol)

@@ -188,24 +188,25 @@ class Tokenizer:
             ids = [self.special["bos"]]
         if self.space_prefix and text:
             text = f" {text}"
-        ids += self._scan(text, self._with_control if special else self._without_control, special)
+        passes = self._with_control if special else self._without_control
+        ids += self._scan(text, passes, special) if passes else self._cut(text, special)
         if self.rows < len(self):
             self._refuse_rowless(ids)
         return ids
 
-    def _scan(self, text: str, passes: Sequence[tuple[bool, Finder]], special: bool) -> list[int]:
+    def _scan(self, text: str, passes: Sequence[Finder], special: bool) -> list[int]:
         """The ids of a text: the tokens that the first pass finds, and what the others make of the rest."""
-        if not passes:
-            return self._cut(text, special)
-        (normalized, finder), *later = passes
-        text = text.replace(" ", SPACE) if normalized else text
-        ids, at = list[int](), 0
+        finder, later, ids, at = passes[0], passes[1:], list[int](), 0
+        if finder.normalized:
+            text = text.replace(" ", SPACE)
         for start, stop, id in finder.find(text):
             if at < start:
-                ids += self._scan(text[at:start], later, special)
+                between = text[at:start]
+                ids += self._scan(between, later, special) if later else self._cut(between, special)
             ids.append(id)
             at = stop
-        return ids + self._scan(text[at:] if at else text, later, special)
+        rest = text[at:] if at else text
+        return ids + (self._scan(rest, later, special) if later else self._cut(rest, special))
 
     def _cut(self, text: str, special: bool) -> list[int]:
         """The ids of a text by SentencePiece alone."""
@@ -283,11 +284,11 @@ def hidden(id: int) -> str:
     return f" {id}"
 
 
-def _passes(symbols: Iterable[Symbol]) -> list[tuple[bool, Finder]]:
+def _passes(symbols: Iterable[Symbol]) -> list[Finder]:
     """What finds symbols: first those that are not normalized, then the others."""
     every = list(symbols)
-    found = [(later, Finder(token for token in every if token.normalized == later)) for later in (False, True)]
-    return [(later, finder) for later, finder in found if finder]
+    found = [Finder((token for token in every if token.normalized == later), later) for later in (False, True)]
+    return [finder for finder in found if finder]
 
 
 def check_text(text: str) -> None:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import gemma2
 from gemma2.checkpoints.ggml import GGMLType
 from gemma2.checkpoints.gguf import Value
-from gemma2.checkpoints.gguf_tokenizer import tokenizer_metadata
+from gemma2.checkpoints.gguf_tokenizer_write import tokenizer_metadata
 from gemma2.checkpoints.gguf_weights import llama_cpp_name
 from gemma2.checkpoints.gguf_write import BLOCKS, FILE_TYPES, architecture_metadata, header_bytes, padding
 from gemma2.checkpoints.hf_config import configs, published_config

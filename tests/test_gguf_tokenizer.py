@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from gemma2.checkpoints.gguf_tokenizer import (
     chat_tuned,
     end_ids,
     notes,
-    tokenizer_metadata,
     tokenizer_model,
 )
+from gemma2.checkpoints.gguf_tokenizer_write import tokenizer_metadata
 from gemma2.checkpoints.sentencepiece_proto import (
     BYTE,
     CONTROL,
@@ -353,6 +354,29 @@ def test_control_pieces_that_gemma_does_not_have_are_read_when_asked_for_alone_a
 
 
 IM = [("<|im_start|>", -1000.0, CONTROL), ("<|im_end|>", -1000.0, CONTROL)]
+
+
+def test_an_added_end_of_type_normal_is_a_control_piece_as_llama_cpp_takes_it(pocket: Tokenizer) -> None:
+    for name in ("<|im_end|>", "<|odd|>"):
+        found = header(changed(plain_arrays(), more=[(name, 0.0, NORMAL)]), eos_token_id=Value("u32", 4096))
+        rebuilt = build_tokenizer(found)
+        assert rebuilt.encode(f"a{name}", special=True) == [2, *pocket.encode("a", bos=False), 4096]
+        assert rebuilt.encode(f"a{name}") == pocket.encode(f"a{name}") and 4096 in end_ids(found)
+        assert f"{name!r} is of type NORMAL, and taken for a control piece" in notes(found)
+    word = header(plain_arrays(), eos_token_id=Value("u32", 603))  # a piece that merges make ends no text
+    with pytest.raises(BadModelFile, match="eos_token_id is 603"):
+        build_tokenizer(word)
+
+
+DAMAGED = ("{", "3", "[3]", '[["the", 9999, true, false, false, false]]', '[["<bos>", 603, true, false, false, false]]')
+
+
+@pytest.mark.parametrize("stated", [*DAMAGED, '[["a", 1]]', "[" * 5000])
+def test_added_tokens_that_are_damaged_are_refused(stated: str) -> None:
+    good = header(plain_arrays())
+    found = replace(good, metadata={**good.metadata, "gemma2.added_tokens": Value("str", stated)})
+    with pytest.raises(BadModelFile, match=r"gemma2.added_tokens is .* which is damaged"):
+        build_tokenizer(found)
 
 
 def renamed(arrays: dict[str, list[Any]], names: dict[int, str]) -> dict[str, list[Any]]:

@@ -245,6 +245,8 @@ def turns_for(own: Turns, named: NamedTokenizer | None, tokenizer: Tokenizer, ro
         own = with_tokenizers(own, brought, named.where, tokenizer, rows)
     return replace(own, notes=own.notes + template_notes(own.chat_template))
 
+
+def _open_other(path: Path, form: str, named: NamedTokenizer | None) -> Checkpoint:
     config, notes = stated_config(path)
     weights = weights_of(path, config)
     if isinstance(weights, GoogleWeights):

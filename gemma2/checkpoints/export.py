@@ -25,7 +25,8 @@ from gemma2.checkpoints.companions import small_files
 from gemma2.checkpoints.dtypes import PLAIN
 from gemma2.checkpoints.ggml import GGMLType
 from gemma2.checkpoints.gguf import Value
-from gemma2.checkpoints.gguf_tokenizer import END_IDS, llama_cpp_end_ids, tokenizer_metadata
+from gemma2.checkpoints.gguf_tokenizer import END_IDS, llama_cpp_end_ids
+from gemma2.checkpoints.gguf_tokenizer_write import tokenizer_metadata
 from gemma2.checkpoints.gguf_weights import NORM, ZERO_CENTRED, llama_cpp_name
 from gemma2.checkpoints.gguf_write import (
     BLOCKS,

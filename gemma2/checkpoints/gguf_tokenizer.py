@@ -9,9 +9,7 @@ in text. So what is one symbol whatever surrounds it (USER_DEFINED) is decided b
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple
-from operator import itemgetter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,10 +28,9 @@ from gemma2.checkpoints.sentencepiece_proto import (
     UNUSED,
     USER_DEFINED,
     Vocabulary,
-    read_proto,
     write_proto,
 )
-from gemma2.checkpoints.with_symbols import LONGEST_RUN, beyond_sentencepiece, in_effect, tokenizer_with
+from gemma2.checkpoints.with_symbols import in_effect, tokenizer_with
 from gemma2.checkpoints.with_symbols import is_gemmas as is_gemmas_symbol
 from gemma2.errors import BadModelFile
 from gemma2.symbols import SPACE, Symbol
@@ -118,28 +115,13 @@ def _is_sound(symbol: Symbol, pieces: Sequence[str]) -> bool:
     if type(text) is not str or not text or type(id) is not int or {*map(type, flags)} != {bool}:
         return False
     return 0 <= id < len(pieces) and (
-        pieces[id] == _unspelled(id) or text.replace(" ", SPACE) == pieces[id].replace(" ", SPACE)
+        pieces[id] == unspelled(id) or text.replace(" ", SPACE) == pieces[id].replace(" ", SPACE)
     )
 
 
-def _unspelled(id: int) -> str:
+def unspelled(id: int) -> str:
     """Stands for an added token whose spelling another token has already: a GGUF has one of each."""
     return f"[added {id}]"
-
-
-def lost(tokenizer: Tokenizer) -> list[str]:
-    """What a GGUF cannot state of a tokenizer."""
-    said, beyond = [], sorted(symbol.text for symbol in beyond_sentencepiece(tokenizer.added))
-    if beyond:
-        listed = ", ".join(map(repr, beyond[:3])) + (", ..." if beyond[3:] else "")
-        said.append(
-            f"how added tokens are found ({listed:.200}) is in a key of this project ({AS_ADDED}): llama.cpp may find "
-            "them elsewhere"
-        )
-    run = tokenizer.id_of(SPACE * LONGEST_RUN)
-    if run is not None and tokenizer.encode(" " * (LONGEST_RUN + 9), bos=False)[0] != run:
-        said.append(f"runs of more than {LONGEST_RUN} spaces are cut otherwise from a GGUF, the longest piece first")
-    return said
 
 
 def notes(header: GGUF) -> list[str]:
@@ -221,64 +203,6 @@ def chat_tuned(header: GGUF) -> bool | None:
     return True if pieces.value[eos.value] == DECLARED["eot"] else None
 
 
-def tokenizer_metadata(
-    proto: bytes,
-    where: str = "tokenizer.model",
-    rows: int | None = None,
-    ends: Iterable[int] = (),
-    added: Iterable[Symbol] | None = None,
-) -> dict[str, Value]:
-    """The tokenizer's part of a GGUF, key for key and in the order of llama.cpp's converter for Gemma 2.
-
-    Args:
-        proto: the bytes of a `tokenizer.model`.
-        where: its name, for error messages.
-        rows: of the embedding; default: one for each piece.
-        ends: ids at which a text ends beside Gemma's own; a GGUF has room for two.
-        added: the tokenizer's added tokens, if SentencePiece does not find them by itself.
-    Raises:
-        BadModelFile: what `Tokenizer` refuses, more pieces than rows, and settings other than Gemma's, which a GGUF
-            could not hold.
-    """
-    special = Tokenizer(proto, where).special
-    found = read_proto(proto, where)
-    pieces, scores, types = list(found.pieces), found.scores.copy(), found.kinds.astype("<i4")
-    told, taken = beyond_sentencepiece(added), {p.replace(SPACE, " ") for p in pieces if is_gemmas_symbol(p)}
-    for i in np.flatnonzero((types != NORMAL) & (types != BYTE) & (types != UNUSED)).tolist():
-        steers = STEERING.fullmatch(pieces[i]) and pieces[i] != "[toxicity=0]"
-        scores[i] = ADDED
-        types[i] = USER_DEFINED if types[i] == USER_DEFINED and not steers else CONTROL
-        if types[i] == USER_DEFINED:
-            if not is_gemmas_symbol(pieces[i]) and pieces[i].replace(SPACE, " ") in taken:
-                pieces[i], types[i] = _unspelled(i), UNUSED
-            pieces[i] = pieces[i].replace(SPACE, " ")
-    missing = 0 if rows is None else rows - len(pieces)
-    if missing < 0:
-        raise BadModelFile(f"{where}: {len(pieces)} pieces for an embedding of {rows} rows, which a GGUF cannot state")
-    pieces += [f"[PAD{i}]" for i in range(len(pieces), len(pieces) + missing)]
-    scores = np.append(scores, np.full(missing, PADDED, "<f4"))
-    types = np.append(types, np.full(missing, UNUSED, "<i4"))
-    others = sorted(set(ends) - {special["eos"], special.get("end_of_turn")})
-    others = [i for i in others if i < len(found.pieces) and _may_end(found.pieces[i], int(found.kinds[i]))]
-    return {
-        PREFIX + "model": Value("str", "llama"),
-        PREFIX + "pre": Value("str", "default"),
-        PREFIX + "tokens": Value("str[]", pieces),
-        PREFIX + "scores": Value("f32[]", scores),
-        PREFIX + "token_type": Value("i32[]", types),
-        PREFIX + "bos_token_id": Value("u32", special["bos"]),
-        PREFIX + "eos_token_id": Value("u32", special["eos"]),
-        PREFIX + "unknown_token_id": Value("u32", special["unk"]),
-        PREFIX + "padding_token_id": Value("u32", special["pad"]),
-        PREFIX + "add_bos_token": Value("bool", True),
-        PREFIX + "add_sep_token": Value("bool", False),
-        PREFIX + "add_eos_token": Value("bool", False),
-        PREFIX + "add_space_prefix": Value("bool", found.space_prefix),
-        **{f"{PREFIX}{name}_token_id": Value("u32", id) for name, id in zip(ENDS[1:], others, strict=False)},
-        **({AS_ADDED: Value("str", json.dumps(sorted(map(astuple, told), key=itemgetter(1))))} if told else {}),
-    }
-
-
 def _vocabulary(header: GGUF) -> Vocabulary:
     """Pieces, scores and SentencePiece types as the SentencePiece model had them."""
     where, metadata = str(header.path), header.metadata
@@ -313,7 +237,7 @@ def _vocabulary(header: GGUF) -> Vocabulary:
     # Before the bytes Gemma keeps what no merge makes.
     first_byte = pieces.index("<0x00>") if "<0x00>" in pieces else 0
     for i in np.flatnonzero((types != NORMAL) | (scores == 0) | (scores == ADDED)).tolist():
-        if i in told and pieces[i] == _unspelled(i):
+        if i in told and pieces[i] == unspelled(i):
             pieces[i], types[i] = told[i], USER_DEFINED
         kinds[i] = _kind(pieces[i], int(types[i]), i < first_byte)
         if kinds[i] == USER_DEFINED:
@@ -368,14 +292,14 @@ def _check_declared(metadata: Mapping[str, Value], pieces: list[str], kinds: NDA
             raise BadModelFile(f"{where}: {key} is {stated}, and must be a u32 below {len(pieces)}; {ELSEWHERE}")
         piece = DECLARED.get(name, DECLARED["eot"])
         # Chat models made by others end with pieces of their own, and state the end of a turn as that of everything.
-        free = name in ENDS and _may_end(pieces[token], int(kinds[token]))
+        free = name in ENDS and may_end(pieces[token], int(kinds[token]))
         if pieces[token] != piece and not free:
             raise BadModelFile(
                 f"{where}: {key} is {token}, which is {pieces[token]!r:.80} and not {piece}; {ELSEWHERE}"
             )
 
 
-def _may_end(piece: str, kind: int) -> bool:
+def may_end(piece: str, kind: int) -> bool:
     """Whether a text may end at a piece: a control piece, or one that is a symbol, but no white space and no tag."""
     if piece in SPECIAL:
         return piece == DECLARED["eos"]
