@@ -409,7 +409,7 @@ def test_layers_in_memory_run_on_the_gpu(tmp_path: Path) -> None:
 
 def test_a_spread_model_is_not_pickled_and_the_line_says_what_to_do(away: gemma2.Gemma) -> None:
     for what in (away, away.model):
-        with pytest.raises(TypeError, match="spread by device_map cannot be pickled: .* load it in the other process"):
+        with pytest.raises(TypeError, match=r"spread by device_map cannot be pickled: .* load it in the other process"):
             pickle.dumps(what)
     again = copy.deepcopy(away)  # as before
     assert again.generate(PROMPT, 3) == away.generate(PROMPT, 3)

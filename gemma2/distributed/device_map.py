@@ -241,8 +241,8 @@ class _NotPickled:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a model spread by device_map cannot be pickled: its weights are on other devices or the disk; load it in the "
-            "other process, or without device_map"
+            "a model spread by device_map cannot be pickled: its weights are on other devices or the disk; load it in "
+            "the other process, or without device_map"
         )
 
     def __deepcopy__(self, memo: object) -> _NotPickled:
