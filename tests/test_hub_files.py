@@ -160,10 +160,10 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_not_for_each_file(
     assert files == {"config.json", "tokenizer.json"}, "the first by its branch, the second as the first not cached"
 
 
-def test_a_tokenizer_comes_without_weights(hub: Hub) -> None:
+def test_a_tokenizer_comes_with_what_is_said_about_chat_and_without_weights(hub: Hub) -> None:
     hub.push({**UNWEIGHTED, **EVERY, **PIECES, **SMALL})
     folder = download_tokenizer(NAME)
-    assert {*content(folder)} == {*PIECES, *ADDED, "tokenizer_config.json"}
+    assert {*content(folder)} == {*PIECES, *SMALL}
     hub.push({SINGLE: WEIGHTS, "tokenizer.model": b"newer"})
     assert content(download_tokenizer(NAME)) == {"tokenizer.model": b"newer"}
     hub.push({"config.json": CONFIG, SINGLE: WEIGHTS})

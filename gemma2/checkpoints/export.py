@@ -178,12 +178,10 @@ def _gguf_header(opened: Checkpoint, entries: list[Entry], main: str, title: str
     notes: tuple[str, ...] = ()
     ends = frozenset(id for id in opened.end_ids if id < opened.config.vocab_size)
     gemmas = {tokenizer.special[name] for name in ("eos", "end_of_turn") if name in tokenizer.special}
-    read = llama_cpp_end_ids(metadata)
-    if ends | gemmas != read | gemmas:
+    if missed := sorted(ends - llama_cpp_end_ids(metadata) - gemmas):
         metadata[END_IDS] = Value("u32[]", np.array(sorted(ends), np.uint32))
-        if missed := sorted(ends - read - gemmas):
-            listed = ", ".join(map(str, missed))
-            notes = (f"llama.cpp will not end a text at {listed}: a GGUF names two at most, both control tokens",)
+        listed = f"{', '.join(map(str, missed)):.200}"
+        notes = (f"llama.cpp will not end a text at {listed}: a GGUF names two at most, both control tokens",)
     metadata |= _lost_in_the_sum(opened, entries)
     described = [(entry.name, entry.shape, entry.type, entry.bytes) for entry in entries]
     return header_bytes(metadata, described), notes

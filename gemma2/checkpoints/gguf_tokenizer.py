@@ -175,11 +175,13 @@ def chat_template(header: GGUF) -> str | None:
 
 
 def end_ids(header: GGUF) -> frozenset[int]:
-    """The ids at which the file says that a text ends: those of a key of this project or else those of llama.cpp."""
+    """The ids at which the file says that a text ends: those at which llama.cpp does, and those of a key of this
+    project."""
     stated, tokens = header.metadata.get(END_IDS), header.metadata.get(PREFIX + "tokens")
-    if stated is not None and stated.type == "u32[]" and tokens is not None and tokens.type == ARRAYS["tokens"]:
-        return frozenset(id for id in stated.value.tolist() if id < len(tokens.value))
-    return llama_cpp_end_ids(header.metadata)
+    found = llama_cpp_end_ids(header.metadata)
+    if stated is None or stated.type != "u32[]" or tokens is None or tokens.type != ARRAYS["tokens"]:
+        return found
+    return found | {id for id in stated.value.tolist() if id < len(tokens.value)}
 
 
 def llama_cpp_end_ids(metadata: Mapping[str, Value]) -> frozenset[int]:
