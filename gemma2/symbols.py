@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 SPACE = "▁"  # U+2581, how SentencePiece writes a space
@@ -31,6 +31,7 @@ class Symbol:
         normalized: look for it after spaces have become `▁`.
         lstrip, rstrip: what is found takes the white space before it, or behind it, along.
         single_word: it is not found where a letter, a digit or the like stands directly before or behind it.
+        special: it is looked for when control tokens are asked for, and then before SentencePiece sees the text.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Symbol:
     lstrip: bool = False
     rstrip: bool = False
     single_word: bool = False
+    special: bool = field(default=False, compare=False)
 
     @property
     def sought(self) -> str:
@@ -102,16 +104,20 @@ def _of_word(character: str) -> bool:
 def one_pass_is_enough(symbols: Iterable[Symbol], deepest: int) -> bool:
     """Whether SentencePiece finds all symbols as two passes do. It looks for all of them at once, after spaces are `▁`.
 
-    It does not where a symbol depends on what is around it, has a space in it, may overlap one of another pass, or
-    where more than `deepest` begin at the same place, of which SentencePiece sees only the shortest.
+    It does not where a symbol depends on what is around it, has a space in it, may overlap one of another pass or a
+    special one, or where more than `deepest` begin at the same place, of which SentencePiece sees only the shortest.
     """
     every = list(symbols)
     if any(not symbol.bare or " " in symbol.text or SPACE in symbol.text for symbol in every):
         return False
     if len({symbol.text for symbol in every}) < len(every):
         return False
-    first, later = _tree(s.text for s in every if not s.normalized), [s.text for s in every if s.normalized]
-    return _depth(_tree(symbol.text for symbol in every)) <= deepest and not any(_clash(text, first) for text in later)
+    first, special = _tree(s.text for s in every if not s.normalized), _tree(s.text for s in every if s.special)
+    if any(_clash(s.text, first) for s in every if s.normalized):
+        return False
+    if any(_clash(s.text, special) for s in every if not s.special):
+        return False
+    return _depth(_tree(symbol.text for symbol in every)) <= deepest
 
 
 def _clash(text: str, tree: Mapping[str, Any]) -> bool:

@@ -43,6 +43,7 @@ CASES: dict[str, list[Content]] = {
     "spaces, normalized": tokens("     ", " ", normalized=True),
     "the sign for a space": tokens("▁the", "▁▁"),
     "Gemma's symbols inside": tokens("\n\nAnswer:", "<b>x", "x\n", "<start_of_turn>user", normalized=True),
+    "Gemma's symbols inside a special one": tokens("\\n\\nAnswer:", "\\nA", special=True),
     "carriage returns": [*tokens("\r\n", normalized=True), token(len(PIECES) + 1, "\r", False)],
     "a typed one inside": [*tokens("abcdef", normalized=True), token(len(PIECES) + 1, "cde", False)],
     "a symbol that is normalized": tokens("\n\n", "\n\nX", normalized=True),

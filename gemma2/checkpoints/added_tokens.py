@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,7 @@ def add(pieces: list[str], kinds: list[int], added: Iterable[Added], where: str)
                 )
             kind = NORMAL
         kinds[found] = kind
+        symbols[token.text] = replace(symbols[token.text], special=kind == CONTROL)
     return said, symbols
 
 

@@ -89,7 +89,11 @@ def _with_symbols(header: GGUF, found: Vocabulary) -> Tokenizer:
     if not told and not typed:
         return Tokenizer(write_proto(found), where)
     symbol_kinds = (CONTROL, UNKNOWN, USER_DEFINED)
-    own = [Symbol(p, i) for i, (p, kind) in enumerate(zip(found.pieces, kinds, strict=True)) if kind in symbol_kinds]
+    own = [
+        Symbol(p, i, special=kind == CONTROL)
+        for i, (p, kind) in enumerate(zip(found.pieces, kinds, strict=True))
+        if kind in symbol_kinds
+    ]
     symbols = in_effect(own, {symbol.text: symbol for symbol in told or typed})
     return tokenizer_with(found, [p if is_gemmas_symbol(p) else "" for p in found.pieces], symbols, where, ())
 
@@ -100,7 +104,7 @@ def _told(header: GGUF, pieces: Sequence[str]) -> list[Symbol]:
     if stated is None:
         return []
     try:
-        told = [Symbol(*each) for each in json.loads(stated.value)]
+        told = [Symbol(*each[:6]) for each in json.loads(stated.value)]
         good = all(_is_sound(symbol, pieces) for symbol in told) and len({s.id for s in told}) == len(told)
     except (TypeError, ValueError, RecursionError):
         good = False

@@ -73,7 +73,11 @@ def tokenizer_metadata(
         PREFIX + "add_eos_token": Value("bool", False),
         PREFIX + "add_space_prefix": Value("bool", found.space_prefix),
         **{f"{PREFIX}{name}_token_id": Value("u32", id) for name, id in zip(ENDS[1:], others, strict=False)},
-        **({AS_ADDED: Value("str", json.dumps(sorted(map(astuple, told), key=itemgetter(1))))} if told else {}),
+        **(
+            {AS_ADDED: Value("str", json.dumps(sorted((astuple(symbol)[:6] for symbol in told), key=itemgetter(1))))}
+            if told
+            else {}
+        ),
     }
 
 

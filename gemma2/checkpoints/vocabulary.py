@@ -146,7 +146,7 @@ def _with_added(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
     found = read_proto(tokenizer.to_proto(), tokenizer.where)
     pieces, kinds = list(found.pieces), found.kinds.tolist()
     own = [
-        Symbol(piece, i)
+        Symbol(piece, i, special=kind == CONTROL)
         for i, (piece, kind) in enumerate(zip(pieces, kinds, strict=True))
         if kind in (CONTROL, UNKNOWN, USER_DEFINED)
     ]

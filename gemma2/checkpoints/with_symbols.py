@@ -16,6 +16,7 @@ from gemma2.checkpoints.sentencepiece_proto import (
     write_proto,
 )
 from gemma2.symbols import SPACE, Symbol, one_pass_is_enough
+from gemma2.tokenizer import CONTROL as STEERING
 from gemma2.tokenizer import Tokenizer, hidden
 
 DEEPEST = 64  # symbols that begin at one place, of which SentencePiece sees no more (PrefixMatcher in normalizer.cc)
@@ -42,7 +43,7 @@ def tokenizer_with(
         BadModelFile: as `Tokenizer`.
     """
     # SentencePiece itself finds runs of spaces that are normalized.
-    if not merged and one_pass_is_enough([s for s in symbols if not (s.normalized and _is_run(s))], DEEPEST):
+    if not merged and _one_pass([s for s in symbols if not (s.normalized and _is_run(s))]):
         return Tokenizer(write_proto(vocabulary), where, notes=notes)
     pieces, taken, kinds = list(vocabulary.pieces), set(vocabulary.pieces), vocabulary.kinds
     for i in np.flatnonzero(kinds == USER_DEFINED).tolist():
@@ -67,7 +68,7 @@ def beyond_sentencepiece(symbols: Iterable[Symbol] | None) -> set[Symbol]:
     Gemma's runs of spaces are left aside: SentencePiece has them as symbols too.
     """
     looked_for = [s for s in symbols or () if not _is_run(s)]
-    if one_pass_is_enough(looked_for, DEEPEST):
+    if _one_pass(looked_for):
         return set()
     return {s for s in looked_for if s.normalized or not s.bare or not is_gemmas(s.text)}
 
@@ -77,6 +78,12 @@ def is_gemmas(text: str) -> bool:
     if not text.strip(f" {SPACE}"):
         return len(text) <= LONGEST_RUN and " " not in text
     return text in SPECIAL or SYMBOL.fullmatch(text) is not None
+
+
+def _one_pass(symbols: Sequence[Symbol]) -> bool:
+    """Whether SentencePiece finds the symbols by itself, also where control tokens are spelled out."""
+    spelled_out = (s.text for s in symbols if not s.special and STEERING.search(s.text) and not is_gemmas(s.text))
+    return not any(spelled_out) and one_pass_is_enough(symbols, DEEPEST)
 
 
 def _is_run(symbol: Symbol) -> bool:
