@@ -28,7 +28,8 @@ GOLDEN = Path(__file__).parent / "golden"
 PLACES = {"shared": SHARED, "golden": GOLDEN}
 EXPECTED = set(filter(None, os.environ.get("GEMMA2_EXPECT_DATA", "").split(",")))
 
-# GEMMA2_LONG=1 pytest (make test-long) tries as many files and texts as the authors do before a release.
+# GEMMA2_LONG=1 pytest (make test-long) tries as many files and texts as the authors do before a release, and runs the
+# tests that are marked `long`.
 LONG = "GEMMA2_LONG" in os.environ
 
 
@@ -38,6 +39,7 @@ def some_of(count: int) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "long: runs with GEMMA2_LONG=1 only")
     config.addinivalue_line("markers", "needs(place, path): data outside the code, in a folder of PLACES")
     config.addinivalue_line("markers", "posix: signals, forks, pipes with names, symbolic links, terminals, locks")
     if EXPECTED - PLACES.keys():
@@ -46,6 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures open the data
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("long") and not LONG:
+        pytest.skip("long: make test-long runs it")
     if os.name != "posix" and item.get_closest_marker("posix"):
         pytest.skip("needs what POSIX systems have")
     for mark in item.iter_markers("needs"):

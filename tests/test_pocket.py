@@ -103,6 +103,7 @@ def test_it_writes_words_of_the_language_it_was_trained_on(pocket: gemma2.Gemma)
     assert sum(word in common for word in words) / len(words) > 0.2
 
 
+@pytest.mark.long
 @pytest.mark.needs("shared", "data/early-modern-english")
 def test_the_reported_held_out_loss_is_that_of_the_shipped_weights(pocket: gemma2.Gemma) -> None:
     card = (POCKET / "README.md").read_text(encoding="utf-8")

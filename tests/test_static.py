@@ -37,6 +37,7 @@ def test_one_full_graph_serves_120_steps_and_7_wraps() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.long
 def test_three_prompts_of_three_lengths_and_300_tokens_are_computed_by_one_graph() -> None:
     model, backend = tiny("27b").double(), Counting()
     cache = StaticCache(model, 1, 256)
@@ -49,6 +50,7 @@ def test_three_prompts_of_three_lengths_and_300_tokens_are_computed_by_one_graph
     assert backend.graphs == 1
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="torch.compile needs a C++ compiler on CPU")
 def test_the_pocket_models_greedy_text_is_the_same_compiled_and_eager(pocket: Gemma) -> None:
     """Past the window of 128, with the compiler that people use."""

@@ -75,6 +75,7 @@ def test_what_transformers_writes_is_what_these_tests_read(tmp_path: Path) -> No
 
 
 @needs_real
+@pytest.mark.long
 def test_gemma_2s_own_vocabulary_gives_the_golden_ids_and_those_of_the_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

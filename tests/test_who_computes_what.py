@@ -119,6 +119,7 @@ def test_implementations_with_other_requirements_are_installed_in_other_folders(
     assert all(len(requires) == 1 for requires in folders.values()), folders
 
 
+@pytest.mark.long
 def test_transformers_live_computes_gemma_2_as_published_and_an_injected_change_is_named(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     out, model = run_here(tmp_path, IMPLEMENTATIONS[0])

@@ -261,6 +261,7 @@ for source, target, kind in zip(*[iter(sys.argv[1:])] * 3):
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not STATUS.exists(), reason="reads peak memory from Linux's /proc")
 def test_a_conversion_takes_less_memory_than_the_model(tmp_path: Path) -> None:
     """Over importing the package, mapped pages of the source included: at most 120 MB, and the model has 160."""

@@ -109,6 +109,7 @@ print(json.dumps({dtype: [DEMANDED[dtype], verdict(dtype, "gemma_pytorch").verdi
 KERNELS = [{"ATEN_CPU_CAPABILITY": "default"}, {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: " ".join(kernels))
 def test_where_other_kernels_give_other_bits_the_fingerprints_say_so_and_rounding_explains_them(
     kernels: dict[str, str],
