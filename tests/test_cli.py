@@ -118,14 +118,14 @@ def test_verbose_puts_timings_and_memory_on_standard_error(capsys: pytest.Captur
 
 def test_text_streams_as_it_is_made() -> None:
     """The first piece is there long before the last: read from a pipe while the child still writes."""
-    command = [sys.executable, "-m", "gemma2", "generate", "In the beginning", "-n", "400"]
+    command = [sys.executable, "-m", "gemma2", "generate", "In the beginning", "-n", "200"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
         assert child.stdout
         first = child.stdout.read(1)
         started = time.perf_counter()
         rest = child.stdout.read()
     assert first and len(rest) > 100 and child.returncode == 0
-    assert time.perf_counter() - started > 0.3, "400 tokens came all at once"
+    assert time.perf_counter() - started > 0.2, "200 tokens came all at once"
 
 
 def test_no_progress_bar_in_a_pipe() -> None:

@@ -206,6 +206,7 @@ def test_a_model_that_is_no_gemma_2_any_more_is_refused_by_name_and_nothing_is_w
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", [beyond_float32, trained_norm])
 def test_values_that_float32_does_not_hold_are_written_as_float64_or_rounded_with_a_note(
     change: Callable[[gemma2.Gemma2], Any], pocket: gemma2.Gemma, tmp_path: Path

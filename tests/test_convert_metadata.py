@@ -207,11 +207,13 @@ def test_pocket_is_the_model_inside_unless_something_here_is_called_so(
     assert gemma2.load("pocket", device="cpu").config.hidden_size == SMALL["hidden_size"]
 
 
+@pytest.mark.long
 def test_no_progress_bar_in_a_pipe(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gemma2", "convert", "pocket", str(tmp_path / "out.gguf")]
     assert subprocess.run(command, capture_output=True, check=True).stderr == b""
 
 
+@pytest.mark.long
 @pytest.mark.posix
 def test_a_terminal_sees_a_bar(tmp_path: Path) -> None:
     import pty

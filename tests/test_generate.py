@@ -158,6 +158,7 @@ for seed in range(3):
 """
 
 
+@pytest.mark.long
 def test_three_seeds_give_the_same_logits_and_text_in_two_processes() -> None:
     """Bit-equal logits: their bytes run into the digest printed behind every text."""
     runs = [subprocess.run([sys.executable, "-c", DETERMINISM], capture_output=True, check=True) for _ in range(2)]

@@ -448,6 +448,7 @@ def command(hub: Hub, home: Path, model: str) -> subprocess.CompletedProcess[str
     return subprocess.run(argv, env=environment(hub, home), capture_output=True, encoding="utf-8", timeout=120)
 
 
+@pytest.mark.long
 def test_the_command_takes_the_same_names(hub: Hub, tmp_path: Path) -> None:
     write_model(tmp_path / "tiny-F32.gguf")
     hub.push({"tiny-F32.gguf": (tmp_path / "tiny-F32.gguf").read_bytes()})

@@ -63,6 +63,7 @@ def test_auto_tokenizer_reads_a_converted_folder_without_other_packages(tmp_path
     compare(written, 400)
 
 
+@pytest.mark.long
 @pytest.mark.needs("shared", "data/gemma2-tokenizer")
 def test_the_library_gives_the_same_ids_with_gemma_2s_own_vocabulary(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(REAL / "tokenizer.model")

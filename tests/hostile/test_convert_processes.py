@@ -29,6 +29,7 @@ from tests.hostile.conftest import shell
 
 pytestmark = pytest.mark.posix
 CUT = {"out": ["--type", "f32"], "out.gguf": ["--type", "q8_0"], "out.ckpt": ["--type", "f32"]}
+TARGETS = [target if target == "out" else pytest.param(target, marks=pytest.mark.long) for target in CUT]
 
 # A child forks once for each conversion, after importing everything, so that it takes little more than its work.
 DRIVER = """
@@ -142,7 +143,7 @@ class Writing:
         return self.target.stat().st_ino if self.target.exists() else None
 
 
-@pytest.mark.parametrize("target", CUT)
+@pytest.mark.parametrize("target", TARGETS)
 def test_killed_at_any_moment_a_target_is_absent_or_old_or_whole_and_leftovers_go_with_the_next_success(
     target: str, heavy: Path, driver: Driver, tmp_path: Path
 ) -> None:
@@ -173,7 +174,7 @@ def test_killed_at_any_moment_a_target_is_absent_or_old_or_whole_and_leftovers_g
     assert digests(path) == whole and names(tmp_path) == there
 
 
-@pytest.mark.parametrize("target", CUT)
+@pytest.mark.parametrize("target", TARGETS)
 def test_an_interrupt_exits_with_130_and_leaves_nothing(
     target: str, heavy: Path, driver: Driver, tmp_path: Path
 ) -> None:
@@ -194,7 +195,7 @@ def test_an_interrupt_exits_with_130_and_leaves_nothing(
         assert names(tmp_path) == there and (not old or digests(tmp_path / target) == before)
 
 
-@pytest.mark.parametrize("target", CUT)
+@pytest.mark.parametrize("target", TARGETS)
 def test_two_at_once_to_one_target_both_succeed_with_force_and_one_without(
     target: str, heavy: Path, driver: Driver, tmp_path: Path
 ) -> None:
@@ -230,7 +231,7 @@ print(json.dumps([*run(model, target, "--force"), {}]))
 """
 
 
-@pytest.mark.parametrize("target", CUT)
+@pytest.mark.parametrize("target", TARGETS)
 def test_a_disk_that_is_full_at_any_byte_leaves_what_was_there_and_says_so(
     target: str, heavy: Path, tmp_path: Path
 ) -> None:

@@ -40,6 +40,7 @@ def cuts(folder: str) -> Iterator[tuple[int, int]]:
     yield 0, 0  # the end is reached
 
 
+@pytest.mark.long
 def test_a_file_cut_at_any_byte_is_refused(tmp_path: Path) -> None:
     assert len(TENSORS) > 1000 and len(VOCABULARY) > 500
     assert in_a_child(cuts, str(tmp_path), seconds=60) == [[0, 0]]
@@ -93,6 +94,7 @@ def changes(folder: str, every: bool) -> Iterator[dict[str, int]]:
     yield dict(counts)
 
 
+@pytest.mark.long
 def test_a_changed_byte_of_a_header_is_refused_or_moves_no_tensor(tmp_path: Path) -> None:
     """What is accepted are other names, shapes, keys and values, which are judged against the model's."""
     [counts] = in_a_child(changes, str(tmp_path), EVERY_BYTE in os.environ, seconds=600)
@@ -114,6 +116,7 @@ def differences(folder: str, count: int) -> Iterator[tuple[int, list[str]]]:
         seed += 1
 
 
+@pytest.mark.long
 def test_what_is_accepted_is_what_gguf_py_reads(tmp_path: Path) -> None:
     found: list[Any] = in_a_child(differences, str(tmp_path), 500, seconds=2)
     assert len(found) == 500

@@ -46,6 +46,7 @@ def vocabulary() -> File:
     )
 
 
+@pytest.mark.long
 def test_256_000_pieces_are_read_in_a_second_and_64_megabytes(tmp_path: Path) -> None:
     path = tmp_path / "vocabulary.gguf"
     path.write_bytes(vocabulary().write())
@@ -71,6 +72,7 @@ def test_every_piece_is_read_where_the_file_is_read_in_chunks(tmp_path: Path) ->
     assert found.metadata["tokenizer.ggml.tokens"].value == vocabulary().value("tokenizer.ggml.tokens")
 
 
+@pytest.mark.long
 def test_a_vocabulary_without_a_model_is_refused_before_its_tokenizer_is_built(tmp_path: Path) -> None:
     path = tmp_path / "vocabulary.gguf"
     model = tiny_model("Q4_0")
@@ -112,6 +114,7 @@ COSTLIEST: dict[str, Callable[[], File]] = {
 }
 
 
+@pytest.mark.long
 def test_the_costliest_headers_that_are_taken_need_a_second_and_150_megabytes(tmp_path: Path) -> None:
     paths = [tmp_path / f"{number}.gguf" for number in range(len(COSTLIEST))]
     for path, make in zip(paths, COSTLIEST.values(), strict=True):

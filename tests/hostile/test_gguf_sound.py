@@ -205,6 +205,7 @@ def same_as_gguf_py(path: Path) -> None:
             assert torch.equal(parameter.view(torch.int32), expected.view(torch.int32)), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", [*ODD, *ODD_MODELS])
 def test_an_odd_model_has_gguf_pys_numbers(case: str, tmp_path: Path) -> None:
     path = tmp_path / "odd.gguf"
@@ -212,6 +213,7 @@ def test_an_odd_model_has_gguf_pys_numbers(case: str, tmp_path: Path) -> None:
     same_as_gguf_py(path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_a_model_of_every_type_has_gguf_pys_numbers(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"

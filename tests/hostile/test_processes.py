@@ -45,6 +45,7 @@ def complaint(done: subprocess.CompletedProcess[bytes], code: int) -> bytes:
     return done.stderr
 
 
+@pytest.mark.long
 def test_arguments_that_are_not_utf8_exit_with_2() -> None:
     assert b"lone surrogate at character 3" in complaint(run("generate", b"caf\xe9", "--model", "absent/x.ckpt"), 2)
     assert b"invalid choice: '\\udcff'" in complaint(run(b"\xff"), 2)
@@ -55,6 +56,7 @@ def test_standard_input_that_is_not_utf8_exits_with_2_and_names_the_byte() -> No
     assert b"standard input is not valid UTF-8 at byte 3" in complaint(done, 2)
 
 
+@pytest.mark.long
 def test_a_traceback_comes_with_debug_and_only_then() -> None:
     assert b"absent/x.ckpt: no such file" in complaint(run("generate", "x", "--model", "absent/x.ckpt"), 1)
     done = run("generate", "x", "--model", "absent/x.ckpt", "--debug")
@@ -71,6 +73,7 @@ def test_a_pipe_carries_utf8_whatever_the_locale(encoding: str, mark: bytes) -> 
     assert done.stdout.startswith(text) and done.stdout.endswith(b"\n")
 
 
+@pytest.mark.long
 def test_an_error_in_a_pipe_is_utf8_too() -> None:
     done = run("generate", "x", "--model", "abwesend/größe.ckpt", PYTHONIOENCODING="cp1252")
     assert "abwesend/größe.ckpt: no such file".encode() in complaint(done, 1)
@@ -108,6 +111,7 @@ def test_a_full_disk_is_one_line() -> None:
     assert done.stderr.startswith(LINE) and b"No space left on device" in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("closed", ["<&- >&-", "<&- >&- 2>&-"])
 def test_closed_descriptors_are_no_fault(closed: str) -> None:
     script = f'exec "$0" -m gemma2 generate - -n 1 {closed}'

@@ -316,6 +316,7 @@ def uses(count: int, folder: str) -> Iterator[str]:
             yield f"{type(error).__name__}: {error}"
 
 
+@pytest.mark.long
 def test_seventy_damaged_files_are_refused_or_keep_every_promise(
     done: tuple[list[Path], list[Any], Path],
 ) -> None:

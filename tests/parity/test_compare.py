@@ -258,6 +258,7 @@ def test_predictions_of_the_last_positions_and_of_equal_logits() -> None:
     assert (row.kl_mean, row.kl_largest, row.flips, row.positions, row.margin) == (0.0, 0.0, 0, 2, None)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("length", [2, 3, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_few_token_ids_computed_otherwise_are_rounding(length: int, dtype: torch.dtype) -> None:

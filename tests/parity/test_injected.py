@@ -10,6 +10,7 @@ import torch
 
 import gemma2
 from gemma2.parity.compare import first_difference
+from tests.conftest import LONG
 from tests.parity.injected import BUGS, SHOWN, injected_rows, sound_rows
 
 
@@ -27,7 +28,7 @@ def test_each_injected_mistake_is_found_first_at_its_place(name: str, shipped: g
 HIDDEN = {"cap after mask": {*SHOWN}, "1 + w in the parameter's dtype": {"logits"}}
 
 
-@pytest.mark.parametrize("name", BUGS)
+@pytest.mark.parametrize("name", BUGS if LONG else list(BUGS)[::4])
 def test_each_is_found_of_systems_that_show_less_but_for_those_that_docs_parity_names(
     name: str, shipped: gemma2.Gemma
 ) -> None:
@@ -42,6 +43,7 @@ def test_a_mistake_is_reported_at_its_own_places_and_nowhere_downstream(shipped:
     assert wrong == {f"blocks.{i}.attn.hook_attn_scores" for i in (0, 2, 4)}
 
 
+@pytest.mark.long
 def test_rounding_is_no_difference_in_fifty_random_models() -> None:
     count = 0
     for name, rows in sound_rows(models=54):
