@@ -302,5 +302,5 @@ def indexes(ending: str) -> dict[str, tuple[bytes, str]]:
             json.dumps({"weight_map": {str(n): f"{n}{ending}" for n in range(20_000)}}).encode(),
             f"20000 of 20000 {missing}",
         ),
-        "1 MB of lists": (b'{"weight_map": [' + b",".join([b"[]"] * 340_000) + b"]}", no_map),
+        "half a MB of lists": (b'{"weight_map": [' + b",".join([b"[]"] * 170_000) + b"]}", no_map),
     }
