@@ -256,6 +256,7 @@ def shape(text: str) -> list[str]:
     return [re.sub(r"[\d.]+(e[+-]\d+)?", "#", " ".join(line.split())) for line in text.splitlines()]
 
 
+@pytest.mark.long
 def test_the_page_shows_what_is_printed(capsys: Capture) -> None:
     pytest.importorskip("transformers", reason="the page's example is one with transformers")
     page = (Path(__file__).resolve().parents[1] / "docs" / "parity.md").read_text(encoding="utf-8")

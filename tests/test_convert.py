@@ -86,6 +86,7 @@ def test_the_types_are_those_that_gguf_py_quantizes_to() -> None:
     assert set(TYPES) == able
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", TYPES)
 def test_every_type_is_written_as_the_blocks_that_gguf_py_makes(kind: str, source: Make, tmp_path: Path) -> None:
     """Names, shapes and blocks are held against gguf-py: its reader, its table of names, its quantization."""
@@ -113,6 +114,7 @@ def test_every_type_is_written_as_the_blocks_that_gguf_py_makes(kind: str, sourc
     assert made.bytes == made.path.stat().st_size
 
 
+@pytest.mark.long
 def test_blocks_of_zeros_are_zeros(source: Make, tmp_path: Path) -> None:
     tensors = tensors_of(tiny("2b", vocab_size=4096, **WIDE))
     tensors["model.layers.0.mlp.up_proj.weight"].zero_()
@@ -122,6 +124,7 @@ def test_blocks_of_zeros_are_zeros(source: Make, tmp_path: Path) -> None:
         assert not stored(made.path)["model.layers.0.mlp.up_proj.weight"].any(), kind
 
 
+@pytest.mark.long
 def test_the_type_is_the_sources_own_unless_asked(source: Make, tmp_path: Path) -> None:
     def kinds(path: Path, name: str, **asked: Any) -> set[str]:
         return set(convert(path, tmp_path / name, force=True, progress=False, **asked).tensors)

@@ -59,6 +59,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CONFIGS)
 def test_every_number_of_the_config_survives(case: str, source: Make, tmp_path: Path) -> None:
     place = source(**CONFIGS[case])
@@ -162,6 +163,7 @@ def test_a_space_before_every_text_stays(tmp_path: Path) -> None:
         assert open_checkpoint(convert(path, tmp_path / name, progress=False).path).tokenizer.encode("word") == ids
 
 
+@pytest.mark.long
 def test_the_text_of_a_model_whose_tokenizer_puts_a_space_before_every_text_stays(tmp_path: Path) -> None:
     place = tmp_path / "spaced"
     shutil.copytree(POCKET, place)

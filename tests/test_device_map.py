@@ -358,6 +358,7 @@ with torch.no_grad():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits as Linux counts them")
 @torch.no_grad()
+@pytest.mark.long
 def test_under_a_limit_a_model_that_does_not_fit_runs_from_the_disk(folder: Callable[..., Path]) -> None:
     # Its matrices are larger than a chunk.
     shape = {"hidden_size": 320, "intermediate_size": 4096, "num_hidden_layers": 16}

@@ -75,6 +75,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
 def test_generation_past_the_window_has_the_ids_and_the_logits_of_transformers(mode: str) -> None:
     face, external = pair()
@@ -198,6 +199,7 @@ def trained(model: Any, folder: Path) -> list[float]:
     return losses
 
 
+@pytest.mark.long
 def test_the_trainer_has_the_losses_of_transformers_own_model_and_changes_ours(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     face, external = pair()

@@ -102,6 +102,7 @@ def test_a_finished_row_does_not_disturb_the_others() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, 17, 512])
 @torch.no_grad()
+@pytest.mark.long
 def test_the_chunk_of_the_prefill_does_not_matter(chunk: int) -> None:
     model = tiny().double()
     prompts = [ids(1, 50)[0].tolist(), ids(1, 21, seed=4)[0].tolist()]

@@ -358,6 +358,7 @@ def downloading(hub: Hub, home: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code], env=environment(hub, home), stdout=subprocess.PIPE)
 
 
+@pytest.mark.long
 def test_two_processes_at_once_both_get_the_whole_repository(hub: Hub, tmp_path: Path) -> None:
     children = [downloading(hub, tmp_path / "home") for _ in range(2)]
     for child in children:

@@ -223,6 +223,7 @@ def test_the_compiled_model_computes_what_the_eager_one_does() -> None:
     assert (torch.compile(model.model)(tokens) - model.model(tokens)).abs().max() <= 1e-10
 
 
+@pytest.mark.long
 def test_a_full_graph_is_compiled_of_a_pass_and_of_a_decode_step() -> None:
     torch.compiler.reset()
     model, tokens, backend = tiny().double(), ids(2, 60), Counting()

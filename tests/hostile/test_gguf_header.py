@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from tests.gguf_files import KINDS, Entry, Raw, array, dimensions, lengthy, small, string
 from tests.hostile.child import faults, merged
 
@@ -414,5 +416,6 @@ PLACES: dict[str, tuple[Make, str]] = {
 HEADERS = merged(FOREIGN, COUNTS, PAIRS, ARRAYS, ALIGNMENTS, NAMES, SHAPES, TYPES, PLACES)
 
 
+@pytest.mark.long
 def test_every_lie_in_a_header_is_named_at_once_and_in_little_memory(tmp_path: Path) -> None:
     assert faults(HEADERS, tmp_path) == {}

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from gemma2.checkpoints.gguf_weights import EPSILON, INTEGERS
 from tests.gguf_files import File, tiny_model
 from tests.hostile.child import faults, merged
@@ -268,5 +270,6 @@ KEYS: dict[str, tuple[Make, str]] = {
 }
 
 
+@pytest.mark.long
 def test_what_states_no_gemma_2_is_named_at_once_and_in_little_memory(tmp_path: Path) -> None:
     assert faults(merged(ARCHITECTURES, KEYS), tmp_path) == {}

@@ -170,6 +170,7 @@ BAD: dict[str, tuple[Callable[[Path, Parts], str], str]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.posix
 def test_parts_that_do_not_belong_together_are_refused_at_once(tmp_path: Path) -> None:
     asked = []

@@ -198,6 +198,7 @@ VALUES: dict[str, tuple[Make, str]] = {
 }
 
 
+@pytest.mark.long
 def test_tensors_that_are_no_gemma_2_are_named_at_once_and_in_little_memory(tmp_path: Path) -> None:
     assert faults(merged(TENSORS, VALUES), tmp_path) == {}
 

@@ -79,6 +79,7 @@ def test_an_error_in_a_pipe_is_utf8_too() -> None:
     assert "abwesend/größe.ckpt: no such file".encode() in complaint(done, 1)
 
 
+@pytest.mark.long
 def test_a_terminal_without_unicode_shows_question_marks() -> None:
     import pty
 
@@ -101,6 +102,7 @@ def test_a_line_of_a_conversation_that_is_not_utf8_ends_it_and_names_the_byte(st
     assert done.stderr.endswith(b"error: standard input is not valid UTF-8 at byte %d\n" % place)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_full_disk_is_one_line() -> None:
     with open("/dev/full", "wb") as full:

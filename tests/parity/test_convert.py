@@ -61,6 +61,7 @@ def test_a_folder_has_bit_equal_logits_in_transformers(size: str, dtype: torch.d
 
 @pytest.mark.parametrize("kind", TYPES)
 @torch.no_grad()
+@pytest.mark.long
 def test_a_gguf_has_bit_equal_logits_in_transformers(kind: str, tmp_path: Path) -> None:
     """transformers dequantises by itself, to float32. Its w of a norm is g - 1, whose 1 + w is g again, as ours is."""
     pytest.importorskip("accelerate", reason="transformers needs it for GGUF")

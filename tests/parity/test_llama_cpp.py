@@ -71,6 +71,7 @@ def test_the_logits_are_as_far_from_llama_cpp_as_its_rounding_takes_them(name: s
     check(file(name), prompt(), load_file(PARITY / "llama_cpp_logits.safetensors")[name], DISTANCES[name])
 
 
+@pytest.mark.long
 @pytest.mark.needs("shared", "data/parity-model")
 @pytest.mark.parametrize("name", FOUR_LAYERS)
 def test_the_logits_of_a_deeper_model_are_as_far_from_llama_cpp_as_its_rounding_takes_them(name: str) -> None:

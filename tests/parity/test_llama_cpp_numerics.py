@@ -109,6 +109,7 @@ def test_products_are_those_of_float64_up_to_rounding(kind: str, rows: int) -> N
     assert 0 < (summed(x, w, kind) - exact).abs().max() < 1e-4
 
 
+@pytest.mark.long
 def test_types_are_taken_from_the_dtype_unless_they_are_given() -> None:
     model = tiny()
     names = [name for name, _ in model.named_parameters()]
@@ -144,6 +145,7 @@ def test_llama_cpps_logits_are_met_to_the_bit_for_every_type(name: str) -> None:
 @pytest.mark.needs("shared", "data/parity-model")
 @pytest.mark.parametrize("name", FOUR_LAYERS)
 @torch.no_grad()
+@pytest.mark.long
 def test_llama_cpps_logits_of_a_deeper_model_are_met_to_the_bit_for_every_type(name: str) -> None:
     theirs = load_file(DATA / "llama_cpp_logits.safetensors")[name]
     model, kinds = opened(DATA / f"{name}.gguf")
@@ -151,6 +153,7 @@ def test_llama_cpps_logits_of_a_deeper_model_are_met_to_the_bit_for_every_type(n
     assert torch.equal(with_numerics(model, "llama.cpp", storage=kinds)(tokens)[0, -len(theirs) :], theirs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bit", [bit.name for bit in PROFILES["llama.cpp"]])
 def test_no_bit_can_be_left_out_but_those_that_float32_weights_make_void(bit: str) -> None:
     """float32 has nothing to widen, the query scale is a power of two here, and what is hidden weighs nothing."""

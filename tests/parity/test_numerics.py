@@ -74,6 +74,7 @@ def test_a_profile_leaves_the_model_alone_and_shares_its_parameters(profile: str
     assert mine.keys() == theirs.keys() and all(mine[name] is theirs[name] for name in mine)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_tap_exists_and_is_passed_under_every_profile(profile: str) -> None:
     model = tiny()
@@ -84,6 +85,7 @@ def test_every_tap_exists_and_is_passed_under_every_profile(profile: str) -> Non
     assert all(theirs[name].shape == output.shape for name, output in plain.items())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("profile, name", [(name, each.name) for name, changes in PROFILES.items() for each in changes])
 def test_each_change_alone_changes_something(profile: str, name: str) -> None:
     """In float32 or bfloat16, at some place: some round only what bfloat16 can lose, or only hidden scores."""

@@ -115,6 +115,7 @@ def test_every_site_of_transformers_is_ours_to_the_bit(size: str, dtype: torch.d
     check_equal(external, ours)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["x.gguf", "x.ckpt", "out/model.safetensors"])
 def test_transformers_takes_every_form_of_a_checkpoint_in_silence(
     form: str, folder: Folder, tmp_path: Path, capfd: pytest.CaptureFixture[str]
