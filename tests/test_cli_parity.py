@@ -238,6 +238,7 @@ def test_a_modified_copy_is_compared_by_its_place_and_its_first_changed_site_is_
     ), "any name that MODEL may have"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shown", ["*", "blocks.*.mlp.hook_pre_linear", "hook_embed"])
 def test_the_chart_numbers_the_blocks_whichever_sites_are_shown(shown: str, small: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the chart needs the extra gemma2[plots]")

@@ -367,6 +367,7 @@ def test_two_processes_at_once_both_get_the_whole_repository(hub: Hub, tmp_path:
         assert content(Path(out.decode())).items() <= FILES.items()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("gets", [1, 2, 3] if LONG else [2])
 def test_a_process_killed_while_downloading_leaves_nothing_that_a_later_one_takes_for_good(
     hub: Hub, tmp_path: Path, gets: int

@@ -47,6 +47,7 @@ def test_a_compiled_model_is_compiled_in_generation_and_writes_the_same() -> Non
     assert backend.graphs == before, "nothing new to compile"
 
 
+@pytest.mark.long
 def test_hooks_in_a_compiled_model_fire_while_it_generates() -> None:
     torch.compiler.reset()
     model, fired = tiny(), list[int]()

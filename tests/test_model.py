@@ -217,6 +217,7 @@ def test_a_state_dict_carries_the_whole_model() -> None:
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="torch.compile needs a C++ compiler on CPU")
 @torch.no_grad()
+@pytest.mark.long
 def test_the_compiled_model_computes_what_the_eager_one_does() -> None:
     model = tiny(num_hidden_layers=2).double()
     tokens = ids(1, 40)

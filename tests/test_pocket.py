@@ -76,6 +76,7 @@ def test_without_a_bos_it_predicts_worse(pocket: gemma2.Gemma) -> None:
     assert without > with_bos
 
 
+@pytest.mark.long
 def test_it_writes_words_of_the_language_it_was_trained_on(pocket: gemma2.Gemma) -> None:
     text = "".join(
         pocket.generate("And the king said unto", max_new_tokens=120, temperature=0.7, top_p=0.9, seed=seed)

@@ -56,6 +56,7 @@ def cases(often: list[int]) -> dict[str, tuple[list[Processor], dict[str, Any]]]
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", cases([1, 2, 3, 4]))
 def test_processors_of_transformers_give_the_ids_of_its_own_generate(
     case: str, pocket: gemma2.Gemma, theirs: Any

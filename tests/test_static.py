@@ -83,6 +83,7 @@ def test_ragged_rows_go_on_from_their_own_positions() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.long
 def test_hooks_are_seen_while_a_compiled_step_decodes() -> None:
     model, fired = tiny(), list[int]()
     cache = StaticCache(model, 1, 64)

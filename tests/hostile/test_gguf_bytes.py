@@ -123,6 +123,7 @@ def test_what_is_accepted_is_what_gguf_py_reads(tmp_path: Path) -> None:
     assert [(seed, unlike) for seed, unlike in found if unlike] == []
 
 
+@pytest.mark.long
 def test_damaged_files_are_refused_or_sound() -> None:
     runs = some_of(20_000)
     command = [sys.executable, str(ROOT / "scripts" / "fuzz_gguf.py"), "--runs", str(runs), "--seed", "1000000000"]

@@ -86,6 +86,7 @@ def test_a_vocabulary_without_a_model_is_refused_before_its_tokenizer_is_built(t
     assert attempt["growth"] <= 64e6
 
 
+@pytest.mark.long
 @pytest.mark.needs("shared", "data/gemma2-tokenizer")
 def test_the_header_of_the_real_vocabulary_is_read_in_a_second_and_64_megabytes() -> None:
     [(seconds, grown, pieces)] = in_a_child(costs, [str(OFFICIAL)])

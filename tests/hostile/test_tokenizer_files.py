@@ -267,6 +267,7 @@ def with_odd_pieces(pieces: list[Field], rng: random.Random) -> list[Field]:
     return pieces
 
 
+@pytest.mark.long
 def test_mutated_models_are_refused_or_keep_every_promise() -> None:
     count = some_of(3000)
     results = list(in_a_child([mutated(seed) for seed in range(count)]))

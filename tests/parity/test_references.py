@@ -104,6 +104,7 @@ def check_equal(external: Reference, ours: Reference) -> None:
         assert not unequal, unequal
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("size", SHAPES)
 def test_every_site_of_transformers_is_ours_to_the_bit(size: str, dtype: torch.dtype, folder: Folder) -> None:
