@@ -105,6 +105,7 @@ def limited(name: str, room: int, folder: Path) -> list[str]:
 
 
 @linux
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["RLIMIT_AS", "RLIMIT_DATA"])
 def test_under_a_limit_of_the_process_what_is_said_to_fit_does_fit(name: str, tmp_path: Path) -> None:
     """The file is larger than the limit, too: it is not mapped."""

@@ -80,6 +80,7 @@ assert code == 128 + 13, code
 """
 
 
+@pytest.mark.long
 def test_commands_run_without_what_only_posix_has_and_end_quietly_when_their_reader_leaves(
     bare: dict[str, str], tmp_path: Path
 ) -> None:

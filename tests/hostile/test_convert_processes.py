@@ -143,6 +143,7 @@ class Writing:
         return self.target.stat().st_ino if self.target.exists() else None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", TARGETS)
 def test_killed_at_any_moment_a_target_is_absent_or_old_or_whole_and_leftovers_go_with_the_next_success(
     target: str, heavy: Path, driver: Driver, tmp_path: Path
@@ -231,6 +232,7 @@ print(json.dumps([*run(model, target, "--force"), {}]))
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_disk_that_is_full_at_any_byte_leaves_what_was_there_and_says_so(
     target: str, heavy: Path, tmp_path: Path

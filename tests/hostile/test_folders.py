@@ -170,6 +170,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.long
 def test_folders_of_odd_things_are_refused_at_little_cost(tmp_path: Path) -> None:
     tensors = tensors_of(tiny(vocab_size=4096, **SMALL))
     places = {}

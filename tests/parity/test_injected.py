@@ -19,6 +19,7 @@ def shipped() -> gemma2.Gemma:
     return gemma2.load(device="cpu", dtype="float32")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", BUGS)
 def test_each_injected_mistake_is_found_first_at_its_place(name: str, shipped: gemma2.Gemma) -> None:
     first = first_difference(injected_rows(BUGS[name], shipped))
