@@ -65,7 +65,7 @@ def chat_ids(
 def listed(messages: Conversation) -> list[Mapping[str, Any]]:
     """The messages as a list. Raises ValueError for a text or a single message."""
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
-        raise ValueError(f"chat: messages must be a list of them, not {type(messages).__name__}")
+        raise ValueError(f"chat: messages must be a list of messages, not {type(messages).__name__}")
     return list(messages)
 
 

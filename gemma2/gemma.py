@@ -86,9 +86,7 @@ class Gemma:
     ) -> None:
         self.model, self.tokenizer, self.chat_tuned, self.notes = model, tokenizer, chat_tuned, tuple(notes)
         self.chat_template, self.companions = chat_template, dict(companions or {})
-        names = ("eos", "end_of_turn")
-        own = {tokenizer.special[name] for name in names if name in tokenizer.special}
-        self.stop_ids = frozenset(own | set(end_ids))
+        self.stop_ids = tokenizer.end_ids | frozenset(end_ids)
 
     @property
     def config(self) -> Gemma2Config:

@@ -14,12 +14,13 @@ from gemma2.checkpoints.checkpoint import named_tokenizer, naming_unreadable, op
 from gemma2.checkpoints.dtypes import RUNNABLE, dtype_name
 from gemma2.checkpoints.foreign import refuse_broken_links
 from gemma2.checkpoints.neutral import neutral
-from gemma2.checkpoints.weights import EMBEDDING, build
+from gemma2.checkpoints.weights import build
 from gemma2.distributed.device_map import DeviceMap, MaxMemory, build_spread, check_alone
 from gemma2.errors import BadModelFile, said_of_device
 from gemma2.gemma import Gemma
 from gemma2.hub import download, download_adapter, download_gguf, download_tokenizer
 from gemma2.numerics import check_profile, storage_of, twins_of
+from gemma2.tied import EMBEDDING
 from gemma2.tokenizer import Tokenizer
 from gemma2.twins import Make
 

@@ -156,6 +156,11 @@ class Tokenizer:
             found.notes = (*self.notes, said)
         return found
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The ids at which Gemma ends a text: `<eos>` and, where the vocabulary has it, `<end_of_turn>`."""
+        return frozenset(self.special[name] for name in ("eos", "end_of_turn") if name in self.special)
+
     def __len__(self) -> int:
         """Pieces in the vocabulary."""
         return int(self._pieces.vocab_size())

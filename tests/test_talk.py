@@ -161,7 +161,7 @@ def test_what_a_talk_cannot_begin_with_is_refused_at_once(gemma: Gemma) -> None:
         ([system], {}, 'message 0 is from "system"'),
         ([system], {"system": "Be brief."}, 'system must be "merge" or None'),
         ([{"role": "user", "content": "Who?"}], {}, "message 1 is from 'user'; user and assistant must alternate"),
-        ("Be brief.", {}, "messages must be a list of them, not str"),
+        ("Be brief.", {}, "messages must be a list of messages, not str"),
         (["Be brief."], {}, "message 0 must be a dict"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):

@@ -12,9 +12,10 @@ import torch
 from gemma2.checkpoints.checkpoint import open_checkpoint
 from gemma2.checkpoints.dtypes import RUNNABLE, SAFETENSORS, dtype_name, stored_name
 from gemma2.checkpoints.gguf_weights import GGUFWeights
-from gemma2.checkpoints.weights import EMBEDDING, Weights
+from gemma2.checkpoints.weights import Weights
 from gemma2.convert import convert
 from gemma2.load import POCKET
+from gemma2.tied import EMBEDDING
 
 NORM = "model.norm.weight"
 QUERY = "model.layers.1.self_attn.q_proj.weight"

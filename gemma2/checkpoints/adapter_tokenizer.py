@@ -30,7 +30,7 @@ def with_tokenizer_of(opened: Checkpoint, adapter: Path) -> Checkpoint:
             opened, notes=(*opened.notes, f"the tokenizer beside the adapter {adapter} is not used: {error}")
         )
     template, ends = turns.chat_template, turns.end_ids
-    known = opened.end_ids | {theirs.special[name] for name in ("eos", "end_of_turn") if name in theirs.special}
+    known = opened.end_ids | theirs.end_ids
     other = {
         "tokenizer": not same_tokenizer(found, theirs),
         "chat template": template not in (None, opened.chat_template),

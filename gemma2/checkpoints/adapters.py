@@ -6,23 +6,22 @@ random values; here they are refused by name. `apply_adapter.py` puts the adapte
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gemma2.checkpoints.adapter_config import MERGED, check_config
-from gemma2.checkpoints.dtypes import PLAIN, SAFETENSORS
-from gemma2.checkpoints.foreign import refuse_foreign
+from gemma2.checkpoints.dtypes import PLAIN, dtype_name
 from gemma2.checkpoints.hf_config import read_json
-from gemma2.checkpoints.weights import shapes_of
+from gemma2.checkpoints.pickled import PickledFile
+from gemma2.checkpoints.safetensors_file import SafetensorsFile
+from gemma2.checkpoints.weights import TensorFile, shapes_of
 from gemma2.config import Gemma2Config
-from gemma2.errors import BadModelFile, first_line
+from gemma2.errors import BadModelFile
 
 CONFIG, SAFE, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -268,51 +267,29 @@ def _check_tensors(
         raise BadModelFile(f"{adapter.where}: the adapter changes nothing: it names no module")
 
 
+def _file(folder: Path) -> TensorFile:
+    """The weights of an adapter, under the names that the file has for them."""
+    if (folder / SAFE).is_file():
+        return SafetensorsFile(folder / SAFE)
+    if not (folder / PICKLE).is_file():
+        raise BadModelFile(f"{folder}: neither {SAFE} nor {PICKLE}, so the adapter has no weights")
+    return PickledFile(folder / PICKLE)
+
+
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    if not (folder / SAFE).is_file():
-        return {name: tuple(tensor.shape) for name, tensor in _read(folder).items()}
-    with _opened(folder / SAFE) as file:
-        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
-        for name, part in parts.items():
-            if SAFETENSORS.get(part.get_dtype()) not in PLAIN.values():
-                raise BadModelFile(
-                    f"{folder / SAFE}: {name:.200} is {part.get_dtype()}, not float64, float32, bfloat16 or float16"
-                )
-        return {name: tuple(part.get_shape()) for name, part in _plain(parts, folder).items()}
+    file = _file(folder)
+    for name, (_, dtype) in file.tensors.items():
+        if dtype not in PLAIN.values():
+            raise BadModelFile(
+                f"{file.path}: {name:.200} is {dtype_name(dtype)}, not float64, float32, bfloat16 or float16"
+            )
+    return {name: shape for name, (shape, _) in _plain(file.tensors, folder).items()}
 
 
 def _read(folder: Path) -> dict[str, Tensor]:
-    """All tensors of an adapter, by their names without the prefix."""
-    path = folder / SAFE
-    if path.is_file():
-        with _opened(path) as file:
-            return _plain({name: file.get_tensor(name) for name in file.keys()}, folder)  # noqa: SIM118
-    path = folder / PICKLE
-    if not path.is_file():
-        raise BadModelFile(f"{folder}: neither {SAFE} nor {PICKLE}, so the adapter has no weights")
-    refuse_foreign(path)
-    try:
-        raw: Any = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-    except pickle.UnpicklingError:
-        raise BadModelFile(f"{path}: holds more than tensors, so it is not read: a pickle can run code") from None
-    except Exception as error:  # a damaged pickle fails in any way: IndexError, struct.error, AssertionError ...
-        raise BadModelFile(f"{path}: not a PyTorch file ({first_line(error)})") from None
-    if not isinstance(raw, Mapping) or not all(isinstance(name, str) and _is_float(raw[name]) for name in raw):
-        raise BadModelFile(f"{path}: not only tensors of float64, float32, bfloat16 or float16, each with a name")
-    return _plain(raw, folder)
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, TypeError, AttributeError, ValueError, OSError) as error:
-        refuse_foreign(path)
-        raise BadModelFile(f"{path}: not a whole safetensors file ({error})") from None
-
-
-def _is_float(tensor: Any) -> bool:
-    plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-    return plain and tensor.dtype in PLAIN.values()
+    """All tensors of an adapter, by their names without the prefix. Their shapes have been checked."""
+    file = _file(folder)
+    return _plain({name: file.rows(name, 0, shape[0]) for name, (shape, _) in file.tensors.items()}, folder)
 
 
 def _plain(named: Mapping[str, T], folder: Path) -> dict[str, T]:

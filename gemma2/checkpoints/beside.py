@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,9 +65,8 @@ def with_tokenizers(own: Turns, brought: Turns, where: str, tokenizer: Tokenizer
         tokenizer: that tokenizer, for a model of so many `rows`.
     """
     ends = frozenset(id for id in brought.end_ids if id < rows)
-    gemmas = {tokenizer.special[name] for name in ("eos", "end_of_turn") if name in tokenizer.special}
     notes = own.notes + brought.notes
-    if more := sorted(ends - own.end_ids - gemmas):
+    if more := sorted(ends - own.end_ids - tokenizer.end_ids):
         pieces = ", ".join(repr(tokenizer.piece(id)) if id < len(tokenizer) else str(id) for id in more)
         notes += (f"a text also ends at {pieces:.200}, as {where} says",)
     template = own.chat_template if brought.chat_template is None else brought.chat_template
@@ -89,11 +88,16 @@ def chat_tuned(folder: Path, tokenizer: Tokenizer) -> bool | None:
     Google's -it checkpoints stop at <end_of_turn> and have Gemma's chat template; the pre-trained ones stop at <eos>
     alone.
     """
-    template = chat_template(folder)
-    ids = end_ids(folder, tokenizer)
-    if tokenizer.special.get("end_of_turn") in ids or (template is not None and is_gemmas(template)):
+    tuned = tuned_by(chat_template(folder), end_ids(folder, tokenizer), tokenizer)
+    return tuned if tuned or (folder / GENERATION).is_file() else None
+
+
+def tuned_by(template: str | None, ends: Collection[int], tokenizer: Tokenizer) -> bool | None:
+    """What a chat template and the ids at which a text ends say of a model: that it was tuned for chat, that it was
+    not, or nothing."""
+    if tokenizer.special.get("end_of_turn") in ends or (template is not None and is_gemmas(template)):
         return True
-    return False if (folder / GENERATION).is_file() and ids == {tokenizer.special["eos"]} else None
+    return False if set(ends) == {tokenizer.special["eos"]} else None
 
 
 def chat_template(folder: Path) -> str | None:

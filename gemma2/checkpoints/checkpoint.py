@@ -28,19 +28,19 @@ from gemma2.checkpoints.hf_config import MOST_JSON, TIED, config_and_notes, read
 from gemma2.checkpoints.names import shown
 from gemma2.checkpoints.pickled import PICKLE, ZIP, PickledFile, names_are_googles
 from gemma2.checkpoints.safetensors import SHARD
-from gemma2.checkpoints.safetensors_file import SafetensorsFile
-from gemma2.checkpoints.vocabulary import Given, check_vocabulary, gguf_in, parse_tokenizer, tokenizer_of
-from gemma2.checkpoints.weights import EMBEDDING, HEAD, PlainWeights, Weights, check_names, shapes_of
+from gemma2.checkpoints.safetensors_file import MOST_HEADER, SafetensorsFile
+from gemma2.checkpoints.vocabulary import JSON, MODEL, Given, check_vocabulary, gguf_in, parse_tokenizer, tokenizer_of
+from gemma2.checkpoints.weights import PlainWeights, Weights, check_names, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
+from gemma2.tied import EMBEDDING, HEAD
 from gemma2.tokenizer import Tokenizer
 
 # GGUF has no key for `Checkpoint.chat_tuned`, so this project writes one, which other readers leave alone.
 CHAT_TUNED = "gemma2.chat_tuned"
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+TOKENIZERS = (MODEL, JSON)
 TORCH = (".bin", ".pt", ".pth")  # how the names of PyTorch's files end; .ckpt is Google's
-LONGEST_HEADER = 100_000_000  # bytes, the most that safetensors reads
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def naming_unreadable(path: Path) -> Iterator[None]:
 def form_of(path: Path) -> str:
     """ "gguf", "safetensors", "ckpt" (Google's) or "bin" (other files of PyTorch).
 
-    The content decides, and the name where the content begins as none of them does.
+    The content decides. Where it begins like none of these formats, the name decides.
 
     Raises:
         BadModelFile: it is anything else; says what.
@@ -133,7 +133,7 @@ def form_of(path: Path) -> str:
     ending = path.suffix.lower()
     if head.startswith(b"GGUF") or ending == ".gguf":  # nothing else is called so, and a damaged one is told best there
         return "gguf"
-    if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= LONGEST_HEADER:
+    if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= MOST_HEADER:
         return "safetensors"
     if head.startswith((ZIP, PICKLE)):
         return "ckpt" if ending == ".ckpt" or names_are_googles(path) else "bin"
@@ -144,11 +144,6 @@ def form_of(path: Path) -> str:
 def folder_of(path: Path) -> Path:
     """Where the small files of a checkpoint are that are not inside it."""
     return path if path.is_dir() else path.parent
-
-
-def config_of(path: Path) -> Gemma2Config | None:
-    """What the config.json of a folder or file states: `stated_config` without the notes."""
-    return stated_config(path)[0]
 
 
 def stated_config(path: Path) -> tuple[Gemma2Config | None, tuple[str, ...]]:

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 
 from gemma2.checkpoints.added_tokens import LISTED, NAMED
-from gemma2.checkpoints.beside import CONFIG, GENERATION, TOKENIZER, id_of
+from gemma2.checkpoints.beside import CONFIG, GENERATION, TOKENIZER, id_of, tuned_by
 from gemma2.checkpoints.checkpoint import Checkpoint
 from gemma2.checkpoints.dtypes import dtype_name
 from gemma2.checkpoints.hf_config import config_dict
 from gemma2.checkpoints.tokenizer_json_write import tokenizer_json
 from gemma2.checkpoints.vocabulary import AS_TYPED
-from gemma2.templates import is_gemmas
 from gemma2.tokenizer import Tokenizer
 
 
@@ -59,7 +58,7 @@ def _generation(opened: Checkpoint, ids: Mapping[str, int], eos: object) -> dict
     """What generation_config.json says: what it said, and the ids at which a text ends; None where there are none to
     state. `eos` is the token that the tokenizer's settings name."""
     special, stated = opened.tokenizer.special, opened.companions.get(GENERATION)
-    own = [special[name] for name in ("eos", "end_of_turn") if name in special]
+    own = sorted(opened.tokenizer.end_ids, key=lambda id: id != special["eos"])  # <eos> first
     more = sorted(opened.end_ids - set(own))
     stops = (own if opened.chat_tuned else own[:1]) + more
     ends = {"eos_token_id": stops if len(stops) > 1 else stops[0]}
@@ -71,17 +70,10 @@ def _generation(opened: Checkpoint, ids: Mapping[str, int], eos: object) -> dict
 def _says_the_same(opened: Checkpoint, stated: Mapping[str, Any], eos: object) -> bool:
     """Whether a source's generation_config.json, with the tokenizer's `eos`, still says where a text ends and whether
     the model was tuned for chat."""
-    special, found = opened.tokenizer.special, stated.get("eos_token_id")
-    listed = (
-        [*found, id_of(eos, opened.tokenizer)] if isinstance(found, list) else [found, id_of(eos, opened.tokenizer)]
-    )
+    found = stated.get("eos_token_id")
+    listed = [*(found if isinstance(found, list) else [found]), id_of(eos, opened.tokenizer)]
     ends = {id for id in listed if type(id) is int}
-    gemmas = {special[name] for name in ("eos", "end_of_turn") if name in special}
-    template = opened.chat_template
-    if special.get("end_of_turn") in ends or (template is not None and is_gemmas(template)):
-        tuned: bool | None = True
-    else:
-        tuned = False if ends == {special["eos"]} else None
+    gemmas, tuned = opened.tokenizer.end_ids, tuned_by(opened.chat_template, ends, opened.tokenizer)
     return ends | gemmas == opened.end_ids | gemmas and tuned == opened.chat_tuned
 
 

@@ -38,15 +38,9 @@ from gemma2.checkpoints.gguf_write import (
     quantize,
 )
 from gemma2.checkpoints.threads import one_thread_per_core
-from gemma2.checkpoints.weights import (
-    EMBEDDING,
-    RELEASE_BYTES,
-    check_head,
-    check_names,
-    chunks,
-    shapes_of,
-)
+from gemma2.checkpoints.weights import RELEASE_BYTES, check_head, check_names, chunks, shapes_of
 from gemma2.errors import BadModelFile
+from gemma2.tied import EMBEDDING
 
 FOLDER = "safetensors"  # the form of a target that is a folder; the others are "gguf" and "ckpt"
 AROUND = 512  # bytes, and more than any format has around a tensor: padding, headers
@@ -177,7 +171,7 @@ def _gguf_header(opened: Checkpoint, entries: list[Entry], main: str, title: str
         metadata[CHAT_TUNED] = Value("bool", opened.chat_tuned)
     notes: tuple[str, ...] = ()
     ends = frozenset(id for id in opened.end_ids if id < opened.config.vocab_size)
-    gemmas = {tokenizer.special[name] for name in ("eos", "end_of_turn") if name in tokenizer.special}
+    gemmas = tokenizer.end_ids
     if missed := sorted(ends - llama_cpp_end_ids(metadata) - gemmas):
         metadata[END_IDS] = Value("u32[]", np.array(sorted(ends), np.uint32))
         listed = f"{', '.join(map(str, missed)):.200}"

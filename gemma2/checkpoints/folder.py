@@ -14,8 +14,9 @@ from gemma2.checkpoints.names import REDUNDANT, TOKENIZER, outer_prefix, own_nam
 from gemma2.checkpoints.pickled import PickledFile
 from gemma2.checkpoints.safetensors import ENDING, INDEX, SHARD, SINGLE, shard_names
 from gemma2.checkpoints.safetensors_file import SafetensorsFile
-from gemma2.checkpoints.weights import EMBEDDING, HEAD, PlainWeights, TensorFile, chunks
+from gemma2.checkpoints.weights import PlainWeights, TensorFile, chunks
 from gemma2.errors import BadModelFile
+from gemma2.tied import EMBEDDING, HEAD
 
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"

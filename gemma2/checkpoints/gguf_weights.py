@@ -16,10 +16,10 @@ from torch import Tensor
 
 from gemma2.checkpoints.ggml import Scales, dequantize_into, scales
 from gemma2.checkpoints.gguf import FLOAT, GGUF, INTEGER, TensorInfo, Value
-from gemma2.checkpoints.weights import EMBEDDING, HEAD
 from gemma2.checks import MOST_LAYERS
 from gemma2.config import GLOBAL, LOCAL, Gemma2Config
 from gemma2.errors import BadModelFile
+from gemma2.tied import EMBEDDING, HEAD
 
 ARCHITECTURE = "gemma2"
 MODEL = Value("str", "model")

@@ -16,9 +16,10 @@ from gemma2.checkpoints.hf_config import PUBLISHED, published_config
 from gemma2.checkpoints.names import REDUNDANT as TABLE
 from gemma2.checkpoints.names import own_names
 from gemma2.checkpoints.pickled import PickledFile
-from gemma2.checkpoints.weights import EMBEDDING, PlainWeights
+from gemma2.checkpoints.weights import PlainWeights
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
+from gemma2.tied import EMBEDDING
 
 REDUNDANT = "freqs_cis"  # the rotary table, computed from the config
 SCALER = "_scaler"  # int8: weight * weight_scaler[:, None], one scale a row

@@ -20,12 +20,12 @@ from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
 from gemma2.memory import check_memory
 from gemma2.model import Gemma2
+from gemma2.tied import EMBEDDING, HEAD
 from gemma2.twins import Make, replaced
 
 # Together they bound what is in memory beside the final weights. Mapping a file anew takes milliseconds: not too often.
 CHUNK_BYTES = 4 * 2**20  # of the final weights, copied at once
 RELEASE_BYTES = 32 * 2**20  # of the file, read before it is unmapped
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FIRST_LAYER = "model.layers.0."
 
 

@@ -18,12 +18,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from gemma2.checkpoints.weights import EMBEDDING, Weights, build, check_names, empty_model, shapes_of
+from gemma2.checkpoints.weights import Weights, build, check_names, empty_model, shapes_of
 from gemma2.config import Gemma2Config
 from gemma2.distributed.offload import OffloadFolder
 from gemma2.errors import said_of_device
 from gemma2.memory import free_memory
 from gemma2.model import Gemma2
+from gemma2.tied import EMBEDDING
 
 DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device]
 MaxMemory = Mapping[Any, str | int]  # by GPU number, "cpu" or "mps"; a key of another type is refused

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gemma2.checkpoints.weights import EMBEDDING
 from gemma2.numerics.changes import Change, Storage, replacing
 from gemma2.numerics.parts import (
     ActivationInParts,
@@ -28,6 +27,7 @@ from gemma2.numerics.parts import (
 from gemma2.numerics.profiles.gemma_pytorch import scaled_queries, unscaled_scores
 from gemma2.numerics.profiles.ggml_math import exp, f32, fma, halved_sum, lane_product, over, tanh
 from gemma2.numerics.profiles.ggml_products import partner, rounded, summed
+from gemma2.tied import EMBEDDING
 
 
 def wide_rows(rows: Tensor) -> Tensor:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from gemma2.checkpoints.checkpoint import Checkpoint
 from gemma2.checkpoints.gguf_weights import GGUFWeights
 from gemma2.checkpoints.hf_config import config_dict, read_config
-from gemma2.checkpoints.weights import EMBEDDING, HEAD, build
+from gemma2.checkpoints.weights import build
 from gemma2.errors import BadModelFile
 from gemma2.numerics.changes import Storage
 from gemma2.parity.references import parse_row, parse_sites, spans
 from gemma2.parity.references.hooks import COMMON, OUTPUT, as_site, in_layers, watching
+from gemma2.tied import EMBEDDING, HEAD
 from gemma2.tokens import left_padded
 
 try:
