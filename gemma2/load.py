@@ -70,15 +70,16 @@ def load(
 
     Args:
         source: None or "pocket" for the pocket model inside this package; a Hugging Face folder; a `.gguf` file, or any
-            part of a split one; a `.safetensors` file or Google's `.ckpt` (its `config.json` and `tokenizer.model`
-            beside it); or a hub name such as `google/gemma-2-2b`, `owner/repo:file.gguf`, or `owner/repo:Q4_K_M` if one
-            GGUF alone has that in its name.
+            part of a split one; a `.safetensors` file, a `.bin` or `.pt` of PyTorch or Google's `.ckpt` (its
+            `config.json` and tokenizer beside it); or a hub name such as `google/gemma-2-2b`, `owner/repo:file.gguf`,
+            or `owner/repo:Q4_K_M` if one GGUF alone has that in its name.
         device: default the best present: cuda, mps, cpu.
         dtype: float32, bfloat16 or float64; default the dtype the checkpoint stores, float32 if that is float16, and
             bfloat16 for a GGUF other than F32.
-        tokenizer: takes the place of the checkpoint's: a `tokenizer.model` or a folder with one, a hub name as above
-            (its tokenizer alone is downloaded), or a `Tokenizer`. What a folder, a GGUF or a repository says about
-            chat comes with its tokenizer: ids at which a text ends, and the chat template.
+        tokenizer: takes the place of the checkpoint's: a `tokenizer.model` or `tokenizer.json`, a folder or GGUF with
+            a tokenizer, a hub name as above (its tokenizer alone is downloaded), or a `Tokenizer`. What a folder, a
+            GGUF or a repository says about chat comes with its tokenizer: ids at which a text ends, and the chat
+            template.
         revision: branch, tag or commit, for a hub name.
         force_float16: run in float16 all the same.
         allow_nonfinite: take weights with NaN or infinity in them.

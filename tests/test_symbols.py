@@ -94,7 +94,7 @@ def test_added_tokens_are_found_as_by_the_library_and_so_in_what_is_written(case
     content = with_tokens(added)
     expected = of_library(content, texts)
     write(tmp_path, content)
-    found = tokenizer_of(tmp_path, None)
+    found = tokenizer_of(tmp_path)
     assert ids(found, texts) == expected
     written = tokenizer_json(found)
     assert written is not None and of_library(written, texts) == expected
@@ -109,7 +109,7 @@ def test_added_tokens_are_found_as_by_the_library_and_so_in_what_is_written(case
     beside = {str(each["id"]): {key: value for key, value in each.items() if key != "id"} for each in added}
     write(tmp_path, {"added_tokens_decoder": beside}, "tokenizer_config.json")
     bare = [(text, wanted) for text, wanted in zip(texts, expected, strict=True) if "▁" not in text]
-    assert ids(tokenizer_of(tmp_path, None), [text for text, _ in bare]) == [wanted for _, wanted in bare]
+    assert ids(tokenizer_of(tmp_path), [text for text, _ in bare]) == [wanted for _, wanted in bare]
 
 
 ODD = [*tokens(" the", "    ", "\n\nAnswer:", normalized=True), *[token(4099, "[MASK]", lstrip=True)]]
@@ -135,7 +135,7 @@ def test_what_convert_writes_reads_back_with_the_same_ids(name: str, folder: Fol
 def test_added_tokens_json_has_tokens_that_are_normalized(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes((POCKET / "tokenizer.model").read_bytes())
     write(tmp_path, {"foo bar": 4096, " the": 4097}, "added_tokens.json")
-    found = tokenizer_of(tmp_path, None)
+    found = tokenizer_of(tmp_path)
     assert found.encode("a foo bar", bos=False) == [4040, 4036, 4096] and found.encode("a the")[2:] == [4097]
 
 
@@ -148,14 +148,14 @@ def test_a_tokenizer_model_does_not_stand_in_for_a_tokenizer_json_with_other_tok
     write(tmp_path, content)
     (tmp_path / "tokenizer.model").write_bytes((POCKET / "tokenizer.model").read_bytes())
     with pytest.raises(BadModelFile, match=r"normalizer NFKC .* without that added token .* name it with tokenizer="):
-        tokenizer_of(tmp_path, None)
+        tokenizer_of(tmp_path)
 
 
 def test_of_two_files_with_the_same_pieces_the_flags_in_tokenizer_json_hold(tmp_path: Path) -> None:
     content = with_tokens(tokens("<mask>", special=True, lstrip=True))
     write(tmp_path, older(content))
     (tmp_path / "tokenizer.model").write_bytes((POCKET / "tokenizer.model").read_bytes())
-    assert ids(tokenizer_of(tmp_path, None), ["a  <mask>"]) == of_library(content, ["a  <mask>"]) == [[4040, 4]]
+    assert ids(tokenizer_of(tmp_path), ["a  <mask>"]) == of_library(content, ["a  <mask>"]) == [[4040, 4]]
 
 
 def test_what_a_word_and_white_space_are_is_what_the_library_takes_for_them() -> None:

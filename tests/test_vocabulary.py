@@ -56,13 +56,13 @@ def test_tokenizer_json_alone_is_enough(folder: Folder, plain: Tokenizer) -> Non
 
 def test_of_two_files_that_say_the_same_the_model_file_holds_and_nothing_is_said(tmp_path: Path) -> None:
     write(model_in(tmp_path), pocket())
-    found = tokenizer_of(tmp_path, None)
+    found = tokenizer_of(tmp_path)
     assert found.to_proto() == PROTO and found.added is None and found.notes == ()
 
 
 def test_of_two_files_that_differ_tokenizer_json_holds_as_in_transformers_and_that_is_said(tmp_path: Path) -> None:
     write(model_in(tmp_path), chatml(pocket()))
-    found = tokenizer_of(tmp_path, None)
+    found = tokenizer_of(tmp_path)
     assert len(found) == 4100
     assert found.notes == (
         "tokenizer.json (4100 pieces) is used, as in transformers; tokenizer.model (4096) is another",
@@ -73,12 +73,12 @@ def test_a_tokenizer_json_that_is_not_gemmas_gives_way_to_a_tokenizer_model_and_
     content = pocket()
     content["normalizer"] = {"type": "NFKC"}
     write(model_in(tmp_path), content)
-    found = tokenizer_of(tmp_path, None)
+    found = tokenizer_of(tmp_path)
     assert found.to_proto() == PROTO
     assert found.notes[0].startswith("tokenizer.json cannot be used, so tokenizer.model is: normalizer NFKC")
     (tmp_path / "tokenizer.model").unlink()
     with pytest.raises(BadModelFile, match=r"tokenizer.json: normalizer NFKC .*; any Gemma 2 repository, as google/"):
-        tokenizer_of(tmp_path, None)
+        tokenizer_of(tmp_path)
 
 
 def test_tokenizer_takes_a_file_of_any_kind_or_a_folder(tmp_path: Path, plain: Tokenizer) -> None:
@@ -132,7 +132,7 @@ def test_tokens_that_are_added_beside_a_model_file_are_found_when_asked_for(
     files, (start, end) = ADDED[case]
     for name, content in files.items():
         write(model_in(tmp_path), content, name)
-    found = tokenizer_of(tmp_path, None)
+    found = tokenizer_of(tmp_path)
     turn = "<|im_start|>user\nHi<|im_end|>"
     assert found.encode(turn, special=True) == [2, start, *plain.encode("user\nHi", bos=False), end]
     assert found.encode(turn) == plain.encode(turn) and found.decode([start, end]) == ""
@@ -143,7 +143,7 @@ def test_tokens_that_are_added_beside_a_model_file_are_found_when_asked_for(
 def test_google_s_own_list_of_added_tokens_changes_nothing(tmp_path: Path) -> None:
     known = [added for added in pocket()["added_tokens"] if added["content"] != "<unk>"]
     write(model_in(tmp_path), decoder(*known), "tokenizer_config.json")
-    found = tokenizer_of(tmp_path, None)
+    found = tokenizer_of(tmp_path)
     assert found.to_proto() == PROTO and found.notes == ()
 
 
@@ -222,7 +222,7 @@ def same_ids(found: Tokenizer, other: Tokenizer) -> None:
 @pytest.mark.parametrize("change", [None, chatml])
 def test_a_tokenizer_can_be_pickled_and_copied(change: Callable[[Any], Any] | None, tmp_path: Path) -> None:
     write(tmp_path, change(pocket()) if change else pocket())
-    found = tokenizer_of(tmp_path, None).for_rows(4110)
+    found = tokenizer_of(tmp_path).for_rows(4110)
     for other in (pickle.loads(pickle.dumps(found)), copy.copy(found), copy.deepcopy(found)):
         same_ids(other, found)
         assert (other.rows, other.notes, other.special, other.where) == (4110, found.notes, found.special, found.where)
@@ -284,4 +284,4 @@ def test_a_gguf_of_a_padded_chatml_model_says_and_means_the_same(folder: Folder,
     assert opened.tokenizer.encode(turn, special=True) == gemma2.load(place).tokenizer.encode(turn, special=True)
     back = convert(quantized, tmp_path / "back", progress=False).path
     assert 4097 in json.loads((back / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
-    assert tokenizer_of(back, None).encode(turn, special=True) == opened.tokenizer.encode(turn, special=True)
+    assert tokenizer_of(back).encode(turn, special=True) == opened.tokenizer.encode(turn, special=True)

@@ -230,7 +230,7 @@ def tokenizer_for(folder: Path, named: NamedTokenizer | None) -> Tokenizer:
             refuse_foreign(folder / name, kind="tokenizer")
     if not any((folder / name).is_file() for name in TOKENIZERS):
         refuse_broken_links(folder / name for name in TOKENIZERS)
-    return tokenizer_of(folder, None)
+    return tokenizer_of(folder)
 
 
 def turns_for(own: Turns, named: NamedTokenizer | None, tokenizer: Tokenizer, rows: int) -> Turns:

@@ -1,4 +1,4 @@
-"""Which tokenizer a checkpoint has: the one that was given, or the one in its folder."""
+"""The tokenizer in a folder or file, and how it fits an embedding."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ ELSEWHERE = (
 Given = str | Path | Tokenizer | None
 
 
-def tokenizer_of(folder: Path, given: Given) -> Tokenizer:
-    """The tokenizer that is given, or else the one in a folder.
+def tokenizer_of(folder: Path) -> Tokenizer:
+    """The tokenizer in a folder.
 
     As in transformers, tokenizer.json comes before tokenizer.model. Where both say the same, as Google's do, the
     tokenizer is that of tokenizer.model. Tokens that are added by the files beside them are part of it.
@@ -46,9 +46,6 @@ def tokenizer_of(folder: Path, given: Given) -> Tokenizer:
     Raises:
         BadModelFile: neither is there, or neither can be read.
     """
-    found = parse_tokenizer(given)
-    if found is not None:
-        return found
     model, fast = folder / MODEL, folder / JSON
     if not fast.is_file():
         if not model.is_file():
@@ -93,7 +90,7 @@ def parse_tokenizer(given: Given) -> Tokenizer | None:
         return given
     path = Path(given).expanduser()
     if path.is_dir():
-        return tokenizer_of(path, None)
+        return tokenizer_of(path)
     if path.is_file():
         header = gguf_in(path)
         if header is not None:

@@ -28,8 +28,8 @@ MODEL = (
     ".safetensors or .ckpt file"
 )
 TOKENIZER = (
-    "a tokenizer.model, a folder with one, or a hub name whose tokenizer is used; default: the one in or beside the "
-    "weights"
+    "a tokenizer.model, a tokenizer.json, a folder or GGUF with a tokenizer, or a hub name; default: the one in or "
+    "beside the weights"
 )
 ADAPTER = "a PEFT adapter (LoRA, DoRA, IA3): a folder, or a hub name (owner/repo); needs the package peft"
 REVISION = "branch, tag or commit of a hub name; default: main"
