@@ -17,6 +17,7 @@ from gemma2.checkpoints.neutral import neutral
 from gemma2.checkpoints.weights import build
 from gemma2.distributed.device_map import DeviceMap, MaxMemory, build_spread, check_alone
 from gemma2.errors import BadModelFile, said_of_device
+from gemma2.fast.forms import check_form
 from gemma2.gemma import Gemma
 from gemma2.hub import download, download_adapter, download_gguf, download_tokenizer
 from gemma2.numerics import check_profile, storage_of, twins_of
@@ -59,6 +60,7 @@ def load(
     allow_nonfinite: bool = False,
     numerics: str | None = None,
     make: Make | None = None,
+    weights: str | None = None,
     adapter: str | Path | None = None,
     merge_adapter: bool = False,
     device_map: DeviceMap | None = None,
@@ -86,6 +88,8 @@ def load(
         numerics: compute as another implementation does, rounding for rounding: one of the profiles of
             `gemma2/numerics/__init__.py`, as "gemma_pytorch" or "llama.cpp" (which computes in float32).
         make: puts twins of modules in before any weight is read, see `gemma2.twins.replaced`: packed linears, say.
+        weights: the form to hold the weights in, one of `gemma2/fast/forms.py`: "int8", say. Each is quantized as it is
+            read, so the whole is never in memory.
         adapter: a PEFT adapter (LoRA, DoRA, rsLoRA, IA3) to put into the model: a folder, or a hub name as
             `owner/repo`. It needs the package peft. A tokenizer, a chat template and end ids in its folder are used
             too, unless `tokenizer` is given; a note says so. See `gemma2/checkpoints/apply_adapter.py` for what it
@@ -101,7 +105,7 @@ def load(
         ValueError: an argument that cannot be.
     """
     if device_map is not None:
-        check_alone(device=device, numerics=numerics, make=make, adapter=adapter)
+        check_alone(device=device, numerics=numerics, make=make, weights=weights, adapter=adapter)
     elif max_memory is not None or offload_folder is not None:
         raise ValueError("max_memory and offload_folder are for a device_map: give that too")
     where = parse_device(device)
@@ -111,6 +115,11 @@ def load(
         if make is not None:
             raise ValueError("numerics and make both replace modules: give one of them")
         wanted = wanted or (torch.float32 if numerics == "llama.cpp" else None)
+    form = None if weights is None else check_form(weights)
+    if form is not None and (numerics is not None or make is not None):
+        raise ValueError("weights, numerics and make all replace modules: give one of them")
+    if form is not None and merge_adapter:
+        raise ValueError("merge_adapter adds to the weights, and weights= quantizes them: write the merged model first")
     if adapter is None and merge_adapter:
         raise ValueError("merge_adapter says to merge an adapter, and none is given with adapter")
     if adapter is not None and (numerics is not None or make is not None):
@@ -135,6 +144,9 @@ def load(
         notes = (*notes, f"{opened.path} {STORED_FLOAT64}")
     if numerics is not None:
         make = twins_of(numerics, None, final, storage_of(opened.weights))
+    if form is not None:
+        make, said = form(opened, where, final)
+        notes = (*notes, said)
     if device_map is not None:
         folder = None if offload_folder is None else Path(offload_folder).expanduser()
         model, said = build_spread(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
@@ -161,7 +161,8 @@ def build(
             keeps the parameters of the module it stands for, and gets them as that does.
         places: where each tensor goes, if not to `device`. Those on the disk are on the meta device in the model.
     Raises:
-        MemoryError: a device has too little memory for what goes there. Twins that fill themselves are not counted.
+        MemoryError: a device has too little memory for what goes there. A twin that fills itself is counted where it
+            says in `held_bytes` how many it will hold.
         BadModelFile: missing, extra, misshapen or non-finite tensors, by name (the first five).
         ValueError: `make` gives no twin, or one with other parameters and no `fill`.
     """
@@ -176,7 +177,7 @@ def build(
     where = {name: places.device_of(name) if places else device for name in outside}
     for one in dict.fromkeys(where.values()):
         sizes = {name: shape.numel() for name, shape in outside.items() if where[name] == one}
-        check_memory(weights.where, dtype, one, partial(bytes_in, weights, sizes))
+        check_memory(weights.where, dtype, one, partial(_bytes_of, weights, sizes, own))
     filled: dict[str, Tensor] = {}
     for name, shape in outside.items():
         kept = weights.dtype_for(name, dtype)
@@ -275,6 +276,11 @@ def _nonfinite(values: Tensor) -> int:
 def bytes_in(weights: Weights, sizes: Mapping[str, int], dtype: torch.dtype) -> int:
     """Bytes of parameters (name -> number of values) in a model in `dtype`, those included that stay wider."""
     return sum(size * weights.dtype_for(name, dtype).itemsize for name, size in sizes.items())
+
+
+def _bytes_of(weights: Weights, sizes: Mapping[str, int], own: Mapping[str, nn.Module], dtype: torch.dtype) -> int:
+    """Bytes of parameters (name -> number of values) in `dtype`, and of twins that fill themselves."""
+    return bytes_in(weights, sizes, dtype) + sum(getattr(twin, "held_bytes", 0) for twin in own.values())
 
 
 def shapes_of(config: Gemma2Config) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,51 @@
+"""An embedding whose matrix is held in a form of its own, not as floats, and the head that is tied to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gemma2.checkpoints.weights import Weights
+from gemma2.fast.held import HeldMatrix
+from gemma2.model import ScaledEmbedding
+from gemma2.tied import OFFLOAD
+from gemma2.tokens import check_tokens
+
+
+class HeldEmbedding(ScaledEmbedding):
+    """A twin of `ScaledEmbedding`. `HeldHead` reads its matrix backwards.
+
+    `weight` is no parameter: its shape, dtype and device cost nothing, and its values are made when something computes
+    with them. So `Gemma2.dtype` and `Gemma2.device` go on working.
+    """
+
+    def __init__(self, plain: ScaledEmbedding, matrix: HeldMatrix) -> None:
+        nn.Module.__init__(self)  # not ScaledEmbedding's, which would make the matrix
+        self.scale, self.matrix = plain.scale, matrix
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.matrix.unmade()
+
+    @property
+    def held_bytes(self) -> int:
+        return self.matrix.held_bytes
+
+    def fill(self, weights: Weights, path: str, device: torch.device) -> None:
+        self.matrix.fill(weights, f"{path}.weight", device)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        check_tokens(tokens, self.matrix.rows)
+        rows = self.matrix.at(tokens)
+        return rows * torch.tensor(self.scale, dtype=rows.dtype, device="cpu")
+
+
+class HeldHead(nn.Module):
+    """A twin of `TiedHead` for a `HeldEmbedding`: [b t d] -> [b t v], before the cap."""
+
+    def forward(self, x: Tensor, embedding: HeldEmbedding) -> Tensor:
+        held = embedding.matrix.like.device
+        if held != x.device:
+            raise RuntimeError(f"the embedding is on {held} and what the head gets on {x.device}: {OFFLOAD}")
+        logits: Tensor = embedding.matrix(x)
+        return logits

@@ -1,0 +1,172 @@
+"""Matrices that are held in a form of their own, not as floats, and the linear that multiplies by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gemma2.checkpoints.threads import one_thread_per_core
+from gemma2.checkpoints.weights import Weights
+from gemma2.errors import BadModelFile
+from gemma2.fast.unmade import Unmade
+
+TILE = 2**20  # values: of the file, read at once by each thread, and of a matrix, made anew at once
+
+
+class HeldMatrix(nn.Module):
+    """A matrix [rows, width] in some form, which it takes from a file a few rows at a time.
+
+    A form is a subclass. It makes its buffers in `reserve`, fills them in `keep`, and gives values back in `values` and
+    `at`. Where there is a kernel that computes with the form itself, `kernel` calls it. Otherwise, and for many rows of
+    x, tiles of the matrix are made anew and multiplied by.
+
+    Args:
+        dtype: of the activations; of `values` too.
+    Attributes:
+        like: an empty tensor, with the dtype of the activations and on the device of the form.
+        step: rows are kept in multiples of so many, the last ones excepted.
+    """
+
+    step = 1
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.rows, self.width = rows, width
+        self.like: Tensor
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device="cpu"), persistent=False)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all buffers once they are filled."""
+        raise NotImplementedError  # each form's own
+
+    def reserve(self, device: torch.device) -> None:
+        """Make the buffers."""
+        raise NotImplementedError  # each form's own
+
+    def keep(self, start: int, values: Tensor) -> None:
+        """Put rows of the matrix, float32 on the CPU, from row `start` on. Several threads call it."""
+        raise NotImplementedError  # each form's own
+
+    def values(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop), in the dtype of the activations."""
+        raise NotImplementedError  # each form's own
+
+    def at(self, ids: Tensor) -> Tensor:
+        """The rows of these ids, in ids' shape: [... width]."""
+        raise NotImplementedError  # each form's own
+
+    def kernel(self, x: Tensor) -> Tensor | None:
+        """x [m, width] times every row: [m, rows]; None where tiles are the faster way."""
+        return None
+
+    def fill(self, weights: Weights, name: str, device: torch.device) -> None:
+        """Take a tensor of the file, a tile at a time, on all cores.
+
+        Raises:
+            BadModelFile: it holds NaN or infinity, which no form here can hold.
+        """
+        self.like = self.like.to(device)
+        self.reserve(device)
+
+        def take(start: int, stop: int) -> int:
+            tile = torch.empty(stop - start, self.width, dtype=torch.float32, device="cpu")
+            weights.read(name, start, tile)
+            if not tile.sum().isfinite() and not bool(tile.isfinite().all()):
+                raise BadModelFile(
+                    f"{weights.where}: {weights.in_file(name)} holds NaN or infinity, which cannot be quantized: load "
+                    "it without weights="
+                )
+            self.keep(start, tile)
+            return tile.nbytes
+
+        read = 0
+        with one_thread_per_core() as pool:
+            for done in pool.map(take, *zip(*self._tiles(), strict=True)):
+                read += done
+                if read > 32 * TILE:
+                    weights.release()
+                    read = 0
+        weights.release()
+
+    def _tiles(self) -> list[tuple[int, int]]:
+        """The rows in runs [start, stop) of about `TILE` values."""
+        each = max(1, TILE // self.width // self.step) * self.step
+        return [(start, min(start + each, self.rows)) for start in range(0, self.rows, each)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [... width] -> [... rows]. Gradients reach x."""
+        product: Tensor = _Product.apply(x, self)
+        return product
+
+    def product(self, x: Tensor) -> Tensor:
+        """What `forward` computes, without gradients."""
+        flat = x.flatten(0, -2)
+        out = self.kernel(flat)
+        if out is None:
+            out = torch.empty(len(flat), self.rows, dtype=x.dtype, device=x.device)
+            for start, stop in self._tiles():
+                out[:, start:stop] = F.linear(flat, self.values(start, stop))
+        return out.unflatten(0, x.shape[:-1])
+
+    def unmade(self) -> Tensor:
+        """The matrix as a tensor whose values are made when something computes with them."""
+        return Unmade((self.rows, self.width), self.like.dtype, self.like.device, lambda: self.values(0, self.rows))
+
+    def extra_repr(self) -> str:
+        return f"{self.rows}, {self.width}, {str(self.like.dtype).removeprefix('torch.')}"
+
+
+class _Product(torch.autograd.Function):
+    """The product, and its gradient with respect to x: nothing but the form itself is kept for that."""
+
+    @staticmethod
+    def forward(x: Tensor, matrix: HeldMatrix) -> Tensor:
+        return matrix.product(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.matrix = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """grad [... rows] times the matrix: [... width], summed over tiles in float32 or wider."""
+        (grad,), matrix = grads, ctx.matrix
+        flat = grad.flatten(0, -2)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = torch.zeros(len(flat), matrix.width, dtype=wide, device=grad.device)
+        for start, stop in matrix._tiles():
+            total += flat[:, start:stop] @ matrix.values(start, stop)
+        return total.to(grad.dtype).unflatten(0, grad.shape[:-1]), None
+
+
+class HeldLinear(nn.Linear):
+    """A twin of a linear without bias, whose matrix is held in a form.
+
+    It is an `nn.Linear`, so that PEFT and whatever else looks for linears finds it. `weight` is no parameter: its
+    values are made when something computes with them.
+    """
+
+    def __init__(self, plain: nn.Linear, matrix: HeldMatrix) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's, which would make the matrix
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.register_parameter("bias", None)
+        self.matrix = matrix
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.matrix.unmade()
+
+    @property
+    def held_bytes(self) -> int:
+        return self.matrix.held_bytes
+
+    def fill(self, weights: Weights, path: str, device: torch.device) -> None:
+        self.matrix.fill(weights, f"{path}.weight", device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = self.matrix(x)
+        return product
