@@ -117,6 +117,12 @@ def scales(raw: Tensor, type: GGMLType) -> Scales | None:
     return Scales(*found)  # type: ignore[arg-type]
 
 
+def integers(raw: Tensor, type: GGMLType) -> Tensor:
+    """The integers q of blocks, as for `dequantize`: [..., n * type.values], in the dtype of the format."""
+    _values(raw, type)
+    return _UNPACK[type.name](raw.reshape(-1, type.bytes)).q.reshape(*raw.shape[:-1], -1)
+
+
 def _values(raw: Tensor, type: GGMLType) -> int:
     """Numbers in a row of `raw`."""
     if raw.dtype != torch.uint8 or raw.ndim == 0 or raw.shape[-1] % type.bytes:

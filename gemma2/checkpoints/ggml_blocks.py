@@ -127,11 +127,17 @@ def q3_k(blocks: Tensor) -> Parts:
     return Parts(signed(crumbs(field(blocks, 32, 96), 32).flatten(1) | mask << 2, 4), scale)
 
 
-def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """d, dmin and 12 bytes with eight 6-bit scales and minima, at the start of Q4_K and Q5_K: float32 [n, 8] both."""
+def six_bits(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The eight scales and the eight minima of 6 bits at byte 4 of Q4_K and Q5_K: uint8 [n, 8] both."""
     first, second, mixed = field(blocks, 4, 16).split(4, dim=1)
     scale = torch.cat((first & 63, (mixed & 15) | (first >> 2 & 48)), 1)
     minimum = torch.cat((second & 63, (mixed >> 4) | (second >> 2 & 48)), 1)
+    return scale, minimum
+
+
+def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [n, 8] both: d, dmin and `six_bits` are at the start of Q4_K and Q5_K."""
+    scale, minimum = six_bits(blocks)
     return half(blocks, 0) * scale, half(blocks, 2) * minimum
 
 

@@ -1,0 +1,209 @@
+"""GGUF's quantized blocks laid out for a processor's registers, and products with them. No value is rounded again.
+
+A group is what shares one scale: 16 or 32 weights of a row, of 2 to 8 bits each. Its codes lie in 32-bit words, and
+sixteen rows side by side, so that one load brings a word of each row:
+
+    words   int32 [tiles, groups, words of a group, 16]
+    scales  [tiles, groups, 16], or [tiles, blocks, groups of a block, 16] with a float16 unit a block
+
+A code is never shifted to be multiplied. Masked where it lies, field j of a word is the code times 2^(bits j), and x is
+divided by that beforehand; both are exact. The field at a word's top end comes out signed, as code - 2^(bits - 1),
+since that bit is stored flipped. Where a word has bits to spare they hold, together, the group's last weights.
+
+A product is then scale * (sum of fields times x, plus a correction) - minimum * (sum of x), summed over the groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gemma2.fast.compiling import kernel, stored, tree
+
+LANES = 16  # rows side by side: float32 numbers in a register of AVX-512
+WORD = 32  # bits
+STREAMS = 2  # runs of tiles that a thread reads side by side, since one does not fill the pipeline of the memory
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the weights of a ggml type lie in words.
+
+    Attributes:
+        bits: of a code.
+        group: weights that share a scale.
+        zero: the code of the value 0 before the minimum is taken off.
+        block: groups that share a float16 unit; 1 where each group's scale is float16 itself.
+        minimum: whether a minimum is taken off.
+    """
+
+    bits: int
+    group: int
+    zero: int = 0
+    block: int = 1
+    minimum: bool = False
+
+    @property
+    def fields(self) -> int:
+        """Codes that lie whole in one word."""
+        return WORD // self.bits
+
+    @property
+    def words(self) -> int:
+        """Words of a group."""
+        return self.group * self.bits // WORD
+
+    @property
+    def whole(self) -> int:
+        """Codes of a group that lie whole in a word; the others are in the spare bits."""
+        return self.words * self.fields
+
+    @property
+    def spare(self) -> int:
+        """Spare bits of a word, at its top end."""
+        return WORD - self.bits * self.fields
+
+    def mask(self, field: int) -> int:
+        """The bits of a field, as int32."""
+        mask = ((1 << self.bits) - 1) << (self.bits * field)
+        return mask - (1 << WORD) if mask >> (WORD - 1) else mask
+
+    def is_top(self, field: int) -> bool:
+        """Whether a field has the sign bit of its word."""
+        return self.spare == 0 and field == self.fields - 1
+
+    def scattered(self, rest: int) -> list[tuple[int, int, int, int]]:
+        """Where the bits of the code `rest`, counted from the first not whole one, are: word, lowest bit there, how
+        many, and lowest bit of the code."""
+        found, bit = [], rest * self.bits
+        while bit < (rest + 1) * self.bits:
+            word, inside = divmod(bit, self.spare)
+            count = min(self.spare - inside, (rest + 1) * self.bits - bit)
+            found.append((word, WORD - self.spare + inside, count, bit - rest * self.bits))
+            bit += count
+        return found
+
+
+LAYOUTS = {
+    "Q2_K": Layout(2, 16, block=16, minimum=True),
+    "Q4_0": Layout(4, 32, zero=8),
+    "Q4_1": Layout(4, 32, minimum=True),
+    "Q4_K": Layout(4, 32, block=8, minimum=True),
+    "Q5_0": Layout(5, 32, zero=16),
+    "Q5_1": Layout(5, 32, minimum=True),
+    "Q5_K": Layout(5, 32, block=8, minimum=True),
+    "Q6_K": Layout(6, 16, zero=32, block=16),
+    "Q8_0": Layout(8, 32, zero=128),
+}
+# words; scales; units of them; minima; units of those. What a layout does not have is empty.
+Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def pack_words(codes: Tensor, layout: Layout) -> Tensor:
+    """Codes [rows, groups, group], integers from 0 on, rows a multiple of 16: int32 [tiles, groups, words, 16]."""
+    rows, groups, _ = codes.shape
+    whole = codes[..., : layout.whole].unflatten(-1, (layout.words, layout.fields))
+    words = torch.zeros(rows, groups, layout.words, dtype=torch.int32, device=codes.device)
+    for field in range(layout.fields):
+        words |= whole[..., field].int() << (layout.bits * field)
+    for rest in range(layout.group - layout.whole):
+        code = codes[..., layout.whole + rest].int()
+        for word, place, count, low in layout.scattered(rest):
+            words[..., word] |= (code >> low & (1 << count) - 1) << place
+    if layout.is_top(layout.fields - 1):
+        words ^= -(1 << (WORD - 1))
+    return words.view(-1, LANES, groups, layout.words).permute(0, 2, 3, 1).contiguous()
+
+
+def by_tiles(numbers: Tensor) -> Tensor:
+    """[rows, ...] -> [rows / 16, ..., 16], contiguous."""
+    return numbers.unflatten(0, (-1, LANES)).movedim(1, -1).contiguous()
+
+
+def codes_of(words: Tensor, layout: Layout) -> list[Tensor]:
+    """The codes of each weight of a group, less the zero, as int32 [tiles, groups, 16]."""
+    found = []
+    for i in range(layout.whole):
+        word, field = words[:, :, i // layout.fields], i % layout.fields
+        code = (word >> (layout.bits * field)) & ((1 << layout.bits) - 1)
+        found.append((code ^ (1 << (layout.bits - 1)) if layout.is_top(field) else code) - layout.zero)
+    for rest in range(layout.group - layout.whole):
+        found.append(_scattered(words, layout, rest) - layout.zero)
+    return found
+
+
+def _scattered(words: Tensor, layout: Layout, rest: int) -> Tensor:
+    """A code that lies in the spare bits: int32 [tiles, groups, 16]."""
+    parts = [
+        ((words[:, :, word] >> (place - low)) & ((1 << count) - 1 << low))
+        for word, place, count, low in layout.scattered(rest)
+    ]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total | part
+    return total
+
+
+def _scale(scales: Tensor, units: Tensor, layout: Layout) -> Tensor:
+    """Scales or minima as float32 [tiles, groups, 16]."""
+    if layout.block == 1:
+        return scales.float()
+    return (units.float()[:, :, None] * scales.float()).flatten(1, 2)
+
+
+@kernel
+def few_rows(packed: Packed, layout: Layout, x: Tensor) -> Tensor:
+    """x [m k] times the rows of a packed matrix [n k]: float32 [m n], products and sums in float32."""
+    tiles, groups = packed[0].shape[:2]
+    m, run = len(x), tiles // next(count for count in (STREAMS if m == 1 else 1, 1) if tiles % count == 0)
+    plain = x.float().view(m, groups, layout.group)
+    power = 2.0**-layout.bits
+    shares = [power ** (i % layout.fields) if i < layout.whole else 1.0 for i in range(layout.group)]
+    divided = stored(torch.stack([plain[..., i] * share for i, share in enumerate(shares)], -1))
+    sums = plain.sum(-1)
+    top = [plain[..., i] for i in range(layout.whole) if layout.is_top(i % layout.fields)]
+    tops = torch.stack(top, -1).sum(-1) * (1 << (layout.bits - 1)) if top else 0.0
+    correction = stored(tops - layout.zero * sums)  # [m groups]
+    sums = stored(sums)
+    chains = 8 if layout.group == 32 else 4
+
+    def product(row: int, start: int) -> Tensor:
+        words, scales, units, minima, steps = (part[start : start + run] if len(part) else part for part in packed)
+
+        def by(i: int) -> Tensor:
+            return divided[row, :, i][None, :, None]
+
+        terms = [
+            (words[:, :, i // layout.fields] & layout.mask(i % layout.fields)).float() * by(i)
+            for i in range(layout.whole)
+        ]
+        terms += [
+            _scattered(words, layout, rest).float() * by(layout.whole + rest)
+            for rest in range(layout.group - layout.whole)
+        ]
+        total = (tree(terms, chains) + correction[row][None, :, None]) * _scale(scales, units, layout)
+        if layout.minimum:
+            total = total - _scale(minima, steps, layout) * sums[row][None, :, None]
+        return total.sum(1).flatten()
+
+    return torch.stack([torch.cat([product(row, start) for start in range(0, tiles, run)]) for row in range(m)])
+
+
+def values_of(packed: Packed, layout: Layout) -> list[Tensor]:
+    """The float32 values of each weight of a group: [tiles, groups, lanes], with the bits of `ggml.dequantize`."""
+    words, scales, units, minima, steps = packed
+    scale = _scale(scales, units, layout)
+    values = [code.float() * scale for code in codes_of(words, layout)]
+    if not layout.minimum:
+        return values
+    minimum = _scale(minima, steps, layout)
+    return [value - minimum for value in values]
+
+
+@kernel
+def columns(packed: Packed, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """The values of a packed matrix [n k], transposed: [k n], rounded once to `dtype`."""
+    values = [value.to(dtype).transpose(0, 1) for value in values_of(packed, layout)]
+    return torch.stack(values, 1).view(-1, len(packed[0]) * LANES)

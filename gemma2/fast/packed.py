@@ -1,0 +1,145 @@
+"""Weights kept as a GGUF file has them: `gemma2.load(..., weights="packed")`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gemma2.checkpoints import ggml, ggml_blocks
+from gemma2.checkpoints.ggml_blocks import field
+from gemma2.checkpoints.threads import one_thread_per_core
+from gemma2.checkpoints.weights import Weights
+from gemma2.errors import BadModelFile
+from gemma2.fast.blocks import LANES, LAYOUTS, Layout, Packed, by_tiles, columns, few_rows, pack_words, values_of
+from gemma2.fast.held import TILE, HeldMatrix
+
+FEW = 4  # rows of x that one pass over the blocks serves
+MANY = 16  # rows of x from which tiles of the matrix are made and multiplied by
+NAMES = ("words", "scales", "units", "minima", "steps")
+BY_NAME = {type.name: type for type in ggml.TYPES.values()}
+
+
+class Numbers(NamedTuple):
+    """What the codes of n blocks are multiplied with, in the dtypes in which the file has them: [n, groups]."""
+
+    scales: Tensor
+    units: Tensor | None = None  # [n, 1], of the scales
+    minima: Tensor | None = None
+    steps: Tensor | None = None  # [n, 1], of the minima
+
+
+def _half(blocks: Tensor, start: int) -> Tensor:
+    return field(blocks, start, start + 2, torch.float16)
+
+
+def _q2_k(blocks: Tensor) -> Numbers:
+    both = field(blocks, 0, 16)
+    return Numbers(both & 15, _half(blocks, 80), both >> 4, _half(blocks, 82))
+
+
+def _with_six_bits(blocks: Tensor) -> Numbers:
+    scales, minima = ggml_blocks.six_bits(blocks)
+    return Numbers(scales, _half(blocks, 0), minima, _half(blocks, 2))
+
+
+NUMBERS: dict[str, Callable[[Tensor], Numbers]] = {
+    "Q2_K": _q2_k,
+    "Q4_0": lambda blocks: Numbers(_half(blocks, 0)),
+    "Q4_1": lambda blocks: Numbers(_half(blocks, 0), None, -_half(blocks, 2)),
+    "Q4_K": _with_six_bits,
+    "Q5_0": lambda blocks: Numbers(_half(blocks, 0)),
+    "Q5_1": lambda blocks: Numbers(_half(blocks, 0), None, -_half(blocks, 2)),
+    "Q5_K": _with_six_bits,
+    "Q6_K": lambda blocks: Numbers(field(blocks, 192, 208, torch.int8), _half(blocks, 208)),
+    "Q8_0": lambda blocks: Numbers(_half(blocks, 0)),
+}
+
+
+def pack(raw: Tensor, type: str) -> Packed:
+    """Rows of blocks, uint8 [rows, bytes of a row], rows a multiple of 16, in the layout of `blocks.py`."""
+    layout, (rows, _) = LAYOUTS[type], raw.shape
+    q = ggml.integers(raw, BY_NAME[type]).view(rows, -1, layout.group)
+    codes = q.short() + layout.zero if layout.zero else q
+    found = NUMBERS[type](raw.view(-1, BY_NAME[type].bytes))
+    empty = torch.empty(0)
+
+    def placed(numbers: Tensor | None) -> Tensor:
+        if numbers is None:
+            return empty
+        wide = numbers.view(rows, -1, layout.block) if layout.block > 1 and numbers.shape[1] > 1 else numbers.view(rows, -1)
+        return by_tiles(wide)
+
+    return pack_words(codes, layout), *(placed(numbers) for numbers in found)  # type: ignore[return-value]
+
+
+class PackedMatrix(HeldMatrix):
+    """A matrix in the blocks of one ggml type, exactly as the file states it, laid out for fast products."""
+
+    step = LANES
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype, type: str) -> None:
+        super().__init__(rows, width, dtype)
+        self.type, self.layout = type, LAYOUTS[type]
+        self.padded = -(-rows // LANES) * LANES
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._empty(torch.device("meta")))
+
+    @property
+    def packed(self) -> Packed:
+        return tuple(getattr(self, name) for name in NAMES)  # type: ignore[return-value]
+
+    def _empty(self, device: torch.device) -> Packed:
+        """Buffers for the whole matrix, by the shapes that a tile of it has."""
+        tile = pack(torch.zeros(LANES, self.width // BY_NAME[self.type].values * BY_NAME[self.type].bytes, dtype=torch.uint8, device="cpu"), self.type)
+        tiles = self.padded // LANES
+        return tuple(  # type: ignore[return-value]
+            torch.empty(tiles, *part.shape[1:], dtype=part.dtype, device=device) if len(part) else part for part in tile
+        )
+
+    def reserve(self, device: torch.device) -> None:
+        for name, tensor in zip(NAMES, self._empty(device), strict=True):
+            self.register_buffer(name, tensor)
+
+    def fill(self, weights: Weights, name: str, device: torch.device) -> None:
+        self.like = self.like.to(device)
+        self.reserve(device)
+
+        def take(start: int, stop: int) -> None:
+            raw = weights.raw(name, start, stop)
+            if (stop - start) % LANES:
+                raw = torch.cat((raw, raw.new_zeros(-(stop - start) % LANES, raw.shape[1])))
+            for own, part in zip(self.packed, pack(raw, self.type), strict=True):
+                if len(own):
+                    own[start // LANES : start // LANES + len(part)] = part
+
+        with one_thread_per_core() as pool:
+            for _ in pool.map(take, *zip(*self._tiles(), strict=True)):
+                pass
+        numbers = [tensor for tensor in self.packed[1:] if tensor.is_floating_point()]
+        if not all(bool(tensor.isfinite().all()) for tensor in numbers):
+            raise BadModelFile(f"{weights.where}: {weights.in_file(name)} holds NaN or infinity among its scales")
+
+    def _part(self, start: int, stop: int) -> Packed:
+        return tuple(part[start // LANES : -(-stop // LANES)] if len(part) else part for part in self.packed)  # type: ignore[return-value]
+
+    def values(self, start: int, stop: int) -> Tensor:
+        return columns(self._part(start, stop), self.layout, self.like.dtype)[:, : stop - start].t()
+
+    def at(self, ids: Tensor) -> Tensor:
+        flat = ids.flatten()
+        tile, lane = flat // LANES, flat % LANES
+        # A tile of one lane for each id.
+        parts = tuple(part[tile, ..., lane][..., None] if len(part) else part for part in self.packed)
+        rows = torch.stack(values_of(parts, self.layout), 2)[..., 0]  # type: ignore[arg-type]
+        return rows.reshape(*ids.shape, self.width)
+
+    def kernel(self, x: Tensor) -> Tensor | None:
+        if x.device.type != "cpu" or len(x) > MANY:
+            return None
+        parts = [few_rows(self.packed, self.layout, some) for some in x.split(FEW)]
+        return torch.cat(parts)[:, : self.rows].to(x.dtype)
