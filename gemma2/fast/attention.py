@@ -1,0 +1,174 @@
+"""Attention that computes only the scores that can be seen, a block of queries at a time, and never repeats a key.
+
+Two facts about Gemma 2 make it short. Scores are capped, so `exp` needs no maximum subtracted: rows are summed as they
+are, and divided at the end. And the mask comes from positions, so what a block of queries cannot see is a range of slots
+that is left out of the products. The blocks go through a few buffers that are used again, in place.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gemma2 import ops
+from gemma2.fast.inplace import may_reuse
+from gemma2.model import SoftCap, SoftcapAttention
+
+QUERIES = 128  # of a block: more waste scores above the diagonal, fewer make the products slower
+CHUNK = 1 << 18  # scores that go through tanh and exp at once: in float32 they fit the second cache of a core
+FEW = 64  # queries x heads, up to which one product with all key heads is faster than one a head
+LARGEST = 64.0  # of caps whose exponentials can be summed in float32
+PARTS = 32  # values of so many slots are added up before these sums are: they stay in a cache
+
+
+class FastAttention(SoftcapAttention):
+    """`SoftcapAttention` on a CPU, in blocks. It keeps all taps: where one inside the scores has a hook, or a gradient
+    is wanted, it computes what the plain one computes, bit for bit.
+
+    In bfloat16, scores are rounded once and not five times. A query that sees nothing gives zeros, where the plain
+    attention gives the mean of all values.
+    """
+
+    def __init__(self, plain: SoftcapAttention) -> None:
+        nn.Module.__init__(self)
+        self.window, self.scale, self.group, self.softcap = plain.window, plain.scale, plain.group, plain.softcap
+        self.hook_key_positions, self.hook_z = plain.hook_key_positions, plain.hook_z
+        self.hook_scores_raw, self.hook_attn_scores = plain.hook_scores_raw, plain.hook_attn_scores
+        self.hook_pattern = plain.hook_pattern
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, key_positions: Tensor) -> Tensor:
+        capped = type(self.softcap) is SoftCap and self.softcap.cap <= LARGEST
+        if capped and torch.compiler.is_compiling() and q.shape[1] == 1:
+            visible = ops.visible(positions, self.hook_key_positions(key_positions), self.window)
+            return self.hook_z(one_query(q, k, v, visible, self.scale, self.softcap.cap))
+        inside = (self.softcap, self.hook_scores_raw, self.hook_attn_scores, self.hook_pattern)
+        if not (capped and may_reuse((q, k, v), inside)):
+            return super().forward(q, k, v, positions, key_positions)
+        key_positions = self.hook_key_positions(key_positions)
+        z = q.new_empty(q.shape)
+        for row in range(len(q)):
+            one = (q[row], k[row], v[row])
+            if q.shape[1] * q.shape[2] <= FEW:
+                visible = ops.visible(positions[row, None], key_positions[row, None], self.window)[0, 0]
+                few_queries(*one, visible, self.scale, self.softcap.cap, z[row])
+            else:
+                seen = spans(positions[row], key_positions[row], self.window)
+                in_blocks(*one, seen, self.scale, self.softcap.cap, z[row])
+        return self.hook_z(z)
+
+
+class Span(NamedTuple):
+    """A block of queries, the slots that any of them sees, and where not all of them see each."""
+
+    queries: slice
+    slots: slice
+    masked: list[tuple[slice, Tensor]]  # of the slots, counted from their first; and what is seen there [t s]
+
+
+def spans(positions: Tensor, key_positions: Tensor, window: int | None) -> list[Span]:
+    """The blocks of queries at `positions` [t] that see something of the keys at `key_positions` [s]."""
+    found = []
+    for start in range(0, len(positions), QUERIES):
+        queries = slice(start, min(start + QUERIES, len(positions)))
+        visible = ops.visible(positions[None, queries], key_positions[None], window)[0, 0]
+        some = visible.any(dim=0).nonzero()[:, 0]
+        if not len(some):
+            continue
+        first, last = int(some[0]), int(some[-1]) + 1
+        visible = visible[:, first:last]
+        partly = (~visible.all(dim=0)).nonzero()[:, 0].tolist()
+        found.append(Span(queries, slice(first, last), [(x, visible[:, x]) for x in _runs(partly)]))
+    return found
+
+
+def _runs(indices: list[int]) -> list[slice]:
+    """Rising indices as the ranges that they fill."""
+    ends = [i for i in range(1, len(indices)) if indices[i] != indices[i - 1] + 1]
+    bounds = zip([0, *ends], [*ends, len(indices)], strict=True)
+    return [slice(indices[a], indices[b - 1] + 1) for a, b in bounds if b > a]
+
+
+def in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, seen: list[Span], scale: float, cap: float, z: Tensor
+) -> None:
+    """Attention of one row: q [t h c], k and v [s g c] -> into z [t h c]. Queries that see nothing get zeros."""
+    (t, h, c), g = q.shape, k.shape[1]
+    r = h // g
+    q = q.view(t, g, r, c).transpose(0, 1).reshape(g, t * r, c)
+    k, v = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()
+    z = z.view(t, g, r, c)
+    wide = ops.upcast(q[:0]).dtype
+    most = max((span.slots.stop - span.slots.start for span in seen), default=0)
+    scores = q.new_empty(min(t, QUERIES) * r * most)
+    chunk = scores if wide == q.dtype else q.new_empty(max(CHUNK, most), dtype=wide)
+    total = q.new_empty(min(t, QUERIES) * r, 1, dtype=wide)
+    if len(seen) * QUERIES < t or any(span.masked for span in seen):
+        z.zero_()
+    for queries, slots, masked in seen:
+        rows, s = (queries.stop - queries.start) * r, slots.stop - slots.start
+        masks = [(x, visible.to(wide).repeat_interleave(r, dim=0)) for x, visible in masked]
+        step = max(1, min(rows, CHUNK // s))
+        x, sums = scores[: rows * s].view(rows, s), total[:rows]
+        for i in range(g):
+            torch.addmm(x, q[i, queries.start * r : queries.stop * r], k[i, slots].T, beta=0, alpha=scale / cap, out=x)
+            for a in range(0, rows, step):
+                b = min(a + step, rows)
+                part = x[a:b] if chunk is scores else chunk[: (b - a) * s].view(b - a, s).copy_(x[a:b])
+                part.tanh_().mul_(cap).exp_()
+                for where, visible in masks:
+                    part[:, where].mul_(visible[a:b])
+                torch.sum(part, dim=1, keepdim=True, out=sums[a:b])
+                if x.dtype == torch.float16:  # which does not hold the exponentials as they are
+                    part.div_(sums[a:b].clamp_min(torch.finfo(wide).tiny))
+                if chunk is not scores:
+                    x[a:b].copy_(part)
+            mixed = x @ v[i, slots]
+            if x.dtype != torch.float16:
+                mixed = ops.upcast(mixed).div_(sums.clamp_min(torch.finfo(wide).tiny))
+            z[queries, i] = mixed.view(-1, r, c)
+
+
+def few_queries(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, cap: float, z: Tensor
+) -> None:
+    """Attention of one row with few queries: q [t h c], k and v [s g c], visible [t s] -> into z [t h c].
+
+    Keys and values are read once, in the order they have: one product with all heads of them, of which the scores of
+    other heads are then dropped, is faster than one for each head, which would copy the head's keys first.
+    """
+    (t, h, c), (s, g, _) = q.shape, k.shape
+    r = h // g
+    wide = ops.upcast(q[:0]).dtype
+    spread = q.new_zeros(g, c, t, g, r)  # each query beside zeros for the other heads' keys
+    spread.diagonal(dim1=0, dim2=3).copy_(q.view(t, g, r, c).permute(3, 0, 2, 1))
+    # oneDNN, also where it is switched off for products of one row: without it these take ten times as long.
+    with torch.backends.mkldnn.flags(enabled=True):
+        scores = ops.upcast(k.reshape(s, g * c) @ spread.view(g * c, t * h)).T.contiguous().view(t, h, s)
+        scores = ops.softcap(scores.mul_(scale), cap).exp_().mul_(visible[:, None])
+        pattern = scores.div_(scores.sum(dim=2, keepdim=True).clamp_min_(torch.finfo(wide).tiny)).to(q.dtype)
+        mixed = pattern.view(t * h, s) @ v.reshape(s, g * c)  # every head with the values of all
+    z.view(t, g, r, c).copy_(mixed.view(t, g, r, g, c).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2))
+
+
+def one_query(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, cap: float) -> Tensor:
+    """Attention of one query a row, for a compiler: q [b 1 h c], k and v [b s g c], visible [b 1 1 s] -> [b 1 h c].
+
+    Products and sums of static shapes, which become loops over keys and values as they lie, and nothing else.
+    """
+    (b, _, h, c), (s, g) = q.shape, k.shape[1:3]
+    query = ops.upcast(q).view(b, 1, g, h // g, c) * (scale / cap)
+    scores = (query * ops.upcast(k)[:, :, :, None]).sum(dim=-1)  # [b s g r]
+    pattern = torch.where(visible.view(b, s, 1, 1), (torch.tanh(scores) * cap).exp(), 0.0)
+    total = pattern.sum(dim=1).clamp_min(torch.finfo(pattern.dtype).tiny)
+
+    def mix(pattern: Tensor, v: Tensor) -> Tensor:
+        parts = (pattern.unflatten(1, (-1, PARTS))[..., None] * ops.upcast(v).unflatten(1, (-1, PARTS))[..., None, :])
+        return parts.sum(dim=2).sum(dim=1)
+
+    whole = s - s % PARTS
+    mixed = (pattern[:, whole:, ..., None] * ops.upcast(v[:, whole:])[..., None, :]).sum(dim=1)
+    if whole:
+        mixed = mixed + mix(pattern[:, :whole], v[:, :whole])
+    return (mixed / total[..., None]).to(q.dtype).view(b, 1, h, c)
