@@ -7,17 +7,18 @@ that is left out of the products. The blocks go through a few buffers that are u
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gemma2 import ops
-from gemma2.fast.inplace import may_reuse
+from gemma2.fast.inplace import CHUNK, may_reuse
 from gemma2.model import SoftCap, SoftcapAttention
 
-QUERIES = 128  # of a block: more waste scores above the diagonal, fewer make the products slower
-CHUNK = 1 << 18  # scores that go through tanh and exp at once: in float32 they fit the second cache of a core
+QUERIES = 256  # of a block: more waste scores above the diagonal, fewer make the products slower
 FEW = 64  # queries x heads, up to which one product with all key heads is faster than one a head
 LARGEST = 64.0  # of caps whose exponentials can be summed in float32
 PARTS = 32  # values of so many slots are added up before these sums are: they stay in a cache
@@ -69,17 +70,24 @@ class Span(NamedTuple):
 
 def spans(positions: Tensor, key_positions: Tensor, window: int | None) -> list[Span]:
     """The blocks of queries at `positions` [t] that see something of the keys at `key_positions` [s]."""
+    keys = key_positions.long()
+    starts = range(0, len(positions), QUERIES)
+    blocks = [positions[start : start + QUERIES].long() for start in starts]
+    highest = torch.stack([block.max() for block in blocks])[:, None]
+    lowest = torch.stack([block.min() for block in blocks])[:, None]  # negative if there is padding: none sees all then
+    real = torch.stack([torch.where(block < 0, highest[i], block).min() for i, block in enumerate(blocks)])[:, None]
+    some, every = (keys >= 0) & (keys <= highest), (keys >= 0) & (keys <= lowest)  # [blocks s]
+    if window is not None:
+        some, every = some & (keys > real - window), every & (keys > highest - window)
     found = []
-    for start in range(0, len(positions), QUERIES):
-        queries = slice(start, min(start + QUERIES, len(positions)))
-        visible = ops.visible(positions[None, queries], key_positions[None], window)[0, 0]
-        some = visible.any(dim=0).nonzero()[:, 0]
-        if not len(some):
+    for start, block, some_see, all_see in zip(starts, blocks, some, every, strict=True):
+        slots = some_see.nonzero()[:, 0]
+        if not len(slots):
             continue
-        first, last = int(some[0]), int(some[-1]) + 1
-        visible = visible[:, first:last]
-        partly = (~visible.all(dim=0)).nonzero()[:, 0].tolist()
-        found.append(Span(queries, slice(first, last), [(x, visible[:, x]) for x in _runs(partly)]))
+        first, last = int(slots[0]), int(slots[-1]) + 1
+        partly = _runs((~all_see[first:last]).nonzero()[:, 0].tolist())
+        masked = [(x, ops.visible(block[None], keys[None, first:last][:, x], window)[0, 0]) for x in partly]
+        found.append(Span(slice(start, start + len(block)), slice(first, last), masked))
     return found
 
 
@@ -130,6 +138,17 @@ def in_blocks(
             z[queries, i] = mixed.view(-1, r, c)
 
 
+@contextmanager
+def onednn() -> Iterator[None]:
+    """Products by oneDNN, also where it is switched off, as it is best for products of one row."""
+    was = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = True
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = was
+
+
 def few_queries(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, cap: float, z: Tensor
 ) -> None:
@@ -143,8 +162,7 @@ def few_queries(
     wide = ops.upcast(q[:0]).dtype
     spread = q.new_zeros(g, c, t, g, r)  # each query beside zeros for the other heads' keys
     spread.diagonal(dim1=0, dim2=3).copy_(q.view(t, g, r, c).permute(3, 0, 2, 1))
-    # oneDNN, also where it is switched off for products of one row: without it these take ten times as long.
-    with torch.backends.mkldnn.flags(enabled=True):
+    with onednn():
         scores = ops.upcast(k.reshape(s, g * c) @ spread.view(g * c, t * h)).T.contiguous().view(t, h, s)
         scores = ops.softcap(scores.mul_(scale), cap).exp_().mul_(visible[:, None])
         pattern = scores.div_(scores.sum(dim=2, keepdim=True).clamp_min_(torch.finfo(wide).tiny)).to(q.dtype)
