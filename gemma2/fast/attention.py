@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from gemma2 import ops
-from gemma2.fast.inplace import CHUNK, may_reuse
+from gemma2.fast.kernels import STEPS, Kernels
+from gemma2.fast.prefill import may_reuse
 from gemma2.model import SoftCap, SoftcapAttention
 
 QUERIES = 256  # of a block: more waste scores above the diagonal, fewer make the products slower
 FEW = 64  # queries x heads, up to which one product with all key heads is faster than one a head
 LARGEST = 64.0  # of caps whose exponentials can be summed in float32
+SLOTS = 256  # whose values one product mixes, for few queries
 PARTS = 32  # values of so many slots are added up before these sums are: they stay in a cache
 
 
@@ -32,8 +34,9 @@ class FastAttention(SoftcapAttention):
     attention gives the mean of all values.
     """
 
-    def __init__(self, plain: SoftcapAttention) -> None:
+    def __init__(self, plain: SoftcapAttention, kernels: Kernels = STEPS) -> None:
         nn.Module.__init__(self)
+        self.kernels = kernels
         self.window, self.scale, self.group, self.softcap = plain.window, plain.scale, plain.group, plain.softcap
         self.hook_key_positions, self.hook_z = plain.hook_key_positions, plain.hook_z
         self.hook_scores_raw, self.hook_attn_scores = plain.hook_scores_raw, plain.hook_attn_scores
@@ -45,7 +48,7 @@ class FastAttention(SoftcapAttention):
             visible = ops.visible(positions, self.hook_key_positions(key_positions), self.window)
             return self.hook_z(one_query(q, k, v, visible, self.scale, self.softcap.cap))
         inside = (self.softcap, self.hook_scores_raw, self.hook_attn_scores, self.hook_pattern)
-        if not (capped and may_reuse((q, k, v), inside)):
+        if not capped or q.dtype == torch.float16 or not may_reuse((q, k, v), inside):  # float16 overflows
             return super().forward(q, k, v, positions, key_positions)
         key_positions = self.hook_key_positions(key_positions)
         z = q.new_empty(q.shape)
@@ -56,7 +59,7 @@ class FastAttention(SoftcapAttention):
                 few_queries(*one, visible, self.scale, self.softcap.cap, z[row])
             else:
                 seen = spans(positions[row], key_positions[row], self.window)
-                in_blocks(*one, seen, self.scale, self.softcap.cap, z[row])
+                in_blocks(*one, seen, self.scale, self.softcap.cap, self.kernels, z[row])
         return self.hook_z(z)
 
 
@@ -99,43 +102,27 @@ def _runs(indices: list[int]) -> list[slice]:
 
 
 def in_blocks(
-    q: Tensor, k: Tensor, v: Tensor, seen: list[Span], scale: float, cap: float, z: Tensor
+    q: Tensor, k: Tensor, v: Tensor, seen: list[Span], scale: float, cap: float, kernels: Kernels, z: Tensor
 ) -> None:
     """Attention of one row: q [t h c], k and v [s g c] -> into z [t h c]. Queries that see nothing get zeros."""
     (t, h, c), g = q.shape, k.shape[1]
     r = h // g
     q = q.view(t, g, r, c).transpose(0, 1).reshape(g, t * r, c)
     k, v = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()
-    z = z.view(t, g, r, c)
+    z = z.view(t, g, r, c).zero_()
     wide = ops.upcast(q[:0]).dtype
-    most = max((span.slots.stop - span.slots.start for span in seen), default=0)
-    scores = q.new_empty(min(t, QUERIES) * r * most)
-    chunk = scores if wide == q.dtype else q.new_empty(max(CHUNK, most), dtype=wide)
-    total = q.new_empty(min(t, QUERIES) * r, 1, dtype=wide)
-    if len(seen) * QUERIES < t or any(span.masked for span in seen):
-        z.zero_()
+    scores = q.new_empty(min(t, QUERIES) * r * max((span.slots.stop - span.slots.start for span in seen), default=0))
     for queries, slots, masked in seen:
-        rows, s = (queries.stop - queries.start) * r, slots.stop - slots.start
-        masks = [(x, visible.to(wide).repeat_interleave(r, dim=0)) for x, visible in masked]
-        step = max(1, min(rows, CHUNK // s))
-        x, sums = scores[: rows * s].view(rows, s), total[:rows]
+        rows = slice(queries.start * r, queries.stop * r)
+        x = scores[: (rows.stop - rows.start) * (slots.stop - slots.start)].view(rows.stop - rows.start, -1)
+        masks = [(where, visible.repeat_interleave(r, dim=0).to(x.dtype)) for where, visible in masked]
         for i in range(g):
-            torch.addmm(x, q[i, queries.start * r : queries.stop * r], k[i, slots].T, beta=0, alpha=scale / cap, out=x)
-            for a in range(0, rows, step):
-                b = min(a + step, rows)
-                part = x[a:b] if chunk is scores else chunk[: (b - a) * s].view(b - a, s).copy_(x[a:b])
-                part.tanh_().mul_(cap).exp_()
-                for where, visible in masks:
-                    part[:, where].mul_(visible[a:b])
-                torch.sum(part, dim=1, keepdim=True, out=sums[a:b])
-                if x.dtype == torch.float16:  # which does not hold the exponentials as they are
-                    part.div_(sums[a:b].clamp_min(torch.finfo(wide).tiny))
-                if chunk is not scores:
-                    x[a:b].copy_(part)
-            mixed = x @ v[i, slots]
-            if x.dtype != torch.float16:
-                mixed = ops.upcast(mixed).div_(sums.clamp_min(torch.finfo(wide).tiny))
-            z[queries, i] = mixed.view(-1, r, c)
+            torch.addmm(x, q[i, rows], k[i, slots].T, beta=0, alpha=scale / cap, out=x)
+            kernels.exponential_(x, cap)
+            for where, visible in masks:
+                x[:, where].mul_(visible)
+            total = x.sum(dim=1, keepdim=True, dtype=wide).clamp_min_(torch.finfo(wide).tiny)
+            z[queries, i] = ops.upcast(x @ v[i, slots]).div_(total).view(-1, r, c)
 
 
 @contextmanager
@@ -163,11 +150,22 @@ def few_queries(
     spread = q.new_zeros(g, c, t, g, r)  # each query beside zeros for the other heads' keys
     spread.diagonal(dim1=0, dim2=3).copy_(q.view(t, g, r, c).permute(3, 0, 2, 1))
     with onednn():
-        scores = ops.upcast(k.reshape(s, g * c) @ spread.view(g * c, t * h)).T.contiguous().view(t, h, s)
-        scores = ops.softcap(scores.mul_(scale), cap).exp_().mul_(visible[:, None])
-        pattern = scores.div_(scores.sum(dim=2, keepdim=True).clamp_min_(torch.finfo(wide).tiny)).to(q.dtype)
-        mixed = pattern.view(t * h, s) @ v.reshape(s, g * c)  # every head with the values of all
+        scores = ops.upcast(k.reshape(s, g * c) @ spread.view(g * c, t * h))
+        scores = scores.mul_(scale / cap).tanh_().mul_(cap).exp_().view(s, t, h).mul_(visible.T[:, :, None])
+        total = scores.sum(dim=0).clamp_min_(torch.finfo(wide).tiny)
+        pattern = scores.div_(total).to(q.dtype).view(s, t * h).T.contiguous()
+        mixed = _mixed(pattern, v.reshape(s, g * c)).to(q.dtype)  # every head with the values of all
     z.view(t, g, r, c).copy_(mixed.view(t, g, r, g, c).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2))
+
+
+def _mixed(pattern: Tensor, v: Tensor) -> Tensor:
+    """pattern [n s] @ v [s d], in parts of the slots: oneDNN copies the second factor, and a part stays in a cache."""
+    s = len(v) - len(v) % SLOTS
+    rest = ops.upcast(pattern[:, s:] @ v[s:])
+    if not s:
+        return rest
+    parts = torch.bmm(pattern[:, :s].unflatten(1, (-1, SLOTS)).transpose(0, 1), v[:s].unflatten(0, (-1, SLOTS)))
+    return ops.upcast(parts).sum(dim=0).add_(rest)
 
 
 def one_query(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, cap: float) -> Tensor:
