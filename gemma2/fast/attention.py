@@ -47,9 +47,10 @@ class FastAttention(SoftcapAttention):
         if capped and torch.compiler.is_compiling() and q.shape[1] == 1:
             visible = ops.visible(positions, self.hook_key_positions(key_positions), self.window)
             return self.hook_z(one_query(q, k, v, visible, self.scale, self.softcap.cap))
+        dtype, q = q.dtype, q.to(k.dtype)  # queries may be wider than what a cache stores
         inside = (self.softcap, self.hook_scores_raw, self.hook_attn_scores, self.hook_pattern)
         if not capped or q.dtype == torch.float16 or not may_reuse((q, k, v), inside):  # float16 overflows
-            return super().forward(q, k, v, positions, key_positions)
+            return super().forward(q, k, v, positions, key_positions).to(dtype)
         key_positions = self.hook_key_positions(key_positions)
         z = q.new_empty(q.shape)
         for row in range(len(q)):
@@ -60,7 +61,7 @@ class FastAttention(SoftcapAttention):
             else:
                 seen = spans(positions[row], key_positions[row], self.window)
                 in_blocks(*one, seen, self.scale, self.softcap.cap, self.kernels, z[row])
-        return self.hook_z(z)
+        return self.hook_z(z.to(dtype))
 
 
 class Span(NamedTuple):

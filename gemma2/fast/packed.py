@@ -14,9 +14,10 @@ from gemma2.checkpoints.threads import one_thread_per_core
 from gemma2.checkpoints.weights import Weights
 from gemma2.errors import BadModelFile
 from gemma2.fast.blocks import LANES, LAYOUTS, Layout, Packed, by_tiles, columns, few_rows, pack_words, values_of
-from gemma2.fast.held import TILE, HeldMatrix
+from gemma2.fast.held import HeldMatrix
+from gemma2.fast.rows import FEW
 
-FEW = 4  # rows of x that one pass over the blocks serves
+
 MANY = 16  # rows of x from which tiles of the matrix are made and multiplied by
 NAMES = ("words", "scales", "units", "minima", "steps")
 BY_NAME = {type.name: type for type in ggml.TYPES.values()}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gemma2.fast.compiling import kernel, stored
 
+FEW = 4  # rows of x that one pass over a matrix serves
 STREAMS = 4  # runs of rows that a thread reads side by side, since one run does not fill the memory's pipeline
 LONGEST = 4096  # Inductor sums longer rows by a slower method, so they are cut
 

@@ -17,23 +17,31 @@ class StaticLayer:
 
     def __init__(self, batch: int, slots: int, config: Gemma2Config, dtype: torch.dtype, device: torch.device) -> None:
         shape = (batch, slots + 1, config.num_key_value_heads, config.head_dim)
-        self.slots = slots
         self.rows = torch.arange(batch, device=device)[:, None]
         self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [b s g c], rotated
         self.values = torch.zeros_like(self.keys)
         self.positions = torch.full(shape[:2], EMPTY, device=device)  # [b s]
 
+    @property
+    def slots(self) -> int:
+        """Slots for tokens; the last one of the tensors is for padding."""
+        return self.keys.shape[1] - 1
+
     def update(self, keys: Tensor, values: Tensor, positions: Tensor) -> Held:
         stored, new = (self.keys, self.values, self.positions), (keys, values, positions)
         check_fit(stored, new)
-        t = positions.shape[1]
+        t, slots = positions.shape[1], self.slots
         # One token overwrites only what it does not see. More would hide keys from each other, so those are joined.
-        joined = [torch.cat(pair, dim=1) for pair in zip(stored, new, strict=True)] if t > 1 else None
-        slot = torch.where(positions >= 0, positions % self.slots, self.slots)[:, -self.slots :]
+        joined = [torch.cat(pair, dim=1) for pair in zip(self.held(), new, strict=True)] if t > 1 else None
+        slot = torch.where(positions >= 0, positions % slots, slots)[:, -slots:]
         for old, x in zip(stored, new, strict=True):
-            old[self.rows, slot] = x[:, -self.slots :].detach()
-        k, v, p = joined or stored
+            old[self.rows, slot] = x[:, -slots:].detach()
+        k, v, p = joined or self.held()
         return k, v, p
+
+    def held(self) -> Held:
+        """What attention reads."""
+        return self.keys, self.values, self.positions
 
 
 class StaticCache:
@@ -49,6 +57,8 @@ class StaticCache:
         dtype: of keys and values, where it is not that of the embedding.
     """
 
+    layer = StaticLayer
+
     def __init__(self, model: Gemma2, batch: int, capacity: int, dtype: torch.dtype | None = None) -> None:
         config = model.config
         if batch < 1 or capacity < 1:
@@ -56,7 +66,7 @@ class StaticCache:
         self.batch, self.capacity = batch, capacity
         windows = [config.window(i) or capacity for i in range(config.num_hidden_layers)]
         self.layers = [
-            StaticLayer(batch, min(window, capacity), config, dtype or model.dtype, model.device) for window in windows
+            self.layer(batch, min(window, capacity), config, dtype or model.dtype, model.device) for window in windows
         ]
 
     @property
