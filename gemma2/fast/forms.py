@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from gemma2.checkpoints.checkpoint import Checkpoint
+from gemma2.checkpoints.weights import shapes_of
 from gemma2.fast.embedding import HeldEmbedding, HeldHead
 from gemma2.fast.held import HeldLinear, HeldMatrix
+from gemma2.fast.int4 import GROUP, Int4
 from gemma2.fast.int8 import Int8
 from gemma2.model import ScaledEmbedding, TiedHead
 from gemma2.twins import Make
@@ -39,7 +41,17 @@ def _int8(opened: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple
     return holding(partial(Int8, dtype=dtype)), "the weights are int8, with one scale a row"
 
 
-FORMS: dict[str, Form] = {"int8": _int8}
+def _int4(opened: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[Make, str]:
+    check_floats("int4", opened)
+    for name, shape in shapes_of(opened.config).items():
+        if len(shape) > 1 and shape[1] % GROUP:
+            raise ValueError(
+                f'{opened.path}: weights="int4" holds groups of {GROUP} values, and the rows of {name} have {shape[1]}'
+            )
+    return holding(partial(Int4, dtype=dtype)), f"the weights are int4, with a scale and a zero every {GROUP} values"
+
+
+FORMS: dict[str, Form] = {"int8": _int8, "int4": _int4}
 
 
 def check_form(name: str) -> Form:
