@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from gemma2.checkpoints.neutral import neutral
 from gemma2.checkpoints.weights import build
 from gemma2.distributed.device_map import DeviceMap, MaxMemory, build_spread, check_alone
 from gemma2.errors import BadModelFile, said_of_device
-from gemma2.fast.forms import check_form
+from gemma2.fast.forms import check_form, sizes_of
 from gemma2.gemma import Gemma
 from gemma2.hub import download, download_adapter, download_gguf, download_tokenizer
 from gemma2.numerics import check_profile, storage_of, twins_of
@@ -162,7 +163,14 @@ def load(
         notes = (*notes, said)
     else:
         model = build(
-            opened.weights, opened.config, where, final, make=make, allow_nonfinite=allow_nonfinite, progress=progress
+            opened.weights,
+            opened.config,
+            where,
+            final,
+            make=make,
+            others=partial(sizes_of, opened, where, final),
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
         )
     if added is not None and plan is not None:
         apply_adapter(model, added, plan, merge=merge_adapter)

@@ -18,9 +18,9 @@ FEW = 32  # rows of x up to which the kernel is faster than tiles
 class Int4(HeldMatrix):
     """Weight j of a row is (code - 8) * scale + zero, where the scale and zero are of its group of 32.
 
-    Scales and zeros are bfloat16 numbers in every dtype, as the kernel wants them. The codes are packed as the kernel of
-    this machine reads them: for each block of rows and each column, the codes of rows i and i + block / 2 in one byte.
-    Where there is no kernel, the blocks are of 64 rows. The last block is filled up with empty rows.
+    Scales and zeros are bfloat16 numbers in every dtype, as the kernel wants them. The codes are packed as the kernel
+    of this machine reads them: for each block of rows and each column, the codes of rows i and i + block / 2 in one
+    byte. Where there is no kernel, the blocks are of 64 rows. The last block is filled up with empty rows.
     """
 
     packed: Tensor  # uint8 [blocks, width, block / 2]
