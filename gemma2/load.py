@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from gemma2.checkpoints.adapter_tokenizer import with_tokenizer_of
-from gemma2.checkpoints.adapters import open_adapter, plan_for
+from gemma2.checkpoints.adapters import check_around, open_adapter, plan_for
 from gemma2.checkpoints.apply_adapter import apply_adapter, check_installed, note_of
 from gemma2.checkpoints.checkpoint import named_tokenizer, naming_unreadable, open_checkpoint
 from gemma2.checkpoints.dtypes import RUNNABLE, dtype_name
@@ -134,6 +134,8 @@ def load(
     given = named_tokenizer(locate_tokenizer(tokenizer))
     opened = open_checkpoint(locate(source, revision, tokenizer_given=given is not None), given)  # gigabytes, so last
     plan = None if added is None else plan_for(added, opened.config, merge=merge_adapter)
+    if plan is not None and form is not None:
+        check_around(plan)
     if added is not None and given is None:
         opened = with_tokenizer_of(opened, added.where)
     final, notes = wanted or opened.weights.dtype, opened.notes
