@@ -53,7 +53,7 @@ class NF4(HeldMatrix):
         self.codes[start : start + len(values)] = codes.view(len(values), -1)
         self.scales[start : start + len(values)] = state.absmax.view(len(values), -1)
 
-    def values(self, start: int, stop: int) -> Tensor:
+    def values(self, start: int, stop: int, room: Tensor | None = None) -> Tensor:
         made: Tensor = bitsandbytes().functional.dequantize_4bit(
             self.codes[start:stop].reshape(-1, 1), self._state(start, stop)
         )
@@ -101,7 +101,7 @@ class LLMInt8(HeldMatrix):
         self.codes[start : start + len(values)] = codes
         self.scales[start : start + len(values)] = scales
 
-    def values(self, start: int, stop: int) -> Tensor:
+    def values(self, start: int, stop: int, room: Tensor | None = None) -> Tensor:
         scales = self.scales[start:stop, None] / 127
         return (self.codes[start:stop] * scales).to(self.like.dtype)
 
