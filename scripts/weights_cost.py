@@ -16,30 +16,41 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 from train_pocket import SELECTION, SETTINGS, documents
 
 import gemma2
 from gemma2.fast.forms import FORMS
 
 
+class Sums:
+    """What one form's predictions add up to over the texts, beside those of the plain model."""
+
+    def __init__(self) -> None:
+        self.nats = self.divergence = 0.0
+        self.changed = 0
+
+    def add(self, got: Tensor, plain: Tensor, targets: Tensor) -> None:
+        """Logarithms of probabilities [t v] of both, and the ids [t] that follow."""
+        self.nats += F.nll_loss(got, targets, reduction="sum").item()
+        self.divergence += F.kl_div(got, plain, reduction="sum", log_target=True).item()
+        self.changed += int((got.argmax(-1) != plain.argmax(-1)).sum())
+
+
+def loaded(dtype: str) -> dict[str, gemma2.Gemma2]:
+    """The pocket model in a dtype, and in every form that can be had here."""
+    models = {}
+    for name in (None, *FORMS):
+        try:
+            models[name or dtype] = gemma2.load(device="cpu", dtype=dtype, weights=name).model
+        except (ImportError, ValueError) as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+    return models
+
+
 @torch.no_grad()
-def distance(
-    plain: gemma2.Gemma2, other: gemma2.Gemma2, texts: list[list[int]], bos: int, context: int
-) -> tuple[float, float, float, int]:
-    """(nats, mean KL from plain, share of positions with another likeliest token, tokens), texts each behind a BOS."""
-    nats, divergence, changed, count = 0.0, 0.0, 0, 0
-    for ids in texts:
-        targets = torch.tensor([ids[: context - 1]])
-        inputs = torch.cat((torch.tensor([[bos]]), targets[:, :-1]), dim=1)
-        wanted, got = (model(inputs)[0].double().log_softmax(-1) for model in (plain, other))
-        nats += F.nll_loss(got, targets[0], reduction="sum").item()
-        divergence += F.kl_div(got, wanted, reduction="sum", log_target=True).item()
-        changed += int((got.argmax(-1) != wanted.argmax(-1)).sum())
-        count += targets.numel()
-    return nats / count, divergence / count, changed / count, count
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", type=Path, metavar="TEXT_FOLDER")
@@ -48,25 +59,24 @@ def main() -> None:
     args = parser.parse_args()
     held = documents(args.texts)[1]
     random.Random(json.loads(SETTINGS.read_text(encoding="utf-8"))["seed"]).shuffle(held)  # as for training
-    plain = gemma2.load(device="cpu", dtype="float32")
-    pieces, bos = plain.tokenizer, plain.tokenizer.special["bos"]
-    ids = [[*pieces.encode(text, bos=False), pieces.special["eos"]] for text in held[SELECTION:][: args.most]]
+    texts = held[SELECTION:][: args.most]
+    plain, models = gemma2.load(device="cpu", dtype="float32"), loaded(args.dtype)
+    pieces, context = plain.tokenizer, plain.config.max_position_embeddings
+    sums, count = {name: Sums() for name in models}, 0
+    for text in tqdm(texts, unit="text", disable=None, leave=False):
+        ids = [*pieces.encode(text), pieces.special["eos"]][:context]  # as in train_pocket.py: BOS, then the text
+        inputs, targets = torch.tensor([ids[:-1]]), torch.tensor(ids[1:])
+        wanted = plain.model(inputs)[0].log_softmax(-1)
+        for name, model in models.items():
+            sums[name].add(model(inputs)[0].float().log_softmax(-1), wanted, targets)
+        count += len(targets)
     print("| weights | MB | nats per token | perplexity | KL from float32, nats | other likeliest token |")
     print("|---|---|---|---|---|---|")
-    count = 0
-    for name in (None, *FORMS):
-        try:
-            gemma = gemma2.load(device="cpu", dtype=args.dtype, weights=name)
-        except (ImportError, ValueError) as error:
-            print(f"{name}: left out: {error}", file=sys.stderr)
-            continue
-        size = sum(tensor.nbytes for tensor in gemma.model.state_dict().values()) / 1e6
-        loss, divergence, changed, count = distance(
-            plain.model, gemma.model, ids, bos, gemma.config.max_position_embeddings
-        )
-        shown = args.dtype if name is None else name
-        print(f"| {shown} | {size:.2f} | {loss:.4f} | {math.exp(loss):.3f} | {divergence:.5f} | {changed:.2%} |")
-    print(f"\n{count:,} tokens of {len(ids)} held-out texts, activations in {args.dtype}")
+    for name, found in sums.items():
+        size = sum(tensor.nbytes for tensor in models[name].state_dict().values()) / 1e6
+        loss, divergence, changed = found.nats / count, found.divergence / count, found.changed / count
+        print(f"| {name} | {size:.2f} | {loss:.4f} | {math.exp(loss):.3f} | {divergence:.5f} | {changed:.2%} |")
+    print(f"\n{count:,} tokens of {len(texts)} held-out texts, activations in {args.dtype}")
 
 
 if __name__ == "__main__":

@@ -180,6 +180,10 @@ class HeldLinear(nn.Linear):
     def held_bytes(self) -> int:
         return self.matrix.held_bytes
 
+    def shared(self) -> HeldLinear:
+        """Another twin with the same matrix, for `gemma2.twins.sharing`."""
+        return HeldLinear(self, self.matrix)
+
     def fill(self, weights: Weights, path: str, device: torch.device) -> None:
         self.matrix.fill(weights, f"{path}.weight", device)
 
