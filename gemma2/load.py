@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from gemma2.checkpoints.adapter_tokenizer import with_tokenizer_of
-from gemma2.checkpoints.adapters import open_adapter, plan_for
+from gemma2.checkpoints.adapters import check_around, open_adapter, plan_for
 from gemma2.checkpoints.apply_adapter import apply_adapter, check_installed, note_of
 from gemma2.checkpoints.checkpoint import named_tokenizer, naming_unreadable, open_checkpoint
 from gemma2.checkpoints.dtypes import RUNNABLE, dtype_name
@@ -17,7 +18,7 @@ from gemma2.checkpoints.neutral import neutral
 from gemma2.checkpoints.weights import build
 from gemma2.distributed.device_map import DeviceMap, MaxMemory, build_spread, check_alone
 from gemma2.errors import BadModelFile, said_of_device
-from gemma2.fast.forms import check_form
+from gemma2.fast.forms import check_form, sizes_of
 from gemma2.gemma import Gemma
 from gemma2.hub import download, download_adapter, download_gguf, download_tokenizer
 from gemma2.numerics import check_profile, storage_of, twins_of
@@ -133,6 +134,8 @@ def load(
     given = named_tokenizer(locate_tokenizer(tokenizer))
     opened = open_checkpoint(locate(source, revision, tokenizer_given=given is not None), given)  # gigabytes, so last
     plan = None if added is None else plan_for(added, opened.config, merge=merge_adapter)
+    if plan is not None and form is not None:
+        check_around(plan)
     if added is not None and given is None:
         opened = with_tokenizer_of(opened, added.where)
     final, notes = wanted or opened.weights.dtype, opened.notes
@@ -162,7 +165,14 @@ def load(
         notes = (*notes, said)
     else:
         model = build(
-            opened.weights, opened.config, where, final, make=make, allow_nonfinite=allow_nonfinite, progress=progress
+            opened.weights,
+            opened.config,
+            where,
+            final,
+            make=make,
+            others=partial(sizes_of, opened, where, final),
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
         )
     if added is not None and plan is not None:
         apply_adapter(model, added, plan, merge=merge_adapter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,16 @@ class Free:
     limit: str
 
 
-def check_memory(where: str, dtype: torch.dtype, device: torch.device, needed: Callable[[torch.dtype], int]) -> None:
+Others = Callable[[], Mapping[str, int]]  # forms that weights can be held in -> bytes of all of them
+
+
+def check_memory(
+    where: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    needed: Callable[[torch.dtype], int],
+    others: Others | None = None,
+) -> None:
     """Raises MemoryError unless `device` has room for weights of `needed(dtype)` bytes.
 
     The line has both numbers, and what would fit. What is computed later (the cache, activations) is not counted, and
@@ -33,6 +42,7 @@ def check_memory(where: str, dtype: torch.dtype, device: torch.device, needed: C
     Args:
         where: the checkpoint, for the message.
         needed: bytes of the weights of a model in some dtype.
+        others: bytes of the weights in other forms; called where there is too little memory.
     """
     free, bytes_ = free_memory(device), needed(dtype)
     if free is None or bytes_ <= free.bytes:
@@ -40,6 +50,9 @@ def check_memory(where: str, dtype: torch.dtype, device: torch.device, needed: C
     fits = []
     if NARROW.itemsize < dtype.itemsize and needed(NARROW) <= free.bytes:
         fits.append(f'dtype="bfloat16" (--dtype bfloat16), which needs {needed(NARROW) / 1e9:.3g} GB')
+    for form, size in (others() if others else {}).items():
+        if size <= free.bytes and size < bytes_:
+            fits.append(f'weights="{form}" (--weights {form}), which needs {size / 1e9:.3g} GB')
     fits.append('device_map="auto" (--device-map auto), which leaves on the disk what does not fit into memory')
     raise MemoryError(
         f"{where}: the weights need {bytes_ / 1e9:.3g} GB in {str(dtype).removeprefix('torch.')}, and "

@@ -84,18 +84,25 @@ def on(kind: type[nn.Module], twin: Callable[[Any], nn.Module]) -> Make:
 def sharing(model: Gemma2, config: Gemma2Config | None = None) -> Gemma2:
     """A new model with the parameters of `model` itself, not copies, and none of its hooks.
 
+    A twin that holds its weights in a form of its own gives another that shares them, by its method `shared`.
+
     Args:
         config: of the new model, as with another window; default the model's own. Parameters keep their shapes.
     Raises:
         ValueError: modules of `model` were replaced by ones with other parameters.
     """
     config = config or model.config
+    held = {path: module for path, module in model.named_modules() if hasattr(module, "shared")}
+    inside = tuple(f"{path}." for path in held)
     parameters = dict(model.named_parameters())
     frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
     with torch.device("meta"):
         new = Gemma2(config)
+    for path, module in held.items():
+        new.set_submodule(path, module.shared())
+    buffers = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(inside)}
     try:
-        new.load_state_dict(parameters, strict=True, assign=True)
+        new.load_state_dict(buffers | parameters, strict=True, assign=True)
     except RuntimeError as error:
         raise ValueError(f"these are not a Gemma 2's own parameters: {' '.join(str(error).split())[:300]}") from None
     for parameter in frozen:  # which loading would thaw, here and in `model`: they are the same

@@ -28,10 +28,11 @@ ROWS = [
     ["cli"],
     ["__main__"],
 ]
-OPTIONAL = {"transformers", "llama_cpp", "lm_eval", "matplotlib", "accelerate", "peft"}
+OPTIONAL = {"transformers", "llama_cpp", "lm_eval", "matplotlib", "accelerate", "peft", "bitsandbytes"}
 # Each is imported in the one file that needs it: in a function, or in a file that is itself imported in one.
 NEEDS = {
     "checkpoints/apply_adapter.py": "peft",
+    "fast/bnb.py": "bitsandbytes",
     "distributed/device_map.py": "accelerate",
     "parity/report.py": "matplotlib",
     "parity/references/transformers.py": "transformers",

@@ -70,6 +70,10 @@ def test_the_page_for_users_of_transformers_runs_and_prints_what_it_shows(
     check_code((ROOT / "docs" / "from-transformers.md").read_text(encoding="utf-8"))
 
 
+def test_the_page_on_weights_runs_and_prints_what_it_shows() -> None:
+    check_code((ROOT / "docs" / "weights.md").read_text(encoding="utf-8"))
+
+
 def test_the_reading_order_has_the_true_line_counts() -> None:
     rows = re.findall(r"\| \[`(gemma2/\w+\.py)`\]\([^)]*\) \| (\d+) \|", README)
     assert len(rows) >= 5

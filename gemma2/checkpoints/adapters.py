@@ -86,6 +86,17 @@ class Plan:
     tensors: Mapping[str, Tensor]
 
 
+def check_around(plan: Plan) -> None:
+    """Raises ValueError for a plan that has to change matrices, and not only to go around linears."""
+    matrices = [path for path in plan.saved if not path.endswith("norm")]
+    trained = [EMBEDDING] if plan.tokens else [path for path in plan.targets if path in (EMBEDDING, HEAD)] + matrices
+    if trained:
+        raise ValueError(
+            f"the adapter changes {trained[0]} itself, which cannot be with weights=: write the merged model with "
+            "convert, and load that with weights="
+        )
+
+
 def open_adapter(folder: Path) -> Adapter:
     """Open an adapter's folder. The values of its tensors are not read.
 

@@ -57,6 +57,11 @@ def check_parameters(model: Gemma2) -> None:
     for name, shape in expected.items():
         path, _, own = name.rpartition(".")
         if name not in found:
+            if hasattr(modules.get(path), "held_bytes"):
+                raise BadModelFile(
+                    f"{WHERE}: {path} ({type(modules[path]).__name__}) holds no floats: load the model without "
+                    "weights= to write it"
+                )
             there = f" ({type(modules[path]).__name__})" if path in modules else ""
             raise BadModelFile(f"{WHERE}: {path}{there} has no {own} {list(shape)}, as a Gemma 2 has there; {cure}")
         if found[name].shape != shape:

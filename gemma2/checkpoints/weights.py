@@ -18,7 +18,7 @@ from gemma2.checkpoints.names import shown
 from gemma2.checkpoints.threads import one_thread_per_core
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile
-from gemma2.memory import check_memory
+from gemma2.memory import Others, check_memory
 from gemma2.model import Gemma2
 from gemma2.tied import EMBEDDING, HEAD
 from gemma2.twins import Make, replaced
@@ -147,6 +147,7 @@ def build(
     *,
     make: Make | None = None,
     places: Places | None = None,
+    others: Others | None = None,
     allow_nonfinite: bool = False,
     progress: bool | None = None,
 ) -> Gemma2:
@@ -159,6 +160,7 @@ def build(
         make: puts twins in before anything is read, see `gemma2.twins.replaced`. A twin that has a method
             `fill(weights, path, device)` fills itself, say with the stored blocks of `weights.raw`. Any other twin
             keeps the parameters of the module it stands for, and gets them as that does.
+        others: forms that the weights could have instead, named where there is too little memory; see `check_memory`.
         places: where each tensor goes, if not to `device`. Those on the disk are on the meta device in the model.
     Raises:
         MemoryError: a device has too little memory for what goes there. A twin that fills itself is counted where it
@@ -177,7 +179,7 @@ def build(
     where = {name: places.device_of(name) if places else device for name in outside}
     for one in dict.fromkeys(where.values()):
         sizes = {name: shape.numel() for name, shape in outside.items() if where[name] == one}
-        check_memory(weights.where, dtype, one, partial(_bytes_of, weights, sizes, own))
+        check_memory(weights.where, dtype, one, partial(_bytes_of, weights, sizes, own), others)
     filled: dict[str, Tensor] = {}
     for name, shape in outside.items():
         kept = weights.dtype_for(name, dtype)
@@ -219,8 +221,9 @@ def build(
         named = ", ".join(f"{weights.in_file(name)} ({count:,})" for name, count in list(bad.items())[:5])
         raise BadModelFile(f"{weights.where}: {len(bad)} tensors hold NaN or infinity in {dtype_name(dtype)}: {named}")
     check_head(weights, shapes[EMBEDDING])
-    for path, twin in own.items():
-        twin.fill(weights, path, device)  # type: ignore[operator]  # some module's method
+    held = tqdm(own.items(), desc="packing", unit="matrix", disable=hidden(progress), leave=False)
+    for path, twin in held:
+        twin.fill(weights, path, device)
         weights.release()
         empty = [name for name, tensor in twin.state_dict().items() if tensor.is_meta]
         if empty:
@@ -276,6 +279,16 @@ def _nonfinite(values: Tensor) -> int:
 def bytes_in(weights: Weights, sizes: Mapping[str, int], dtype: torch.dtype) -> int:
     """Bytes of parameters (name -> number of values) in a model in `dtype`, those included that stay wider."""
     return sum(size * weights.dtype_for(name, dtype).itemsize for name, size in sizes.items())
+
+
+def bytes_with(weights: Weights, config: Gemma2Config, dtype: torch.dtype, make: Make) -> int:
+    """Bytes of a model's weights with the twins of `make` in it. No weight is read."""
+    twins = replaced(empty_model(config), make).twins
+    own = {path: twin for path, twin in twins.items() if hasattr(twin, "fill")}
+    inside = tuple(f"{path}." for path in own)
+    shapes = {name: torch.Size(shape).numel() for name, shape in shapes_of(config).items()}
+    sizes = {name: size for name, size in shapes.items() if not name.startswith(inside)}
+    return _bytes_of(weights, sizes, own, dtype)
 
 
 def _bytes_of(weights: Weights, sizes: Mapping[str, int], own: Mapping[str, nn.Module], dtype: torch.dtype) -> int:

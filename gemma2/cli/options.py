@@ -14,6 +14,7 @@ import torch
 from gemma2.checkpoints.dtypes import dtype_name
 from gemma2.checks import check_count
 from gemma2.detokenizer import parse_stops
+from gemma2.fast.forms import FORMS, check_form
 from gemma2.gemma import MAX_NEW_TOKENS, Gemma, idle_options
 from gemma2.load import load, parse_device, parse_dtype
 from gemma2.sampling import Sampling
@@ -66,6 +67,11 @@ def add_loading_options(group: argparse._ArgumentGroup) -> None:
         "--dtype",
         metavar="T",
         help="bfloat16, float32 or float64; default: the checkpoint's, bfloat16 for a GGUF not in F32",
+    )
+    group.add_argument(
+        "--weights",
+        metavar="W",
+        help=f"hold the weights as {', '.join(FORMS)}, quantized as they are read; default: as floats",
     )
     group.add_argument("--force-float16", action="store_true", help="allow --dtype float16, in which values overflow")
     group.add_argument("--allow-nonfinite", action="store_true", help="take weights with NaN or infinity in them")
@@ -160,6 +166,8 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
 def load_model(args: argparse.Namespace) -> Gemma:
     parse_device(args.device)
     parse_dtype(args.dtype, args.force_float16)
+    if args.weights is not None:
+        check_form(args.weights)
     started = time.perf_counter()
     gemma = load(
         args.model,
@@ -167,6 +175,7 @@ def load_model(args: argparse.Namespace) -> Gemma:
         dtype=args.dtype,
         tokenizer=args.tokenizer,
         revision=args.revision,
+        weights=args.weights,
         adapter=getattr(args, "adapter", None),  # trace and verify have none
         allow_nonfinite=args.allow_nonfinite,
         force_float16=args.force_float16,

@@ -38,8 +38,8 @@ MORE = """REF is one of
                           trace:FILE if its name ends otherwise
   self:model=MODEL2       another checkpoint of the same shape, as a modified or
                           quantized copy of MODEL
-  self:KEY=VALUE,...      MODEL again with another dtype=, device= or numerics=;
-                          these and model= go together, as in
+  self:KEY=VALUE,...      MODEL again with another dtype=, device=, numerics= or
+                          weights=; these and model= go together, as in
                           self:model=copy,dtype=float32; self changes nothing
 
 examples:

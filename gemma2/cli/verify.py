@@ -96,6 +96,7 @@ def saver(args: argparse.Namespace, gemma: Gemma, name: str) -> Callable[[], Gem
             options: dict[str, Any] = {"tokenizer": args.tokenizer, "progress": False}
             convert(args.model, target, type=type_, revision=args.revision, **options)
             same: dict[str, Any] = {"device": gemma.model.device, "dtype": gemma.model.dtype, "progress": False}
+            same["weights"] = args.weights
             return load(target, force_float16=True, allow_nonfinite=args.allow_nonfinite, **same).model
 
     return save_and_load
@@ -108,7 +109,7 @@ def describe(args: argparse.Namespace, gemma: Gemma) -> dict[str, str]:
     machine = versions(gemma)
     return {
         "model": f"{args.model} ({gemma.config.parameter_count:,} parameters)",
-        "dtype": dtype_name(gemma.model.dtype),
+        "dtype": dtype_name(gemma.model.dtype) + (f", weights {args.weights}" if args.weights else ""),
         "device": machine["device"],
         "versions": f"gemma2 {machine['gemma2']}, torch {machine['torch']}, Python {platform.python_version()}, "
         f"{sys.platform}, {machine['threads']} threads",

@@ -31,6 +31,10 @@ class HeldEmbedding(ScaledEmbedding):
     def held_bytes(self) -> int:
         return self.matrix.held_bytes
 
+    def shared(self) -> HeldEmbedding:
+        """Another twin with the same matrix, for `gemma2.twins.sharing`."""
+        return HeldEmbedding(self, self.matrix)
+
     def fill(self, weights: Weights, path: str, device: torch.device) -> None:
         self.matrix.fill(weights, f"{path}.weight", device)
 
@@ -42,6 +46,10 @@ class HeldEmbedding(ScaledEmbedding):
 
 class HeldHead(nn.Module):
     """A twin of `TiedHead` for a `HeldEmbedding`: [b t d] -> [b t v], before the cap."""
+
+    def shared(self) -> HeldHead:
+        """Another one, for `gemma2.twins.sharing`."""
+        return HeldHead()
 
     def forward(self, x: Tensor, embedding: HeldEmbedding) -> Tensor:
         held = embedding.matrix.like.device

@@ -13,7 +13,8 @@ from gemma2.checkpoints.weights import Weights
 from gemma2.errors import BadModelFile
 from gemma2.fast.unmade import Unmade
 
-TILE = 2**20  # values: of the file, read at once by each thread, and of a matrix, made anew at once
+READ = 2**20  # values of the file, read at once by each thread
+MADE = 2**22  # values of a matrix, made anew at once: larger ones no longer stay in the processor's caches
 
 
 class HeldMatrix(nn.Module):
@@ -51,13 +52,21 @@ class HeldMatrix(nn.Module):
         """Put rows of the matrix, float32 on the CPU, from row `start` on. Several threads call it."""
         raise NotImplementedError  # each form's own
 
-    def values(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop), in the dtype of the activations."""
+    def values(self, start: int, stop: int, room: Tensor | None = None) -> Tensor:
+        """Rows [start, stop), in the dtype of the activations. A run begins at a multiple of `step`.
+
+        Args:
+            room: memory for them, from `room`; what is returned may be in it.
+        """
         raise NotImplementedError  # each form's own
 
     def at(self, ids: Tensor) -> Tensor:
         """The rows of these ids, in ids' shape: [... width]."""
         raise NotImplementedError  # each form's own
+
+    def multiply(self, x: Tensor, start: int, stop: int, room: Tensor, out: Tensor) -> None:
+        """x [m, width] times rows [start, stop), which are made anew in `room`, into `out` [m, stop - start]."""
+        out.copy_(F.linear(x, self.values(start, stop, room)))
 
     def kernel(self, x: Tensor) -> Tensor | None:
         """x [m, width] times every row: [m, rows]; None where tiles are the faster way."""
@@ -85,16 +94,21 @@ class HeldMatrix(nn.Module):
 
         read = 0
         with one_thread_per_core() as pool:
-            for done in pool.map(take, *zip(*self._tiles(), strict=True)):
+            for done in pool.map(take, *zip(*self.tiles(READ), strict=True)):
                 read += done
-                if read > 32 * TILE:
+                if read > 32 * READ:
                     weights.release()
                     read = 0
         weights.release()
 
-    def _tiles(self) -> list[tuple[int, int]]:
-        """The rows in runs [start, stop) of about `TILE` values."""
-        each = max(1, TILE // self.width // self.step) * self.step
+    def room(self) -> Tensor:
+        """Memory for the values of any tile. Taking it once for all tiles saves more time than making their values."""
+        rows = -(-self.tiles(MADE)[0][1] // self.step) * self.step
+        return torch.empty(rows * self.width, dtype=self.like.dtype, device=self.like.device)
+
+    def tiles(self, most: int) -> list[tuple[int, int]]:
+        """The rows in runs [start, stop) of at most about so many values."""
+        each = max(1, most // self.width // self.step) * self.step
         return [(start, min(start + each, self.rows)) for start in range(0, self.rows, each)]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,8 +122,9 @@ class HeldMatrix(nn.Module):
         out = self.kernel(flat)
         if out is None:
             out = torch.empty(len(flat), self.rows, dtype=x.dtype, device=x.device)
-            for start, stop in self._tiles():
-                out[:, start:stop] = F.linear(flat, self.values(start, stop))
+            room = self.room()
+            for start, stop in self.tiles(MADE):
+                self.multiply(flat, start, stop, room, out[:, start:stop])
         return out.unflatten(0, x.shape[:-1])
 
     def unmade(self) -> Tensor:
@@ -138,8 +153,9 @@ class _Product(torch.autograd.Function):
         flat = grad.flatten(0, -2)
         wide = torch.promote_types(grad.dtype, torch.float32)
         total = torch.zeros(len(flat), matrix.width, dtype=wide, device=grad.device)
-        for start, stop in matrix._tiles():
-            total += flat[:, start:stop] @ matrix.values(start, stop)
+        room = matrix.room()
+        for start, stop in matrix.tiles(MADE):
+            total += flat[:, start:stop] @ matrix.values(start, stop, room)
         return total.to(grad.dtype).unflatten(0, grad.shape[:-1]), None
 
 
@@ -163,6 +179,10 @@ class HeldLinear(nn.Linear):
     @property
     def held_bytes(self) -> int:
         return self.matrix.held_bytes
+
+    def shared(self) -> HeldLinear:
+        """Another twin with the same matrix, for `gemma2.twins.sharing`."""
+        return HeldLinear(self, self.matrix)
 
     def fill(self, weights: Weights, path: str, device: torch.device) -> None:
         self.matrix.fill(weights, f"{path}.weight", device)

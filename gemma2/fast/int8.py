@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gemma2.fast.held import HeldMatrix
 
 MOST = 127  # the largest code; -128 is left out, so that a row and its negative are held alike
-FEW = 8  # rows of x up to which the kernel is faster than tiles, in bfloat16
+FEW = 24  # rows of x up to which the kernel is faster than tiles, in bfloat16; in float32 it never is
 
 
 class Int8(HeldMatrix):
@@ -32,12 +33,21 @@ class Int8(HeldMatrix):
         self.codes[start : start + len(values)] = codes.to(torch.int8)
         self.scales[start : start + len(values)] = scales
 
-    def values(self, start: int, stop: int) -> Tensor:
-        return self.codes[start:stop].to(self.like.dtype) * self.scales[start:stop, None]
+    def values(self, start: int, stop: int, room: Tensor | None = None) -> Tensor:
+        return self._numbers(start, stop, room).mul_(self.scales[start:stop, None])
+
+    def multiply(self, x: Tensor, start: int, stop: int, room: Tensor, out: Tensor) -> None:
+        torch.mul(F.linear(x, self._numbers(start, stop, room)), self.scales[start:stop], out=out)
+
+    def _numbers(self, start: int, stop: int, room: Tensor | None) -> Tensor:
+        """The codes of some rows as numbers, which all dtypes hold exactly."""
+        shape = (stop - start, self.width)
+        numbers = torch.empty(shape, dtype=self.like.dtype, device=self.like.device) if room is None else room
+        return numbers.flatten()[: (stop - start) * self.width].view(shape).copy_(self.codes[start:stop])
 
     def at(self, ids: Tensor) -> Tensor:
         return self.codes[ids].to(self.like.dtype) * self.scales[ids][..., None]
 
     def kernel(self, x: Tensor) -> Tensor | None:
-        few = x.device.type == "cpu" and len(x) <= (FEW if x.dtype == torch.bfloat16 else 1)
-        return torch._weight_int8pack_mm(x, self.codes, self.scales) if few and x.dtype != torch.float64 else None
+        few = x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(x) <= FEW
+        return torch._weight_int8pack_mm(x.contiguous(), self.codes, self.scales) if few else None

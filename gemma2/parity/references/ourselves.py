@@ -16,6 +16,7 @@ from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gemma2.checkpoints.dtypes import RUNNABLE, stored_name
 from gemma2.checkpoints.weights import build, shapes_of
 from gemma2.config import Gemma2Config
+from gemma2.fast.forms import check_form
 from gemma2.load import locate, parse_device
 from gemma2.model import Gemma2
 from gemma2.numerics import storage_of, with_numerics
@@ -26,7 +27,7 @@ from gemma2.research.sites import sites as all_sites
 from gemma2.tokens import left_padded
 from gemma2.twins import sharing
 
-KEYS = ("model", "dtype", "device", "numerics")
+KEYS = ("model", "dtype", "device", "numerics", "weights")
 WIDE = "llama.cpp"  # the profile whose activations are float32 whatever the weights are
 
 
@@ -49,7 +50,9 @@ def open_ourselves(spec: str, opened: Checkpoint, dtype: torch.dtype | None) -> 
         if asked["dtype"] not in RUNNABLE:
             raise ValueError(f"self:{spec}: dtype is not one of {', '.join(RUNNABLE)}")
         dtype = RUNNABLE[asked["dtype"]]
-    reference = Ourselves(opened, dtype, asked.get("device", "cpu"), asked.get("numerics"))
+    reference = Ourselves(
+        opened, dtype, asked.get("device", "cpu"), asked.get("numerics"), weights=asked.get("weights")
+    )
     if "model" in asked:
         reference.system += f", model {asked['model']}"
     return reference
@@ -63,6 +66,7 @@ class Ourselves:
         numerics: a profile of `gemma2/numerics/__init__.py`; default the model as it is.
         storage: how each parameter is stored, for llama.cpp's numerics; default as in the checkpoint, or the ggml type
             of its dtype.
+        weights: a form to hold them in, one of `gemma2/fast/forms.py`.
     Raises:
         ValueError: a device that is not here, or an unknown profile.
     """
@@ -76,6 +80,7 @@ class Ourselves:
         device: str = "cpu",
         numerics: str | None = None,
         storage: Storage | None = None,
+        weights: str | None = None,
     ) -> None:
         self.storage = storage or storage_of(opened.weights)
         if dtype is None:
@@ -84,12 +89,17 @@ class Ourselves:
         if numerics == WIDE and self.storage is None:
             self.storage = {name: Stored(stored_name(dtype)) for name in shapes_of(opened.config)}
         self._numerics = numerics
-        plain = build(opened.weights, opened.config, self._device, dtype, progress=False)
+        if weights is not None and numerics is not None:
+            raise ValueError("weights and numerics both replace modules: give one of them")
+        make = None if weights is None else check_form(weights)(opened, self._device, dtype)[0]
+        plain = build(opened.weights, opened.config, self._device, dtype, make=make, progress=False)
         self._arrange(plain, opened.config)
         self.dtype = torch.float32 if numerics == WIDE else dtype
         self.system = f"gemma2 {version('gemma2')} on {device}"
         if numerics:
             self.system += f", numerics {numerics}"
+        if weights:
+            self.system += f", weights {weights}"
         if dtype != self.dtype:
             self.system += f", weights in {str(dtype).removeprefix('torch.')}"
         self.versions: Mapping[str, str] = {"gemma2": version("gemma2"), "torch": torch.__version__}
