@@ -190,7 +190,7 @@ def _may_hold(logits: Tensor, total: Tensor, n: int, mass: float) -> bool:
         return False
     if n == FIRST_SLICE or logits.device.type != "cpu":
         return True
-    return _holds(torch.from_numpy(np.partition(logits.numpy(), -n, axis=-1)[:, -n:]), total, nearly)
+    return _holds(torch.from_numpy(np.partition(logits.detach().numpy(), -n, axis=-1)[:, -n:]), total, nearly)
 
 
 def sort_down(logits: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ def sort_down(logits: Tensor) -> Tensor:
     for 256,000, where PyTorch takes 20 to 40 because it carries their places along."""
     if logits.device.type != "cpu":
         return logits.sort(dim=-1, descending=True).values
-    return torch.from_numpy(np.sort(-logits.numpy(), axis=-1)).neg_()
+    return torch.from_numpy(np.sort(-logits.detach().numpy(), axis=-1)).neg_()
 
 
 def ids_in_order(logits: Tensor, falling: Tensor, places: Tensor) -> Tensor:

@@ -147,6 +147,7 @@ def build(
     *,
     make: Make | None = None,
     places: Places | None = None,
+    views: Mapping[str, Tensor] | None = None,
     allow_nonfinite: bool = False,
     progress: bool | None = None,
 ) -> Gemma2:
@@ -160,6 +161,8 @@ def build(
             `fill(weights, path, device)` fills itself, say with the stored blocks of `weights.raw`. Any other twin
             keeps the parameters of the module it stands for, and gets them as that does.
         places: where each tensor goes, if not to `device`. Those on the disk are on the meta device in the model.
+        views: tensors that are in memory already, as `mapped.map_weights` gives them. They are taken as they are: their
+            values are not read.
     Raises:
         MemoryError: a device has too little memory for what goes there. Twins that fill themselves are not counted.
         BadModelFile: missing, extra, misshapen or non-finite tensors, by name (the first five).
@@ -173,6 +176,8 @@ def build(
     inside = tuple(f"{path}." for path in own)
     _check_parameters(model, {name for name in shapes if not name.startswith(inside)}, inside)
     outside = {name: torch.Size(shape) for name, shape in shapes.items() if not name.startswith(inside)}
+    there = {name: view for name, view in (views or {}).items() if name in outside}
+    outside = {name: shape for name, shape in outside.items() if name not in there}
     where = {name: places.device_of(name) if places else device for name in outside}
     for one in dict.fromkeys(where.values()):
         sizes = {name: shape.numel() for name, shape in outside.items() if where[name] == one}
@@ -205,7 +210,7 @@ def build(
         one_thread_per_core() as pool,
     ):
         jobs = [(name, *rows) for name, tensor in filled.items() for rows in chunks(tensor.shape, tensor.dtype)]
-        for name, done, nonfinite in pool.map(fill, *zip(*jobs, strict=True)):
+        for name, done, nonfinite in pool.map(fill, *zip(*jobs, strict=True)) if jobs else ():
             bad[name] = bad.get(name, 0) + nonfinite
             bar.update(done)
             mapped += done * weights.tensors[name][1].itemsize // filled[name].itemsize
@@ -225,7 +230,7 @@ def build(
         if empty:
             raise ValueError(f"{path}: fill() of {type(twin).__name__} left {empty[0]} without values")
     state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(inside)}
-    model.load_state_dict(state | filled, strict=True, assign=True)
+    model.load_state_dict(state | filled | there, strict=True, assign=True)
     model.model.rotary_emb.to(device)
     return model.eval()
 

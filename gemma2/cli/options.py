@@ -68,6 +68,9 @@ def add_loading_options(group: argparse._ArgumentGroup) -> None:
         help="bfloat16, float32 or float64; default: the checkpoint's, bfloat16 for a GGUF not in F32",
     )
     group.add_argument("--force-float16", action="store_true", help="allow --dtype float16, in which values overflow")
+    group.add_argument(
+        "--mapped", action="store_true", help="leave safetensors weights in their file: loads at once, on the CPU alone"
+    )
     group.add_argument("--allow-nonfinite", action="store_true", help="take weights with NaN or infinity in them")
 
 
@@ -168,6 +171,7 @@ def load_model(args: argparse.Namespace) -> Gemma:
         tokenizer=args.tokenizer,
         revision=args.revision,
         adapter=getattr(args, "adapter", None),  # trace and verify have none
+        mapped=args.mapped,
         allow_nonfinite=args.allow_nonfinite,
         force_float16=args.force_float16,
         device_map=getattr(args, "device_map", None),
