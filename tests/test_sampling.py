@@ -119,6 +119,7 @@ def test_nothing_is_sorted_unless_it_must_be(monkeypatch: pytest.MonkeyPatch) ->
         ({"top_k": 40}, peaked, 40),
         ({"top_p": 0.9}, peaked, 256),
         ({"top_p": 0.9}, flat, 0),
+        ({"top_p": 0.9}, peaked / 16, 0),
     ):
         sorted_.clear()
         sample(logits, Sampling(temperature=1.0, **settings), torch.Generator().manual_seed(0))
