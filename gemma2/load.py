@@ -14,6 +14,7 @@ from gemma2.checkpoints.apply_adapter import apply_adapter, check_installed, not
 from gemma2.checkpoints.checkpoint import named_tokenizer, naming_unreadable, open_checkpoint
 from gemma2.checkpoints.dtypes import RUNNABLE, dtype_name
 from gemma2.checkpoints.foreign import refuse_broken_links
+from gemma2.checkpoints.mapped import check_mappable, map_weights
 from gemma2.checkpoints.neutral import neutral
 from gemma2.checkpoints.weights import build
 from gemma2.distributed.device_map import DeviceMap, MaxMemory, build_spread, check_alone
@@ -67,6 +68,7 @@ def load(
     device_map: DeviceMap | None = None,
     max_memory: MaxMemory | None = None,
     offload_folder: str | Path | None = None,
+    mapped: bool = False,
     progress: bool | None = None,
 ) -> Gemma:
     """Load a Gemma 2.
@@ -98,6 +100,10 @@ def load(
         merge_adapter: add it into the weights, so that the model can be written; PEFT is then out of it again.
         device_map: "auto" spreads the layers over all GPUs, memory and the disk, by accelerate; or a map of one's own.
         max_memory, offload_folder: for a device_map, see `gemma2.distributed.device_map.build_spread`.
+        mapped: leave the weights of safetensors files where they are, and map the files: a CPU then has a model at
+            once, however large. Values are not checked to be finite before they are used; `generate` raises
+            NonFiniteError where they are not. A change of a weight does not reach the file. See
+            `gemma2.checkpoints.mapped.map_weights` for what must not happen to the files meanwhile.
         progress: a bar while loading; None shows it on a terminal only.
     Raises:
         ImportError: an adapter, and no peft; a device_map, and no accelerate.
@@ -110,6 +116,8 @@ def load(
     elif max_memory is not None or offload_folder is not None:
         raise ValueError("max_memory and offload_folder are for a device_map: give that too")
     where = parse_device(device)
+    if mapped:
+        check_mappable(where, device_map)
     wanted = parse_dtype(dtype, force_float16)
     if numerics is not None:
         check_profile(numerics)
@@ -150,6 +158,10 @@ def load(
     if form is not None:
         make, said = form(opened, where, final)
         notes = (*notes, said)
+    views = None
+    if mapped:
+        views, said = map_weights(opened.weights, opened.form, final)
+        notes = (*notes, said)
     if device_map is not None:
         folder = None if offload_folder is None else Path(offload_folder).expanduser()
         model, said = build_spread(
@@ -171,6 +183,7 @@ def load(
             final,
             make=make,
             others=partial(sizes_of, opened, where, final),
+            views=views,
             allow_nonfinite=allow_nonfinite,
             progress=progress,
         )

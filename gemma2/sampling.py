@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,8 +16,9 @@ from gemma2.errors import NonFiniteError
 from gemma2.ops import upcast
 from gemma2.tied import check_here
 
+Places = Callable[[Tensor], Tensor]  # places [b 1] in what was kept -> ids [b 1]
 GREEDY_BELOW = 1e-6  # a temperature this small is the greedy limit, not a division
-FIRST_SLICE = 256  # how many top logits a top-p search sorts before it looks further
+FIRST_SLICE, LAST_SLICE = 256, 16_384  # how many top logits a top-p search sorts at first, and before all
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,21 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
     if sampling.greedy:
         return logits.argmax(dim=-1)
     top = logits.amax(dim=-1, keepdim=True)
-    kept, ids = filter_logits((logits - top) / sampling.temperature, sampling)
-    drawn = torch.multinomial(kept.softmax(dim=-1), 1, generator=generator)
-    return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)
+    kept, ids_at = filter_logits((logits - top) / sampling.temperature, sampling)
+    return ids_at(draw(kept.softmax(dim=-1), generator)).squeeze(-1)
+
+
+def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One place a row, [b n] -> [b 1], each as often as its probability says: what `torch.multinomial` draws.
+
+    That divides by exponential numbers and takes the largest. On a CPU it makes them one by one; here the same numbers
+    come from uniform ones by vector instructions, in less than half the time.
+    """
+    if probabilities.device.type != "cpu":
+        return torch.multinomial(probabilities, 1, generator=generator)
+    uniform = torch.empty(probabilities.shape, dtype=torch.float64, device="cpu").uniform_(generator=generator)
+    exponential = uniform.neg_().log1p_().neg_().to(probabilities.dtype)
+    return (probabilities / exponential).argmax(dim=-1, keepdim=True)
 
 
 def refuse_non_finite(logits: Tensor, step: int) -> None:
@@ -118,17 +133,19 @@ def refuse_non_finite(logits: Tensor, step: int) -> None:
         raise NonFiniteError(f"step {step}: {why} in row {row}; generation stops here")
 
 
-def filter_logits(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
-    """What top-k, then top-p, then min-p leave: logits [b n], -inf where excluded, and their ids [b n].
+def filter_logits(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Places]:
+    """What top-k, then top-p, then min-p leave: logits [b n], -inf where excluded, and the ids that stand there.
 
-    The ids are None when the whole vocabulary stands in its own order: without top-k and top-p nothing is sorted.
+    Without top-k and top-p nothing is sorted: the whole vocabulary stands in its own order.
     """
-    kept, ids, total = logits, None, None
+    kept, total = logits, None
+    ids_at: Places = _themselves
     if sampling.top_k:
         kept, ids = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1)
+        ids_at = partial(ids.gather, -1)
     elif sampling.top_p < 1:
         total = logits.logsumexp(dim=-1, keepdim=True)
-        kept, ids = _top_slice(logits, total, sampling.top_p)
+        kept, ids_at = _top_slice(logits, total, sampling.top_p)
     if sampling.top_p < 1:
         total = kept.logsumexp(dim=-1, keepdim=True) if total is None else total
         probabilities = (kept - total).exp()
@@ -137,14 +154,55 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | 
     if sampling.min_p > 0:
         least = kept.amax(dim=-1, keepdim=True) + math.log(sampling.min_p)
         kept = kept.masked_fill(kept < least, -math.inf)
-    return kept, ids
+    return kept, ids_at
 
 
-def _top_slice(logits: Tensor, total: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+def _themselves(places: Tensor) -> Tensor:
+    return places
+
+
+def _top_slice(logits: Tensor, total: Tensor, mass: float) -> tuple[Tensor, Places]:
     """The largest logits, sorted, as many as surely hold `mass`: a short slice nearly always, all of them at worst."""
     size, n = logits.shape[-1], FIRST_SLICE
-    while True:
-        kept, ids = logits.topk(min(n, size), dim=-1)
-        if n >= size or bool(((kept - total).exp().sum(dim=-1) >= mass).all()):
-            return kept, ids
+    while n < size and n <= LAST_SLICE:
+        if _may_hold(logits, total, n, mass):
+            kept, ids = logits.topk(n, dim=-1)
+            if _holds(kept, total, mass):
+                return kept, partial(ids.gather, -1)
         n *= 8
+    if size <= LAST_SLICE:
+        kept, ids = logits.topk(size, dim=-1)
+        return kept, partial(ids.gather, -1)
+    falling = sort_down(logits)
+    while n < size and not _holds(falling[:, :n], total, mass):
+        n *= 8
+    return falling[:, :n], partial(ids_in_order, logits, falling)
+
+
+def _holds(kept: Tensor, total: Tensor, mass: float) -> bool:
+    return bool(((kept - total).exp().sum(dim=-1) >= mass).all())
+
+
+def _may_hold(logits: Tensor, total: Tensor, n: int, mass: float) -> bool:
+    """Whether the n largest logits may hold `mass`, found in less time than `topk` sorts them."""
+    nearly, likeliest = 0.999 * mass, (logits.amax(dim=-1, keepdim=True) - total).exp()
+    if bool((n * likeliest < nearly).any()):
+        return False
+    if n == FIRST_SLICE or logits.device.type != "cpu":
+        return True
+    return _holds(torch.from_numpy(np.partition(logits.detach().numpy(), -n, axis=-1)[:, -n:]), total, nearly)
+
+
+def sort_down(logits: Tensor) -> Tensor:
+    """Logits [b v] from the largest to the smallest. On a CPU numpy sorts them, with vector instructions: under 1 ms
+    for 256,000, where PyTorch takes 20 to 40 because it carries their places along."""
+    if logits.device.type != "cpu":
+        return logits.sort(dim=-1, descending=True).values
+    return torch.from_numpy(np.sort(-logits.detach().numpy(), axis=-1)).neg_()
+
+
+def ids_in_order(logits: Tensor, falling: Tensor, places: Tensor) -> Tensor:
+    """The ids [b 1] of the logits at `places` [b 1] of their falling order; of equal ones the lower id comes first."""
+    value = falling.gather(-1, places)
+    rank = places - (falling > value).sum(dim=-1, keepdim=True)  # among equal ones
+    return torch.searchsorted((logits == value).cumsum(dim=-1), rank + 1)

@@ -11,7 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma2.sampling import Sampling, filter_logits, make_generator, repetition_penalty, sample
+from gemma2 import sampling as module
+from gemma2.checks import SMALLEST
+from gemma2.sampling import (
+    Sampling,
+    draw,
+    filter_logits,
+    ids_in_order,
+    make_generator,
+    repetition_penalty,
+    sample,
+    sort_down,
+)
 
 SETTINGS = [
     {},
@@ -36,9 +47,16 @@ def some_logits(rows: int = 3, size: int = 5000, seed: int = 0) -> Tensor:
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """What `sample` would draw from, over the whole vocabulary."""
-    kept, ids = filter_logits(logits / sampling.temperature, sampling)
-    drawn = kept.softmax(-1)
-    return drawn if ids is None else torch.zeros_like(logits).scatter(-1, ids, drawn)
+    kept, ids_at = filter_logits(logits / sampling.temperature, sampling)
+    return torch.zeros_like(logits).scatter(-1, all_ids(kept, ids_at), kept.softmax(-1))
+
+
+def all_ids(kept: Tensor, ids_at: Callable[[Tensor], Tensor]) -> Tensor:
+    """The ids [b n] of all places."""
+    places = torch.arange(kept.shape[-1]).expand(kept.shape)
+    if getattr(ids_at, "func", None) is not ids_in_order:
+        return ids_at(places)
+    return torch.cat([ids_at(one) for one in places.split(1, dim=-1)], dim=-1)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
@@ -81,7 +99,8 @@ def test_top_p_keeps_the_smallest_set_that_reaches_the_mass() -> None:
 
 
 def test_nothing_is_sorted_unless_it_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain temperature and min-p sort nothing; top-k and a peaked top-p sort a short slice, a flat one more."""
+    """Plain temperature and min-p sort nothing; top-k and a peaked top-p sort a short slice, as flat a one as that
+    cannot hold the mass is not tried, and all of it is sorted by numpy."""
     sorted_: list[int] = []
     original = torch.Tensor.topk
 
@@ -99,11 +118,107 @@ def test_nothing_is_sorted_unless_it_must_be(monkeypatch: pytest.MonkeyPatch) ->
         ({"min_p": 0.1}, peaked, 0),
         ({"top_k": 40}, peaked, 40),
         ({"top_p": 0.9}, peaked, 256),
-        ({"top_p": 0.9}, flat, 256_000),
+        ({"top_p": 0.9}, flat, 0),
+        ({"top_p": 0.9}, peaked / 16, 0),
     ):
         sorted_.clear()
         sample(logits, Sampling(temperature=1.0, **settings), torch.Generator().manual_seed(0))
         assert max(sorted_, default=0) <= largest, settings
+
+
+def by_full_sorts(logits: Tensor, sampling: Sampling, first: int) -> tuple[Tensor, Tensor]:
+    """The plain way: `topk` of growing slices, from the first on. What is kept, -inf where excluded, and the ids."""
+    total, size, n = logits.logsumexp(dim=-1, keepdim=True), logits.shape[-1], first
+    while True:
+        kept, ids = logits.topk(min(n, size), dim=-1)
+        if n >= size or bool(((kept - total).exp().sum(dim=-1) >= sampling.top_p).all()):
+            break
+        n *= 8
+    probabilities = (kept - total).exp()
+    before = probabilities.cumsum(dim=-1) - probabilities
+    kept = kept.masked_fill(before >= max(sampling.top_p, SMALLEST), -math.inf)
+    if sampling.min_p > 0:
+        kept = kept.masked_fill(kept < kept.amax(dim=-1, keepdim=True) + math.log(sampling.min_p), -math.inf)
+    return kept, ids
+
+
+def shapes_of_logits(rows: int, size: int) -> dict[str, Tensor]:
+    x = some_logits(rows, size) / 4
+    banned = x.masked_fill(torch.arange(size) % 3 > 0, -math.inf)
+    one_hot = torch.full((rows, size), -math.inf).index_fill(1, torch.tensor([size // 2]), 0.0)
+    mixed = torch.cat((x[:1] * 8, x[1:]))  # a peaked row beside flat ones: the slice is the widest row's
+    named = {f"normal times {scale:g}": x * scale for scale in (0.01, 1.0, 2.0, 4.0, 16.0)}
+    tied = {
+        "all equal": torch.zeros(rows, size),
+        "three values": (x * 2).round().clamp(-1, 1),
+        "few values": x.mul(4).round() / 4,
+        "bfloat16": (x * 2).bfloat16().float(),
+    }
+    return named | tied | {"banned ids": banned, "one id": one_hot, "a peaked row": mixed, "float64": x.double()}
+
+
+MASSES = [0.0, 1e-9, 0.01, 0.5, 0.95, 0.9999, math.nextafter(1.0, 0.0)]
+
+
+@pytest.mark.parametrize("mass", MASSES)
+@pytest.mark.parametrize("name", shapes_of_logits(1, 1))
+def test_top_p_keeps_and_draws_what_full_sorts_would(name: str, mass: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices of 4 and 32 of 600 logits are sorted by topk, 256 and all of them by numpy. Among equal logits that are
+    sorted by numpy the ids may differ: then the logits kept are the same, and the place that is drawn."""
+    monkeypatch.setattr(module, "FIRST_SLICE", 4)
+    monkeypatch.setattr(module, "LAST_SLICE", 32)
+    logits = shapes_of_logits(3, 600)[name]
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # as `sample` does
+    sampling = Sampling(temperature=1.0, top_p=mass, min_p=0.001)
+    kept, ids_at = filter_logits(logits, sampling)
+    plain, plain_ids = by_full_sorts(logits, sampling, 4)
+    assert torch.equal(kept, plain)
+    ids = all_ids(kept, ids_at)
+    assert torch.equal(logits.gather(-1, ids).masked_fill(kept == -math.inf, -math.inf), plain)
+    assert all(len(set(row.tolist())) == ids.shape[-1] for row in ids)
+    untied = logits.dtype == torch.float64 or name.startswith(("normal", "a peaked row"))
+    if untied or ids.shape[-1] <= 32:
+        assert torch.equal(ids, plain_ids)
+    for seed in range(3):
+        one, other = (torch.Generator().manual_seed(seed) for _ in range(2))
+        drawn = torch.multinomial(plain.softmax(dim=-1), 1, generator=one)
+        chosen = sample(logits, sampling, other)[:, None]
+        assert torch.equal(logits.gather(-1, chosen), plain.gather(-1, drawn))
+        if untied:
+            assert torch.equal(chosen, plain_ids.gather(-1, drawn))
+        assert torch.equal(one.get_state(), other.get_state())
+
+
+@pytest.mark.parametrize("mass", [0.5, 0.95, 0.9999])
+def test_a_flat_top_p_over_a_whole_vocabulary_keeps_the_set_of_transformers(mass: float) -> None:
+    process = pytest.importorskip("transformers.generation.logits_process")
+    logits = some_logits(1, 256_000) / 4
+    kept, _ = filter_logits(logits, Sampling(temperature=1.0, top_p=mass))
+    theirs = process.TopPLogitsWarper(mass)(None, logits)
+    assert kept.shape[-1] > 16_384
+    least = kept[kept > -math.inf].min()
+    # They add from the smallest up and in float32, so the last ids may be on the other side.
+    assert ((logits >= least) != (theirs > -math.inf)).sum() <= 2
+
+
+def test_of_equal_logits_the_lower_id_comes_first() -> None:
+    logits = torch.cat((torch.tensor([0.0, -0.0, math.inf, -math.inf]).repeat(5), some_logits(1, 80)[0].round()))
+    logits = logits.expand(2, -1)
+    plain, falling = logits.sort(dim=-1, descending=True, stable=True), sort_down(logits)
+    assert torch.equal(falling, plain.values)
+    for place in range(100):
+        found = ids_in_order(logits, falling, torch.tensor([[place], [99 - place]]))
+        assert found.tolist() == [[int(plain.indices[0, place])], [int(plain.indices[1, 99 - place])]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_draw_is_that_of_multinomial_and_uses_up_the_same_numbers(dtype: torch.dtype) -> None:
+    probabilities = some_logits(16, 5000).to(dtype).softmax(dim=-1)
+    one, other = (torch.Generator().manual_seed(3) for _ in range(2))
+    for _ in range(20):
+        drawn = torch.multinomial(probabilities, 1, generator=one)
+        assert torch.equal(draw(probabilities, other), drawn)
+    assert torch.equal(one.get_state(), other.get_state())
 
 
 def test_draws_follow_the_distribution() -> None:

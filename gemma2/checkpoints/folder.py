@@ -65,6 +65,10 @@ class FileWeights(PlainWeights):
         file, there = self._source[name]
         out.copy_(file.rows(there, start, start + len(out)))
 
+    def source(self, name: str) -> tuple[TensorFile, str]:
+        """The file that holds a tensor, and what it calls it."""
+        return self._source[name]
+
     def in_file(self, name: str) -> str:
         return self._source[name][1] if name in self._source else name
 

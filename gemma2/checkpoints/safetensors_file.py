@@ -1,9 +1,11 @@
-"""One safetensors file, read and not mapped: a mapped file takes address space, and counts as memory where that is
-scarce. The format: its README at https://github.com/huggingface/safetensors."""
+"""One safetensors file, read and not mapped unless asked for: a mapped file takes address space, and counts as memory
+where that is scarce. The format: its README at https://github.com/huggingface/safetensors."""
 
 from __future__ import annotations
 
+import errno
 import json
+import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -52,6 +54,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._mapped: mmap.mmap | None = None
         try:
             with path.open("rb") as file:
                 self.metadata, self._stored = _described(file, path.stat().st_size)
@@ -79,8 +82,34 @@ class SafetensorsFile:
                 done += count
         return rows
 
+    def view(self, name: str) -> Tensor | None:
+        """A whole tensor over the file's own pages, private to this process; None where its values do not begin at a
+        multiple of their size. The mapping goes with its last tensor and this object."""
+        stored, (shape, dtype) = self._stored[name], self.tensors[name]
+        if stored.start % dtype.itemsize or not stored.bytes:
+            return None
+        if self._mapped is None:
+            self._mapped = self._map()
+        count = stored.bytes // dtype.itemsize
+        return torch.frombuffer(self._mapped, dtype=dtype, count=count, offset=stored.start).view(shape)
+
+    def _map(self) -> mmap.mmap:
+        end = max(stored.start + stored.bytes for stored in self._stored.values())
+        try:
+            with self.path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            kind = MemoryError if error.errno == errno.ENOMEM else BadModelFile
+            raise kind(
+                f"{self.path}: the system does not map its {end / 1e9:.3g} GB ({error.strerror}): leave mapped out "
+                "(--mapped)"
+            ) from None
+        if len(mapped) < end:
+            raise BadModelFile(f"{self.path}: it has become shorter since its header was read")
+        return mapped
+
     def release(self) -> None:
-        """Nothing is mapped."""
+        """What is mapped stays, since tensors are over it."""
 
 
 def _described(file: BinaryIO, size: int) -> tuple[dict[str, str], dict[str, Stored]]:

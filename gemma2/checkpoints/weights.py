@@ -148,6 +148,7 @@ def build(
     make: Make | None = None,
     places: Places | None = None,
     others: Others | None = None,
+    views: Mapping[str, Tensor] | None = None,
     allow_nonfinite: bool = False,
     progress: bool | None = None,
 ) -> Gemma2:
@@ -162,6 +163,8 @@ def build(
             keeps the parameters of the module it stands for, and gets them as that does.
         others: forms that the weights could have instead, named where there is too little memory; see `check_memory`.
         places: where each tensor goes, if not to `device`. Those on the disk are on the meta device in the model.
+        views: tensors that are in memory already, as `mapped.map_weights` gives them. They are taken as they are: their
+            values are not read.
     Raises:
         MemoryError: a device has too little memory for what goes there. A twin that fills itself is counted where it
             says in `held_bytes` how many it will hold.
@@ -176,6 +179,8 @@ def build(
     inside = tuple(f"{path}." for path in own)
     _check_parameters(model, {name for name in shapes if not name.startswith(inside)}, inside)
     outside = {name: torch.Size(shape) for name, shape in shapes.items() if not name.startswith(inside)}
+    there = {name: view for name, view in (views or {}).items() if name in outside}
+    outside = {name: shape for name, shape in outside.items() if name not in there}
     where = {name: places.device_of(name) if places else device for name in outside}
     for one in dict.fromkeys(where.values()):
         sizes = {name: shape.numel() for name, shape in outside.items() if where[name] == one}
@@ -208,7 +213,7 @@ def build(
         one_thread_per_core() as pool,
     ):
         jobs = [(name, *rows) for name, tensor in filled.items() for rows in chunks(tensor.shape, tensor.dtype)]
-        for name, done, nonfinite in pool.map(fill, *zip(*jobs, strict=True)):
+        for name, done, nonfinite in pool.map(fill, *zip(*jobs, strict=True)) if jobs else ():
             bad[name] = bad.get(name, 0) + nonfinite
             bar.update(done)
             mapped += done * weights.tensors[name][1].itemsize // filled[name].itemsize
@@ -229,7 +234,7 @@ def build(
         if empty:
             raise ValueError(f"{path}: fill() of {type(twin).__name__} left {empty[0]} without values")
     state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(inside)}
-    model.load_state_dict(state | filled, strict=True, assign=True)
+    model.load_state_dict(state | filled | there, strict=True, assign=True)
     model.model.rotary_emb.to(device)
     return model.eval()
 

@@ -74,6 +74,9 @@ def add_loading_options(group: argparse._ArgumentGroup) -> None:
         help=f"hold the weights as {', '.join(FORMS)}, quantized as they are read; default: as floats",
     )
     group.add_argument("--force-float16", action="store_true", help="allow --dtype float16, in which values overflow")
+    group.add_argument(
+        "--mapped", action="store_true", help="leave safetensors weights in their file: loads at once, on the CPU alone"
+    )
     group.add_argument("--allow-nonfinite", action="store_true", help="take weights with NaN or infinity in them")
 
 
@@ -177,6 +180,7 @@ def load_model(args: argparse.Namespace) -> Gemma:
         revision=args.revision,
         weights=args.weights,
         adapter=getattr(args, "adapter", None),  # trace and verify have none
+        mapped=args.mapped,
         allow_nonfinite=args.allow_nonfinite,
         force_float16=args.force_float16,
         device_map=getattr(args, "device_map", None),
