@@ -153,11 +153,12 @@ def _scale(scales: Tensor, units: Tensor, layout: Layout) -> Tensor:
     return (units.float()[:, :, None] * scales.float()).flatten(1, 2)
 
 
-@kernel
+@kernel()
 def few_rows(packed: Packed, layout: Layout, x: Tensor) -> Tensor:
     """x [m k] times the rows of a packed matrix [n k]: float32 [m n], products and sums in float32."""
     tiles, groups = packed[0].shape[:2]
-    m, run = len(x), tiles // next(count for count in (STREAMS if m == 1 else 1, 1) if tiles % count == 0)
+    m = len(x)
+    run = tiles // STREAMS if m == 1 and tiles % STREAMS == 0 else tiles
     plain = x.float().view(m, groups, layout.group)
     power = 2.0**-layout.bits
     shares = [power ** (i % layout.fields) if i < layout.whole else 1.0 for i in range(layout.group)]
@@ -202,8 +203,16 @@ def values_of(packed: Packed, layout: Layout) -> list[Tensor]:
     return [value - minimum for value in values]
 
 
-@kernel
-def columns(packed: Packed, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """The values of a packed matrix [n k], transposed: [k n], rounded once to `dtype`."""
+@kernel()
+def _columns(packed: Packed, layout: Layout, dtype: torch.dtype) -> Tensor:
     values = [value.to(dtype).transpose(0, 1) for value in values_of(packed, layout)]
     return torch.stack(values, 1).view(-1, len(packed[0]) * LANES)
+
+
+def columns(packed: Packed, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """The values of a packed matrix [n k], transposed: [k n], rounded once to `dtype`. One graph serves all sizes."""
+    for part in packed:
+        if len(part) and not torch.compiler.is_compiling():
+            torch._dynamo.maybe_mark_dynamic(part, 0)
+            torch._dynamo.maybe_mark_dynamic(part, 1)
+    return _columns(packed, layout, dtype)

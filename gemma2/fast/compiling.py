@@ -23,25 +23,33 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def compiled(function: F) -> F:
-    """`function` compiled by Inductor, for the CPU's products of few rows. Every shape is a graph of its own."""
+def compiled(function: F, *, dynamic: bool = False) -> F:
+    """`function` compiled by Inductor, for products on a CPU.
+
+    Args:
+        dynamic: one graph serves all shapes. Otherwise each has its own, which is faster.
+    """
     limit = {"recompile_limit": MOST_GRAPHS} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
-    return torch.compile(function, fullgraph=True, dynamic=False, options=OPTIONS, **limit)  # type: ignore[return-value]
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, options=OPTIONS, **limit)  # type: ignore[return-value]
 
 
-def kernel(function: F) -> F:
-    """A function that is compiled at its first call, or becomes a part of the graph that is being compiled."""
-    own: list[F] = []
+def kernel(*, dynamic: bool = False) -> Callable[[F], F]:
+    """For a function that is compiled at its first call, or becomes a part of the graph that is being compiled."""
 
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return function(*args, **kwargs)
-        if not own:
-            own.append(compiled(function))
-        return own[0](*args, **kwargs)
+    def decorate(function: F) -> F:
+        own: list[F] = []
 
-    return call  # type: ignore[return-value]
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return function(*args, **kwargs)
+            if not own:
+                own.append(compiled(function, dynamic=dynamic))
+            return own[0](*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
 
 
 def stored(x: Tensor) -> Tensor:

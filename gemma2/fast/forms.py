@@ -16,6 +16,9 @@ from gemma2.fast.embedding import HeldEmbedding, HeldHead
 from gemma2.fast.held import HeldLinear, HeldMatrix
 from gemma2.fast.int4 import GROUP, Int4
 from gemma2.fast.int8 import Int8
+from gemma2.fast.blocks import LAYOUTS
+from gemma2.fast.packed import Blocks, PackedMatrix
+from gemma2.tied import EMBEDDING
 from gemma2.model import ScaledEmbedding, TiedHead
 from gemma2.twins import Make
 
@@ -58,6 +61,35 @@ def _int4(opened: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple
     )
 
 
+def _packed(opened: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[Make, str]:
+    """Every matrix as its own tensor of the file has it. Floats are loaded as they would be without this."""
+    if opened.form != "gguf":
+        raise ValueError(
+            f'{opened.path}: weights="packed" keeps the blocks of a GGUF, and this is none: weights="int8" and "int4" '
+            "quantize it while it is loaded"
+        )
+    stored = {name: opened.weights.stored(name) for name, (shape, _) in opened.weights.tensors.items() if len(shape) > 1}
+
+    def make(path: str, module: nn.Module) -> nn.Module | None:
+        if type(module) is TiedHead:
+            return None if stored[EMBEDDING] in PLAIN else HeldHead()
+        type_ = stored.get(f"{path}.weight", "F32")
+        if type_ in PLAIN or type(module) not in (nn.Linear, ScaledEmbedding):
+            return None
+        kind = PackedMatrix if type_ in LAYOUTS else Blocks
+        rows, width = module.weight.shape
+        matrix = kind(rows, width, dtype, type_)
+        return HeldLinear(module, matrix) if isinstance(module, nn.Linear) else HeldEmbedding(module, matrix)
+
+    kept, slow = sorted({*stored.values()} & {*LAYOUTS}), sorted({*stored.values()} - {*LAYOUTS} - PLAIN)
+    if not kept and not slow:
+        raise ValueError(f'{opened.path}: its weights are floats, so there is nothing to keep packed: leave weights= out')
+    said = f"the weights stay packed as {', '.join([*kept, *slow])}"
+    if slow:
+        said += f"; {', '.join(slow)} has no kernel here, so its tiles are dequantised at every product, which is slow"
+    return make, said
+
+
 def _nf4(opened: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[Make, str]:
     check_floats("bnb-nf4", opened)
     check_narrow("bnb-nf4", dtype)
@@ -72,7 +104,7 @@ def _llm_int8(opened: Checkpoint, device: torch.device, dtype: torch.dtype) -> t
     return holding(partial(LLMInt8, dtype=dtype), None), said
 
 
-FORMS: dict[str, Form] = {"int8": _int8, "int4": _int4, "bnb-nf4": _nf4, "bnb-int8": _llm_int8}
+FORMS: dict[str, Form] = {"int8": _int8, "int4": _int4, "packed": _packed, "bnb-nf4": _nf4, "bnb-int8": _llm_int8}
 
 
 def check_form(name: str) -> Form:

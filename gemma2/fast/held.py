@@ -32,6 +32,7 @@ class HeldMatrix(nn.Module):
     """
 
     step = 1
+    takes_any = False  # whether `kernel` takes x in any dtype, and gives that
 
     def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -113,19 +114,22 @@ class HeldMatrix(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [... width] -> [... rows]. Gradients reach x."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self.product(x)
         product: Tensor = _Product.apply(x, self)
         return product
 
     def product(self, x: Tensor) -> Tensor:
         """What `forward` computes, without gradients."""
-        flat = x.flatten(0, -2)
+        flat = x.flatten(0, -2) if self.takes_any else x.flatten(0, -2).to(self.like.dtype)
         out = self.kernel(flat)
         if out is None:
-            out = torch.empty(len(flat), self.rows, dtype=x.dtype, device=x.device)
+            flat = flat.to(self.like.dtype)
+            out = torch.empty(len(flat), self.rows, dtype=flat.dtype, device=x.device)
             room = self.room()
             for start, stop in self.tiles(MADE):
                 self.multiply(flat, start, stop, room, out[:, start:stop])
-        return out.unflatten(0, x.shape[:-1])
+        return out.to(x.dtype).unflatten(0, x.shape[:-1])
 
     def unmade(self) -> Tensor:
         """The matrix as a tensor whose values are made when something computes with them."""

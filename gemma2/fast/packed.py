@@ -14,7 +14,7 @@ from gemma2.checkpoints.threads import one_thread_per_core
 from gemma2.checkpoints.weights import Weights
 from gemma2.errors import BadModelFile
 from gemma2.fast.blocks import LANES, LAYOUTS, Layout, Packed, by_tiles, columns, few_rows, pack_words, values_of
-from gemma2.fast.held import HeldMatrix
+from gemma2.fast.held import READ, HeldMatrix
 from gemma2.fast.rows import FEW
 
 
@@ -80,6 +80,7 @@ class PackedMatrix(HeldMatrix):
     """A matrix in the blocks of one ggml type, exactly as the file states it, laid out for fast products."""
 
     step = LANES
+    takes_any = True
 
     def __init__(self, rows: int, width: int, dtype: torch.dtype, type: str) -> None:
         super().__init__(rows, width, dtype)
@@ -119,7 +120,7 @@ class PackedMatrix(HeldMatrix):
                     own[start // LANES : start // LANES + len(part)] = part
 
         with one_thread_per_core() as pool:
-            for _ in pool.map(take, *zip(*self._tiles(), strict=True)):
+            for _ in pool.map(take, *zip(*self.tiles(READ), strict=True)):
                 pass
         numbers = [tensor for tensor in self.packed[1:] if tensor.is_floating_point()]
         if not all(bool(tensor.isfinite().all()) for tensor in numbers):
@@ -128,7 +129,7 @@ class PackedMatrix(HeldMatrix):
     def _part(self, start: int, stop: int) -> Packed:
         return tuple(part[start // LANES : -(-stop // LANES)] if len(part) else part for part in self.packed)  # type: ignore[return-value]
 
-    def values(self, start: int, stop: int) -> Tensor:
+    def values(self, start: int, stop: int, room: Tensor | None = None) -> Tensor:
         return columns(self._part(start, stop), self.layout, self.like.dtype)[:, : stop - start].t()
 
     def at(self, ids: Tensor) -> Tensor:
@@ -144,3 +145,40 @@ class PackedMatrix(HeldMatrix):
             return None
         parts = [few_rows(self.packed, self.layout, some) for some in x.split(FEW)]
         return torch.cat(parts)[:, : self.rows].to(x.dtype)
+
+
+class Blocks(HeldMatrix):
+    """A matrix in the blocks of a ggml type that has no layout here: tiles of it are dequantised at every product."""
+
+    blocks: Tensor
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype, type: str) -> None:
+        super().__init__(rows, width, dtype)
+        self.type = BY_NAME[type]
+
+    @property
+    def held_bytes(self) -> int:
+        return self.rows * self.width // self.type.values * self.type.bytes
+
+    def reserve(self, device: torch.device) -> None:
+        blocks = torch.empty(self.rows, self.held_bytes // self.rows, dtype=torch.uint8, device=device)
+        self.register_buffer("blocks", blocks)
+
+    def fill(self, weights: Weights, name: str, device: torch.device) -> None:
+        self.like = self.like.to(device)
+        self.reserve(device)
+        for start, stop in self.tiles(READ):
+            self.blocks[start:stop] = weights.raw(name, start, stop)
+
+    def values(self, start: int, stop: int, room: Tensor | None = None) -> Tensor:
+        shape = (stop - start, self.width)
+        out = torch.empty(shape, dtype=self.like.dtype, device=self.like.device) if room is None else _in(room, shape)
+        ggml.dequantize_into(self.blocks[start:stop], self.type, out)
+        return out
+
+    def at(self, ids: Tensor) -> Tensor:
+        return ggml.dequantize(self.blocks[ids], self.type)
+
+
+def _in(room: Tensor, shape: tuple[int, int]) -> Tensor:
+    return room[: shape[0] * shape[1]].view(shape)
