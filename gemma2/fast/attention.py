@@ -1,8 +1,8 @@
 """Attention that computes only the scores that can be seen, a block of queries at a time, and never repeats a key.
 
 Two facts about Gemma 2 make it short. Scores are capped, so `exp` needs no maximum subtracted: rows are summed as they
-are, and divided at the end. And the mask comes from positions, so what a block of queries cannot see is a range of slots
-that is left out of the products. The blocks go through a few buffers that are used again, in place.
+are, and divided at the end. And the mask comes from positions, so the slots that a block of queries cannot see are left
+out of the products. The blocks go through one buffer, in place.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma2 import ops
-from gemma2.fast.kernels import STEPS, Kernels
-from gemma2.fast.prefill import may_reuse
+from gemma2.fast.kernels import STEPS, Kernels, may_reuse
 from gemma2.model import SoftCap, SoftcapAttention
 
 QUERIES = 256  # of a block: more waste scores above the diagonal, fewer make the products slower
@@ -129,17 +128,14 @@ def in_blocks(
 @contextmanager
 def onednn() -> Iterator[None]:
     """Products by oneDNN, also where it is switched off, as it is best for products of one row."""
-    was = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = True
+    was = torch.backends.mkldnn.set_flags(_enabled=True, _fp32_precision=None)
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = was
+        torch.backends.mkldnn.set_flags(_enabled=was[0], _fp32_precision=None)
 
 
-def few_queries(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, cap: float, z: Tensor
-) -> None:
+def few_queries(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, cap: float, z: Tensor) -> None:
     """Attention of one row with few queries: q [t h c], k and v [s g c], visible [t s] -> into z [t h c].
 
     Keys and values are read once, in the order they have: one product with all heads of them, of which the scores of
@@ -172,7 +168,8 @@ def _mixed(pattern: Tensor, v: Tensor) -> Tensor:
 def one_query(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, cap: float) -> Tensor:
     """Attention of one query a row, for a compiler: q [b 1 h c], k and v [b s g c], visible [b 1 1 s] -> [b 1 h c].
 
-    Products and sums of static shapes, which become loops over keys and values as they lie, and nothing else.
+    Products and sums of static shapes, which become loops over keys and values as they lie, and nothing else. With the
+    slots marked dynamic, one graph serves all multiples of `PARTS`: so a step can be given the slots in use alone.
     """
     (b, _, h, c), (s, g) = q.shape, k.shape[1:3]
     query = ops.upcast(q).view(b, 1, g, h // g, c) * (scale / cap)
@@ -181,7 +178,7 @@ def one_query(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, ca
     total = pattern.sum(dim=1).clamp_min(torch.finfo(pattern.dtype).tiny)
 
     def mix(pattern: Tensor, v: Tensor) -> Tensor:
-        parts = (pattern.unflatten(1, (-1, PARTS))[..., None] * ops.upcast(v).unflatten(1, (-1, PARTS))[..., None, :])
+        parts = pattern.unflatten(1, (-1, PARTS))[..., None] * ops.upcast(v).unflatten(1, (-1, PARTS))[..., None, :]
         return parts.sum(dim=2).sum(dim=1)
 
     whole = s - s % PARTS

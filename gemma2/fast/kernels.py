@@ -11,12 +11,27 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from gemma2 import ops
+from gemma2.feed import hooked
 
-CHUNK = 1 << 17  # numbers of a buffer: in float32, two of them fit the second cache of a core
+CHUNK = 1 << 18  # numbers of a buffer: more leave the second cache of a core, fewer cost more calls
 FEWEST = 16  # rows that compiled code is called for
+
+
+def may_reuse(tensors: tuple[Tensor, ...], inside: tuple[nn.Module, ...]) -> bool:
+    """Whether nobody asks for what is between `tensors` and the result: no gradient, forward or backward, no transform
+    of `torch.func`, no compiler, no hook on the modules inside. Only for plain tensors on a CPU."""
+    if torch.compiler.is_compiling() or any(map(hooked, inside)):
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    if any(type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu" for x in tensors):
+        return False
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return not transformed and forward_ad._current_level < 0
 
 
 class Kernels(NamedTuple):
@@ -79,7 +94,10 @@ def compiled() -> Kernels:
     """The same functions as loops that `torch.compile` writes, when each is first called; two seconds each, and less
     where its cache has them. They serve any number of rows."""
     return Kernels(
-        _loop(_normalize, normalize, 1), _loop(_turn, turn, 3), _loop(_gate, gate_, 2), _loop(_exponential, exponential_, 1)
+        _loop(_normalize, normalize, 1),
+        _loop(_turn, turn, 3),
+        _loop(_gate, gate_, 2),
+        _loop(_exponential, exponential_, 1),
     )
 
 

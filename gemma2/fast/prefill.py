@@ -1,32 +1,24 @@
-"""Twins of norm, rotary embedding and feed-forward layer for many tokens on a CPU.
+"""Fast prefill on a CPU: twins of norm, rotary embedding and feed-forward layer, and a prompt fed in pieces.
 
 What limits these parts is how often memory is passed through, so they compute in place and a few rows at a time.
+
+    with replaced(model, short(compiled())):
+        logits = fed_in_pieces(model, cache)(ids, positions)
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from gemma2.fast.kernels import STEPS, Kernels
-from gemma2.feed import hooked
-from gemma2.model import MLP, ApplyRotary, GELUTanh, RMSNorm
+from gemma2.cache import Cache
+from gemma2.fast.attention import FastAttention
+from gemma2.fast.kernels import STEPS, Kernels, may_reuse
+from gemma2.feed import Feed, hooked
+from gemma2.model import MLP, ApplyRotary, GELUTanh, Gemma2, RMSNorm, SoftcapAttention
+from gemma2.twins import Make
 
 ROWS = 1024  # of the feed-forward layer at once: more need memory, fewer make its products slower
-
-
-def may_reuse(tensors: tuple[Tensor, ...], inside: tuple[nn.Module, ...]) -> bool:
-    """Whether nobody asks for what is between `tensors` and the result: no gradient, forward or backward, no transform
-    of `torch.func`, no compiler, no hook on the modules inside. Only for plain tensors on a CPU."""
-    if torch.compiler.is_compiling() or any(map(hooked, inside)):
-        return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return False
-    if any(type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu" for x in tensors):
-        return False
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    return not transformed and forward_ad._current_level < 0
 
 
 class FastNorm(RMSNorm):
@@ -79,3 +71,28 @@ class FastMLP(MLP):
         gate = self.gate_proj(rows)
         self.kernels.gate_(gate, self.up_proj(rows))
         return self.down_proj(gate)
+
+
+def short(kernels: Kernels = STEPS) -> Make:
+    """What makes the twins of this file and of `fast.attention`, for `replaced`."""
+    twins = {SoftcapAttention: FastAttention, RMSNorm: FastNorm, ApplyRotary: FastRotary, MLP: FastMLP}
+
+    def make(path: str, module: nn.Module) -> nn.Module | None:
+        twin = twins.get(type(module))
+        return twin(module, kernels) if twin else None
+
+    return make
+
+
+def fed_in_pieces(model: Gemma2, cache: Cache, columns: int = ROWS) -> Feed:
+    """A `Feed` that computes a prompt so many columns at a time, so that what a pass needs beside the cache does not
+    grow with the prompt. A model that has hooks is given the whole prompt: they see it as in one pass."""
+
+    def feed(ids: Tensor, positions: Tensor) -> Tensor:
+        size = ids.shape[1] if any(map(hooked, model.modules())) else columns
+        pieces = list(zip(ids.split(size, dim=1), positions.split(size, dim=1), strict=True))
+        for piece, at in pieces[:-1]:
+            model.model(piece, at, cache)  # without the head
+        return model(*pieces[-1], cache, last=1)[:, -1]
+
+    return feed
