@@ -24,7 +24,7 @@ from gemma2.fast.compiling import kernel, stored, tree
 
 LANES = 16  # rows side by side: float32 numbers in a register of AVX-512
 WORD = 32  # bits
-STREAMS = 2  # runs of tiles that a thread reads side by side, since one does not fill the pipeline of the memory
+STREAMS, CHAINS = 4, 8  # runs of tiles that a thread reads side by side, and running sums in each
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,11 @@ class Layout:
     def spare(self) -> int:
         """Spare bits of a word, at its top end."""
         return WORD - self.bits * self.fields
+
+    @property
+    def pieces(self) -> int:
+        """Runs of words of a group that are summed apart: fewer terms compile faster, and two words are enough."""
+        return self.words // 2 if self.spare == 0 and self.words > 1 else 1
 
     def mask(self, field: int) -> int:
         """The bits of a field, as int32."""
@@ -126,7 +131,7 @@ def codes_of(words: Tensor, layout: Layout) -> list[Tensor]:
     """The codes of each weight of a group, less the zero, as int32 [tiles, groups, 16]."""
     found = []
     for i in range(layout.whole):
-        word, field = words[:, :, i // layout.fields], i % layout.fields
+        word, field = words[..., i // layout.fields, :], i % layout.fields
         code = (word >> (layout.bits * field)) & ((1 << layout.bits) - 1)
         found.append((code ^ (1 << (layout.bits - 1)) if layout.is_top(field) else code) - layout.zero)
     for rest in range(layout.group - layout.whole):
@@ -135,9 +140,9 @@ def codes_of(words: Tensor, layout: Layout) -> list[Tensor]:
 
 
 def _scattered(words: Tensor, layout: Layout, rest: int) -> Tensor:
-    """A code that lies in the spare bits: int32 [tiles, groups, 16]."""
+    """A code that lies in the spare bits: int32 [tiles, groups, ..., 16]."""
     parts = [
-        ((words[:, :, word] >> (place - low)) & ((1 << count) - 1 << low))
+        ((words[..., word, :] >> (place - low)) & ((1 << count) - 1 << low))
         for word, place, count, low in layout.scattered(rest)
     ]
     total = parts[0]
@@ -157,37 +162,33 @@ def _scale(scales: Tensor, units: Tensor, layout: Layout) -> Tensor:
 def few_rows(packed: Packed, layout: Layout, x: Tensor) -> Tensor:
     """x [m k] times the rows of a packed matrix [n k]: float32 [m n], products and sums in float32."""
     tiles, groups = packed[0].shape[:2]
-    m = len(x)
-    run = tiles // STREAMS if m == 1 and tiles % STREAMS == 0 else tiles
-    plain = x.float().view(m, groups, layout.group)
-    power = 2.0**-layout.bits
-    shares = [power ** (i % layout.fields) if i < layout.whole else 1.0 for i in range(layout.group)]
-    divided = stored(torch.stack([plain[..., i] * share for i, share in enumerate(shares)], -1))
+    m, whole, size = len(x), layout.whole // layout.pieces, layout.group // layout.pieces
+    streams = max(1, (2 if size > 16 else STREAMS) // m)
+    run = tiles // streams if tiles % streams == 0 else tiles
+    plain = x.float().view(m, groups, layout.pieces, size)
+    powers = [2.0 ** (-layout.bits * (i % layout.fields)) if i < whole else 1.0 for i in range(size)]
+    divided = stored(torch.stack([plain[..., i] * power for i, power in enumerate(powers)], -1))
     sums = plain.sum(-1)
-    top = [plain[..., i] for i in range(layout.whole) if layout.is_top(i % layout.fields)]
-    tops = torch.stack(top, -1).sum(-1) * (1 << (layout.bits - 1)) if top else 0.0
-    correction = stored(tops - layout.zero * sums)  # [m groups]
-    sums = stored(sums)
-    chains = 8 if layout.group == 32 else 4
+    tops = [plain[..., i] for i in range(whole) if layout.is_top(i % layout.fields)]
+    top = torch.stack(tops, -1).sum(-1) * (1 << (layout.bits - 1)) if tops else 0.0
+    correction, sums = stored(top - layout.zero * sums), stored(sums)  # [m groups pieces]
 
     def product(row: int, start: int) -> Tensor:
         words, scales, units, minima, steps = (part[start : start + run] if len(part) else part for part in packed)
+        words = words.unflatten(2, (layout.pieces, -1))
 
         def by(i: int) -> Tensor:
-            return divided[row, :, i][None, :, None]
+            return divided[row, ..., i][None, :, :, None]
 
         terms = [
-            (words[:, :, i // layout.fields] & layout.mask(i % layout.fields)).float() * by(i)
-            for i in range(layout.whole)
+            (words[:, :, :, i // layout.fields] & layout.mask(i % layout.fields)).float() * by(i) for i in range(whole)
         ]
-        terms += [
-            _scattered(words, layout, rest).float() * by(layout.whole + rest)
-            for rest in range(layout.group - layout.whole)
-        ]
-        total = (tree(terms, chains) + correction[row][None, :, None]) * _scale(scales, units, layout)
+        terms += [_scattered(words, layout, i).float() * by(whole + i) for i in range(size - whole)]
+        total = tree(terms, CHAINS) + correction[row][None, :, :, None]
+        total = total * _scale(scales, units, layout)[:, :, None]
         if layout.minimum:
-            total = total - _scale(minima, steps, layout) * sums[row][None, :, None]
-        return total.sum(1).flatten()
+            total = total - _scale(minima, steps, layout)[:, :, None] * sums[row][None, :, :, None]
+        return total.sum((1, 2)).flatten()
 
     return torch.stack([torch.cat([product(row, start) for start in range(0, tiles, run)]) for row in range(m)])
 

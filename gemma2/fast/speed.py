@@ -7,10 +7,11 @@ from functools import partial
 import torch
 from torch import nn
 
+from gemma2.fast.attention import FastAttention
 from gemma2.fast.embedding import HeldEmbedding
 from gemma2.fast.layer import CompiledBlock
 from gemma2.fast.linear import FastHead, FastLinear, WideAttention, WideEmbedding, WideHeldEmbedding
-from gemma2.model import Attention, Block, Gemma2, ScaledEmbedding, TiedHead
+from gemma2.model import Attention, Block, Gemma2, ScaledEmbedding, SoftcapAttention, TiedHead
 from gemma2.twins import replaced
 
 
@@ -30,6 +31,8 @@ def speed_up(model: Gemma2, *, compile: bool = False) -> None:
 def _plain(path: str, module: nn.Module) -> nn.Module | None:
     if type(module) is nn.Linear:
         return FastLinear(module)
+    if type(module) is SoftcapAttention:
+        return FastAttention(module)
     return FastHead() if type(module) is TiedHead else None
 
 
