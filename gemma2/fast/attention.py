@@ -19,6 +19,7 @@ from gemma2.fast.kernels import STEPS, Kernels, may_reuse
 from gemma2.model import SoftCap, SoftcapAttention
 
 QUERIES = 256  # of a block: more waste scores above the diagonal, fewer make the products slower
+EVERYTHING = 2**31 - 1  # the window of a global layer
 FEW = 64  # queries x heads, up to which one product with all key heads is faster than one a head
 LARGEST = 64.0  # of caps whose exponentials can be summed in float32
 SLOTS = 256  # whose values one product mixes, for few queries
@@ -40,11 +41,15 @@ class FastAttention(SoftcapAttention):
         self.hook_key_positions, self.hook_z = plain.hook_key_positions, plain.hook_z
         self.hook_scores_raw, self.hook_attn_scores = plain.hook_scores_raw, plain.hook_attn_scores
         self.hook_pattern = plain.hook_pattern
+        # The window as a tensor: compiled code takes it as a value, so that one graph serves both kinds of layer.
+        self.back: Tensor
+        back = torch.tensor(EVERYTHING if self.window is None else self.window, device="cpu")
+        self.register_buffer("back", back, persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, key_positions: Tensor) -> Tensor:
         capped = type(self.softcap) is SoftCap and self.softcap.cap <= LARGEST
         if capped and torch.compiler.is_compiling() and q.shape[1] == 1:
-            visible = ops.visible(positions, self.hook_key_positions(key_positions), self.window)
+            visible = ops.visible(positions, self.hook_key_positions(key_positions), self.back)  # type: ignore[arg-type]
             return self.hook_z(one_query(q, k, v, visible, self.scale, self.softcap.cap))
         dtype, q = q.dtype, q.to(k.dtype)  # queries may be wider than what a cache stores
         inside = (self.softcap, self.hook_scores_raw, self.hook_attn_scores, self.hook_pattern)
