@@ -91,8 +91,8 @@ def load(
         numerics: compute as another implementation does, rounding for rounding: one of the profiles of
             `gemma2/numerics/__init__.py`, as "gemma_pytorch" or "llama.cpp" (which computes in float32).
         make: puts twins of modules in before any weight is read, see `gemma2.twins.replaced`: packed linears, say.
-        weights: the form to hold the weights in, one of `gemma2/fast/forms.py`: "int8", say. Each is quantized as it is
-            read, so the whole is never in memory.
+        weights: the form to hold the weights in: "int8", "int4", "bnb-nf4" or "bnb-int8" (see `gemma2/fast/forms.py`).
+            Each is quantized as it is read, so the whole is never in memory.
         adapter: a PEFT adapter (LoRA, DoRA, rsLoRA, IA3) to put into the model: a folder, or a hub name as
             `owner/repo`. It needs the package peft. A tokenizer, a chat template and end ids in its folder are used
             too, unless `tokenizer` is given; a note says so. See `gemma2/checkpoints/apply_adapter.py` for what it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,11 +33,21 @@ def bitsandbytes() -> Any:
     return found
 
 
-class NF4(HeldMatrix):
-    """NF4: a code for one of 16 normal quantiles, and a float32 scale for every 64 values. QLoRA, arXiv:2305.14314."""
+class _Held(HeldMatrix):
+    """What both forms have: codes, and scales that stay float32 whatever the model is turned into."""
 
-    codes: Tensor  # uint8 [rows, width / 2]
-    scales: Tensor  # float32 [rows, width / 64]
+    codes: Tensor
+    scales: Tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Held:
+        scales = self.scales
+        super()._apply(fn, recurse)
+        self.scales = scales.to(self.scales.device)
+        return self
+
+
+class NF4(_Held):
+    """NF4: a code for one of 16 normal quantiles, and a float32 scale for every 64 values. QLoRA, arXiv:2305.14314."""
 
     @property
     def held_bytes(self) -> int:
@@ -78,14 +89,11 @@ class NF4(HeldMatrix):
         )
 
 
-class LLMInt8(HeldMatrix):
+class LLMInt8(_Held):
     """int8 with a float32 scale a row, times x in int8, but outlying columns in floats. LLM.int8(), arXiv:2208.07339.
 
     The product with a row of x depends on the other rows, because a column is outlying if it is in any of them.
     """
-
-    codes: Tensor  # int8 [rows, width]
-    scales: Tensor  # float32 [rows]
 
     @property
     def held_bytes(self) -> int:

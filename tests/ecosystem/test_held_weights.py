@@ -50,6 +50,7 @@ def test_the_forms_of_bitsandbytes_are_those_of_transformers(form: str, tmp_path
     logits, expected = gemma.model(TOKENS), theirs(TOKENS).logits  # its kernel for 4 bits rounds elsewhere
     assert (logits - expected).abs().max() <= TOLERANCES[torch.bfloat16].allowed(float(expected.abs().max()))
     other = gemma2.load("pocket", device="cpu").model(TOKENS)
+    assert (gemma.model.to(torch.float32).bfloat16()(TOKENS) - logits).abs().max() == 0  # the scales stay float32
     assert (logits - other).abs().mean() > 2 * (logits - expected).abs().mean() or form == "bnb-int8"
 
 
