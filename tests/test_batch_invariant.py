@@ -3,6 +3,7 @@ it, it has not. Everything is compared in bits."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,12 @@ from tests.conftest import SHAPES, ids, tiny
 
 DTYPES = [torch.float32, torch.bfloat16]
 LENGTH = 150  # past the window of 16 and past a block of keys
-REAL = {"hidden_size": 2304, "intermediate_size": 9216, "head_dim": 256, "query_pre_attn_scalar": 256}  # as 2B
+REAL: dict[str, Any] = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+}  # as 2B
 ODD = [(0, 1), (0, 3), (1, 7), (3, 15), (5, 17), (7, 31), (2, 33), (0, 63), (11, 1001), (13, 40001), (1, 70003)]
 
 
@@ -41,6 +47,11 @@ def fed(model: gemma2.Gemma2, tokens: Tensor, sizes: Sequence[int], positions: T
     )
 
 
+def small(size: str, dtype: torch.dtype = torch.float32) -> gemma2.Gemma2:
+    """A local layer and a global one."""
+    return tiny(size, num_hidden_layers=2).to(dtype)
+
+
 @torch.no_grad()
 def solo_is_slot_7(model: gemma2.Gemma2, t: int = 3) -> bool:
     rows = ids(32, t)
@@ -51,7 +62,7 @@ def solo_is_slot_7(model: gemma2.Gemma2, t: int = 3) -> bool:
 def decode_is_prefill(model: gemma2.Gemma2) -> bool:
     tokens = ids(1, LENGTH)
     whole = model(tokens)
-    ways = ([13, *[1] * 20, 117], [7] * 21 + [3], [120, *[1] * 12, 18])
+    ways = ([13, *[1] * 6, 131], [49, 49, 49, 3], [126, *[1] * 4, 20])
     return all(torch.equal(fed(model, tokens, sizes), whole) for sizes in ways)
 
 
@@ -79,19 +90,19 @@ def of_2bs_width(dtype: torch.dtype) -> gemma2.Gemma2:
     return model.eval()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize(
+    "size, dtype", [("2b", torch.bfloat16), ("9b", torch.float32), ("27b", torch.bfloat16), ("27b", torch.float32)]
+)
 def test_a_row_has_the_same_bits_alone_in_a_batch_decoded_and_behind_padding(size: str, dtype: torch.dtype) -> None:
-    model = invariant(tiny(size).to(dtype))
+    model = invariant(small(size, dtype))
     assert solo_is_slot_7(model) and solo_is_slot_7(model, 1)
     assert decode_is_prefill(model)
     assert ragged_is_solo(model)
 
 
 def test_without_the_mode_small_shapes_differ_too() -> None:
-    model = tiny("27b")
+    model = small("27b")
     assert not decode_is_prefill(model) and not ragged_is_solo(model)
-    assert not decode_is_prefill(tiny("27b").bfloat16())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -110,7 +121,7 @@ def test_one_layer_of_2bs_width_holds_it_and_the_control_without_the_mode_does_n
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2048, 2304), (2304, 2048), (9216, 2304), (2304, 9216)], ids=str)
+@pytest.mark.parametrize("shape", [(2048, 2304), (2304, 9216)], ids=str)
 def test_products_of_2bs_shapes_have_a_rows_bits_for_any_number_of_rows_and_plain_ones_have_not(
     shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
@@ -192,33 +203,31 @@ def test_positions_that_leave_gaps_or_repeat_are_refused() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_greedy_text_is_the_same_alone_and_in_a_batch_of_8(dtype: torch.dtype) -> None:
-    model = invariant(tiny("27b").to(dtype))
+    model = invariant(small("27b", dtype))
     prompts = [ids(1, 3 + 5 * i, seed=i)[0].tolist() for i in range(8)]
 
     def text(prompts: list[list[int]], chunk: int) -> list[list[int]]:
         greedy = gemma2.Sampling(temperature=0)
-        return [list(row) for row in zip(*generate_ids(model, prompts, 20, greedy, chunk=chunk), strict=True)]
+        return [list(row) for row in zip(*generate_ids(model, prompts, 8, greedy, chunk=chunk), strict=True)]
 
     together = text(prompts, 512)
-    for row in (0, 3, 7):
+    for row in (0, 7):
         assert text([prompts[row]], 9) == [together[row]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SHAPES)
 def test_it_is_the_same_model_within_rounding_and_its_taps_have_their_shapes(size: str, dtype: torch.dtype) -> None:
-    model, tokens = tiny(size).to(dtype), ids(2, 40)
-    exact, seen = invariant(model), {}
+    model, tokens = small(size, dtype), ids(2, 40)
+    exact, seen = invariant(model), defaultdict[str, list[torch.Size]](list)
     for one in (model, exact):
         for name, module in one.named_modules():
             if name.endswith(("hook_pattern", "hook_scores_raw", "hook_z")):
-                module.register_forward_hook(
-                    lambda m, i, output, name=name: seen.setdefault(name, []).append(output.shape)  # type: ignore[misc]
-                )
+                module.register_forward_hook(lambda m, i, output, name=name: seen[name].append(output.shape))
     with torch.no_grad():
         found, plain = exact(tokens), model(tokens)
     assert (found - plain).abs().max() <= (1e-5 if dtype == torch.float32 else 2**-4) * plain.abs().max()
-    assert len(seen) == 12 and all(mine == theirs for mine, theirs in seen.values())
+    assert len(seen) == 6 and all(mine == theirs for mine, theirs in seen.values())
 
 
 @torch.no_grad()
@@ -232,7 +241,7 @@ def test_padding_costs_no_row_its_finiteness() -> None:
     [("products=tiles", solo_is_slot_7), ("keys=positions", decode_is_prefill), ("keys=positions", ragged_is_solo)],
 )
 def test_each_of_these_ingredients_is_needed(without: str, fails: Callable[[Any], bool]) -> None:
-    model = of_2bs_width(torch.float32) if without == "products=tiles" else tiny("27b")
+    model = of_2bs_width(torch.float32) if without == "products=tiles" else small("27b")
     assert not fails(invariant(model, without))
 
 
@@ -245,7 +254,7 @@ def test_the_sum_over_keys_has_the_order_of_positions(monkeypatch: pytest.Monkey
         return slots.expand(b, -1)
 
     monkeypatch.setattr(batch_invariant, "places", as_held)
-    assert not decode_is_prefill(invariant(tiny("27b")))
+    assert not decode_is_prefill(invariant(small("27b")))
 
 
 def test_a_norm_of_tiles_is_that_of_ops_within_rounding() -> None:
