@@ -1,6 +1,8 @@
 """Numerics profiles: the same model computed as another implementation computes it, rounding for rounding.
 
 A profile is an ordered list of changes to `gemma2/model.py`, which is itself bit for bit transformers' eager model.
+One profile follows no other implementation: under "batch-invariant" a row's bits do not depend on how many rows or
+positions are computed with it.
 
     theirs = with_numerics(gemma.model, "gemma_pytorch")
     partly = with_numerics(gemma.model, "gemma_pytorch", changes=["rope_mul=float32"])
@@ -21,7 +23,7 @@ from gemma2.checkpoints.weights import Weights
 from gemma2.model import Gemma2
 from gemma2.numerics.changes import Change, Storage, Stored
 from gemma2.numerics.parts import in_parts
-from gemma2.numerics.profiles import gemma_pytorch, jax, litgpt, llama_cpp, transformers
+from gemma2.numerics.profiles import batch_invariant, gemma_pytorch, jax, litgpt, llama_cpp, transformers
 from gemma2.twins import Make, replaced, sharing
 
 PROFILES: dict[str, tuple[Change, ...]] = {
@@ -30,6 +32,7 @@ PROFILES: dict[str, tuple[Change, ...]] = {
     "llama.cpp": llama_cpp.CHANGES,
     "jax": jax.CHANGES,
     "litgpt": litgpt.CHANGES,
+    "batch-invariant": batch_invariant.CHANGES,
 }
 
 

@@ -163,17 +163,22 @@ class ScoresInParts(SoftcapAttention):
         self.hook_pattern, self.hook_z = plain.hook_pattern, plain.hook_z
         self.scaled_queries, self.product, self.scaled_scores = unscaled, matched, scaled_scores
         self.masked, self.softmaxed, self.mixed = masked, softmaxed, mixed
+        self.steps = attended  # all of the above
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, key_positions: Tensor) -> Tensor:
-        visible = ops.visible(positions, self.hook_key_positions(key_positions), self.window)
-        dtype = q.dtype
-        q = self.scaled_queries(q, self.scale).transpose(1, 2)
-        k = k.transpose(1, 2).repeat_interleave(self.group, dim=1)
-        v = v.transpose(1, 2).repeat_interleave(self.group, dim=1)
-        scores = self.softcap(self.hook_scores_raw(self.scaled_scores(self.product(q, k), self.scale)))
-        pattern = self.softmaxed(self.hook_attn_scores(self.masked(scores, visible)), dtype)
-        z = self.mixed(self.hook_pattern(pattern), v)
-        return self.hook_z(z.transpose(1, 2).contiguous())
+        return self.steps(self, q, k, v, positions, key_positions)
+
+
+def attended(part: ScoresInParts, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, key_positions: Tensor) -> Tensor:
+    visible = ops.visible(positions, part.hook_key_positions(key_positions), part.window)
+    dtype = q.dtype
+    q = part.scaled_queries(q, part.scale).transpose(1, 2)
+    k = k.transpose(1, 2).repeat_interleave(part.group, dim=1)
+    v = v.transpose(1, 2).repeat_interleave(part.group, dim=1)
+    scores = part.softcap(part.hook_scores_raw(part.scaled_scores(part.product(q, k), part.scale)))
+    pattern = part.softmaxed(part.hook_attn_scores(part.masked(scores, visible)), dtype)
+    z = part.mixed(part.hook_pattern(pattern), v)
+    return part.hook_z(z.transpose(1, 2).contiguous())
 
 
 class RotaryInParts(RotaryEmbedding):

@@ -1,4 +1,4 @@
-"""One model computed in six pairs of ways that must agree, measured on this machine."""
+"""One model computed in pairs of ways that must agree, measured on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from torch import Tensor
 from gemma2.cache import HybridCache
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile, ContextOverflow, first_line
+from gemma2.fast.static import StaticCache
+from gemma2.fast.step import compiled_step
 from gemma2.model import Gemma2
+from gemma2.parity.invariance import NothingSeen, fed_and_whole, slot_and_alone
 from gemma2.parity.tolerances import TOLERANCES
 from gemma2.tokens import left_padded
 from gemma2.twins import sharing
@@ -80,7 +83,7 @@ def verify(
     Args:
         model: in the dtype and on the device to be certified.
         saved: ways to save and load it.
-        compiled: whether to run the one that takes a minute.
+        compiled: whether to run the two that compile.
         length: of the prompt; the window is narrowed to leave some of it outside.
     Raises:
         ContextOverflow, ValueError: as `check_length`.
@@ -92,9 +95,14 @@ def verify(
     yield subject.check("chunked = whole", "a cache fed a quarter of the prompt at a time", subject.chunked)
     run = subject.compiled if compiled else _refusing("left out, as asked")
     yield subject.check("compiled = eager", "torch.compile", run)
+    run = subject.decoded if compiled else _refusing("left out, as asked")
+    yield subject.check("compiled decoding", "one graph for every token as the ring fills and wraps", run)
     yield subject.check("device = CPU", "an accelerator and the CPU", subject.elsewhere)
     for how, load in (saved or {}).items():
         yield subject.check("save = load", how, lambda load=load: subject.reloaded(load), exact=True)  # type: ignore[misc]
+    what = 'numerics="batch-invariant", two layers'
+    yield subject.check("slot 7 = alone", f"{what}: a row in a batch of 32", subject.slot, exact=True)
+    yield subject.check("decode = prefill", f"{what}: token by token through the ring's wrap", subject.same, exact=True)
 
 
 class _Subject:
@@ -131,9 +139,7 @@ class _Subject:
         return torch.cat(found).cpu(), torch.cat(solo).cpu()
 
     def cached(self) -> tuple[Tensor, Tensor]:
-        first = max(1, self.model.config.sliding_window - 8)
-        steps = min(16, self.length - first)
-        return self._fed([first, *[1] * steps, self.length - first - steps])
+        return self._fed(self._through_the_wrap())
 
     def chunked(self) -> tuple[Tensor, Tensor]:
         part = self.length // 4 - 1
@@ -147,6 +153,44 @@ class _Subject:
             raise CannotRun(f"torch.compile failed ({_said(error)})") from None
         finally:
             torch.compiler.reset()
+
+    def decoded(self) -> tuple[Tensor, Tensor]:
+        twin = narrowed(self.model, self.length)
+        sizes = self._through_the_wrap()[:-1]
+        cache, first = StaticCache(twin, 1, self.length), sizes[0]
+        try:
+            feed, found, done = compiled_step(twin, cache), [], 0
+            with torch.no_grad():
+                for part in self.ids[None, : sum(sizes)].split(sizes, dim=1):
+                    positions = torch.arange(done, done + part.shape[1], device=self.device)[None]
+                    found.append(feed(part, positions).cpu().clone())
+                    done += part.shape[1]
+            return torch.cat(found[1:]), self.whole[first:done]
+        except Exception as error:  # whatever a compiler fails with
+            raise CannotRun(f"torch.compile failed ({_said(error)})") from None
+        finally:
+            torch.compiler.reset()
+
+    def slot(self) -> tuple[Tensor, Tensor]:
+        return self._invariant(lambda: slot_and_alone(self.model, self.ids))
+
+    def same(self) -> tuple[Tensor, Tensor]:
+        sizes = [size for size in self._through_the_wrap() if size]
+        return self._invariant(lambda: fed_and_whole(self.model, self.ids, sizes))
+
+    def _invariant(self, pair: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        if self.dtype == torch.float64:
+            raise CannotRun("the profile computes no float64")
+        try:
+            return pair()
+        except NothingSeen as reason:
+            raise CannotRun(str(reason)) from None
+
+    def _through_the_wrap(self) -> list[int]:
+        """Sizes of the parts to feed: nearly a window, then one at a time, then the rest (perhaps 0)."""
+        first = max(1, self.model.config.sliding_window - 8)
+        steps = min(16, self.length - first)
+        return [first, *[1] * steps, self.length - first - steps]
 
     def elsewhere(self) -> tuple[Tensor, Tensor]:
         best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -24,7 +24,7 @@ from tests.conftest import tiny
 from tests.hostile.conftest import SMALL
 
 LENGTH = 40
-FEEDING = {"cached = uncached", "chunked = whole"}
+FEEDING = {"cached = uncached", "chunked = whole", "decode = prefill"}
 
 
 def certificate(model: gemma2.Gemma2, saved: Saved | None = None, compiled: bool = False) -> dict[str, Check]:
@@ -40,13 +40,17 @@ def failures(model: gemma2.Gemma2, saved: Saved | None = None, compiled: bool = 
 def test_a_sound_model_passes_everything_that_can_run(size: str, dtype: torch.dtype) -> None:
     model = tiny(size).to(dtype)
     found = certificate(model, {"as it is": lambda: model})
-    assert all(check.passed for name, check in found.items() if not name.startswith(("compiled", "device")))
+    exact = {"slot 7 = alone", "decode = prefill"}
+    assert all(check.passed for name, check in found.items() if not name.startswith(("compiled", "device", *exact)))
+    for name in exact:  # in bfloat16 some shapes are equal without the mode too, and float64 has none
+        assert found[name].passed or (found[name].why_not and (dtype != torch.float32 or "slot" in name)), found[name]
     assert found["save = load"].bitwise and found["save = load"].distance == 0
     assert not found["cached = uncached"].bitwise or dtype == torch.bfloat16
 
 
 def test_the_order_of_checks_is_told_and_none_is_left_out() -> None:
-    names = ["batch = solo", "cached = uncached", "chunked = whole", "compiled = eager", "device = CPU", "save = load"]
+    names = ["batch = solo", "cached = uncached", "chunked = whole", "compiled = eager", "compiled decoding"]
+    names += ["device = CPU", "save = load", "slot 7 = alone", "decode = prefill"]
     model = tiny()
     assert list(certificate(model, {"so": lambda: model})) == names
 
@@ -102,24 +106,27 @@ def test_a_bit_lost_in_saving_fails_even_where_no_logit_shows_it() -> None:
 
 
 def test_a_compiler_that_miscompiles_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda model, dynamic: lambda tokens: model(tokens) * 1.001)
-    assert failures(tiny(), compiled=True) == {"compiled = eager"}
+    monkeypatch.setattr(torch, "compile", lambda run, **options: lambda *given: run(*given) * 1.001)
+    assert failures(tiny(), compiled=True) == {"compiled = eager", "compiled decoding"}
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 def test_torch_compile_itself_is_run_and_is_within_rounding() -> None:
-    check = certificate(tiny(**{**SMALL, "num_hidden_layers": 1}), compiled=True)["compiled = eager"]
-    assert check.passed and check.seconds > 0.5, check
+    found = certificate(tiny(**{**SMALL, "num_hidden_layers": 1}), compiled=True)
+    for name in ("compiled = eager", "compiled decoding"):
+        assert found[name].passed and found[name].seconds > 0.5, found[name]
 
 
 def test_a_compiler_that_is_missing_is_said_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compile(model: object, dynamic: bool) -> Callable[[Tensor], Tensor]:
+    def compile(model: object, **options: bool) -> Callable[[Tensor], Tensor]:
         raise RuntimeError("no C++ compiler was found\nand much more")
 
     monkeypatch.setattr(torch, "compile", compile)
-    found = certificate(tiny(), compiled=True)["compiled = eager"]
-    assert found.passed is None and found.why_not == "torch.compile failed (RuntimeError: no C++ compiler was found)"
-    assert certificate(tiny())["compiled = eager"].why_not == "left out, as asked"
+    found, left_out = certificate(tiny(), compiled=True), certificate(tiny())
+    for name in ("compiled = eager", "compiled decoding"):
+        why = "torch.compile failed (RuntimeError: no C++ compiler was found)"
+        assert found[name].passed is None and found[name].why_not == why
+        assert left_out[name].why_not == "left out, as asked"
 
 
 def test_a_device_is_held_against_the_cpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +194,7 @@ def test_the_command_certifies_the_pocket_model_and_saves_it_in_two_formats(
     out, err = capsys.readouterr()
     assert err == "" and "dtype     float32" in out and "150 random token ids, window 100, narrowed from 128" in out
     assert out.count("passed   every bit equal (safetensors") == out.count("passed   every bit equal (GGUF") == 1
-    assert out.endswith("5 of 5 passed, 2 not run\n") or torch.accelerator.is_available()
+    assert out.endswith("7 of 7 passed, 3 not run\n") or torch.accelerator.is_available()
 
 
 def test_what_is_saved_has_every_bit_of_a_float32_model_or_says_that_no_gguf_can_state_it(
