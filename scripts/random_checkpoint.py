@@ -1,12 +1,12 @@
-"""Random weights in the published shapes, to measure speed and memory with: a folder, and GGUF files of the same weights.
+"""Random weights in the published shapes, to measure speed and memory: a folder, and GGUF files of the same weights.
 
     python scripts/random_checkpoint.py --size 2b
     python scripts/random_checkpoint.py --size layers=6 --gguf BF16,Q8_0,Q4_K_M
 
 The folder has config.json, model.safetensors in bfloat16 and tokenizer.model: the pocket model's, filled up with unused
-pieces to the size of the vocabulary. gemma2 writes the GGUF types BF16, F16 and F32; llama.cpp's own quantizer makes the
-others from the BF16 file (pip install llama-cpp-python). Everything is written one tensor at a time, and what is already
-there is kept. The same --size and --seed always give the same weights.
+pieces to the size of the vocabulary. gemma2 writes the GGUF types BF16, F16 and F32; llama.cpp's own quantizer makes
+the others from the BF16 file (pip install llama-cpp-python). Everything is written one tensor at a time, and what is
+already there is kept. The same --size and --seed always give the same weights.
 """
 
 from __future__ import annotations
@@ -133,7 +133,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", required=True, type=parse_size, metavar="2b|9b|27b|layers=N")
     parser.add_argument(
-        "--folder", type=Path, default=Path(tempfile.gettempdir()) / "gemma2-bench", help="where to write; default: %(default)s"
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "gemma2-bench",
+        help="where to write; default: %(default)s",
     )
     parser.add_argument("--gguf", type=parse_types, default=[], metavar="TYPE,...", help="such as BF16,Q8_0,Q4_K_M")
     parser.add_argument("--seed", type=int, default=0)

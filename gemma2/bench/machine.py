@@ -1,0 +1,89 @@
+"""What this machine can do at most, in PyTorch: memory read and copied, matrix products; and what machine it is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+BYTES = 2**30  # of memory that is read at once, more than any cache holds
+READ_DTYPES = (torch.bfloat16, torch.float32, torch.int32)
+ROWS, INNER, OUTER = 1024, 2304, 9216  # of the matrix product: a prompt of 1,024 through the 2B's largest matrix
+REPEATS = 3
+
+
+def limits(size: int, device: str = "cpu") -> dict[str, float]:
+    """One measurement of everything: GB/s of memory and GFLOP/s of matrix products, the median of 3 each.
+
+    `read` is one long float32 sum with PyTorch's threads, `read_best` the fastest of sums of bfloat16, float32 and
+    int32 with 1 to that many threads. `copy` counts the bytes read and those written.
+
+    Args:
+        size: bytes that are read or copied at once.
+    """
+    where, threads = torch.device(device), torch.get_num_threads()
+    memory = torch.ones(size // 4, dtype=torch.float32, device=where)
+    found = {"read": memory.nbytes / _seconds(memory.sum, where) / 1e9}
+    try:
+        ways = []
+        for count in thread_counts(threads) if where.type == "cpu" else [threads]:
+            torch.set_num_threads(count)
+            ways += [size / _seconds(memory.view(dtype).sum, where) / 1e9 for dtype in READ_DTYPES]
+    finally:
+        torch.set_num_threads(threads)
+    found["read_best"] = max(found["read"], *ways)
+    found["copy"] = 2 * memory.nbytes / _seconds(partial(torch.empty_like(memory).copy_, memory), where) / 1e9
+    del memory
+    for name, dtype in (("gemm_bfloat16", torch.bfloat16), ("gemm_float32", torch.float32)):
+        a = torch.ones(ROWS, INNER, dtype=dtype, device=where)
+        b = torch.ones(OUTER, INNER, dtype=dtype, device=where)
+        found[name] = 2 * ROWS * INNER * OUTER / _seconds(partial(torch.matmul, a, b.T), where) / 1e9
+    return found
+
+
+def thread_counts(most: int) -> list[int]:
+    """1, 2, 4, ... and `most` itself."""
+    counts = [2**n for n in range(most.bit_length()) if 2**n < most]
+    return [*counts, most]
+
+
+def describe(device: str = "cpu") -> dict[str, str]:
+    """The machine and what runs on it, for people."""
+    kind = torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "device": f"{device} ({kind})",
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    """Its name where Linux says it, with what matters to speed among its instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    stated = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = stated.get("flags", "").split()
+    told = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
+    return f"{stated.get('model name', platform.machine())} ({', '.join(told) or 'none of AVX2, AVX-512, AMX'})"
+
+
+def _seconds(function: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(1 + REPEATS):  # the first sets things up
+        started = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
