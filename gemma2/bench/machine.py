@@ -25,7 +25,8 @@ def limits(size: int, device: str = "cpu") -> dict[str, float]:
     int32 with 1 to that many threads. `copy` counts the bytes read and those written.
 
     Args:
-        size: bytes that are read or copied at once.
+        size: bytes that are read or copied at once. Below 1 GiB the matrix product has fewer rows too, so that a quick
+            look is quick.
     """
     where, threads = torch.device(device), torch.get_num_threads()
     memory = torch.ones(size // 4, dtype=torch.float32, device=where)
@@ -40,10 +41,11 @@ def limits(size: int, device: str = "cpu") -> dict[str, float]:
     found["read_best"] = max(found["read"], *ways)
     found["copy"] = 2 * memory.nbytes / _seconds(partial(torch.empty_like(memory).copy_, memory), where) / 1e9
     del memory
+    rows = min(ROWS, max(8, size * ROWS // BYTES))
     for name, dtype in (("gemm_bfloat16", torch.bfloat16), ("gemm_float32", torch.float32)):
-        a = torch.ones(ROWS, INNER, dtype=dtype, device=where)
+        a = torch.ones(rows, INNER, dtype=dtype, device=where)
         b = torch.ones(OUTER, INNER, dtype=dtype, device=where)
-        found[name] = 2 * ROWS * INNER * OUTER / _seconds(partial(torch.matmul, a, b.T), where) / 1e9
+        found[name] = 2 * rows * INNER * OUTER / _seconds(partial(torch.matmul, a, b.T), where) / 1e9
     return found
 
 

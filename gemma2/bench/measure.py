@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 from gemma2.bench.agreement import compare
 from gemma2.bench.machine import BYTES
-from gemma2.bench.process import Process
+from gemma2.bench.process import Process, worker_of
 from gemma2.bench.systems import System
 from gemma2.checks import check_count
 from gemma2.config import Gemma2Config
@@ -137,7 +138,7 @@ def measure(
 
 @contextmanager
 def _running(name: str, python: str | None) -> Iterator[Process]:
-    process = Process(name, python) if python else Process(name)
+    process = Process(name, worker_of(python or sys.executable))
     try:
         yield process
     finally:

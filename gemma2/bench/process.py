@@ -9,10 +9,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gemma2
 from gemma2.errors import BadModelFile
 from gemma2.parity.references import CannotDo
 
@@ -24,17 +24,17 @@ class Process:
 
     Args:
         name: what error messages call it.
-        python: an interpreter that has the system's package.
+        command: what starts it; default: `gemma2.bench.worker`, by this Python.
     """
 
-    def __init__(self, name: str, python: str = sys.executable) -> None:
+    def __init__(self, name: str, command: Sequence[str] = ()) -> None:
         self.name = name
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  # what it prints, for the case that it ends
-        root = str(Path(gemma2.__file__).resolve().parents[1])
+        root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         try:
             self._child = subprocess.Popen(
-                [python, "-m", "gemma2.bench.worker"],
+                command or worker_of(sys.executable),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._said,
@@ -42,7 +42,7 @@ class Process:
                 encoding="utf-8",
             )
         except OSError as error:
-            raise ValueError(f"{name}: {python} cannot be run ({error.strerror})") from None
+            raise ValueError(f"{name}: {command[0]} cannot be run ({error.strerror})") from None
 
     def ask(self, do: str, **options: Any) -> dict[str, Any]:
         """Send one command and wait for its answer.
@@ -83,6 +83,11 @@ class Process:
         lines = self._said.read().decode(errors="replace").strip().splitlines()
         killed = ", killed by the system, as for lack of memory" if code == -9 else f" with code {code}"
         return killed + (f": {lines[-1]}" if lines else "")
+
+
+def worker_of(python: str) -> list[str]:
+    """The command of a worker, by an interpreter that has the system's package."""
+    return [python, "-m", "gemma2.bench.worker"]
 
 
 def _raised(name: str) -> type[Exception]:

@@ -78,6 +78,13 @@ def limit(record: Record, name: str) -> Spread:
     return Spread.of(record["limits"][name])
 
 
+def added(system: Mapping[str, Any], when: str) -> int | None:
+    """Bytes of memory, files that are mapped included, beyond what the process held before it loaded: at most while
+    "loading", at most in the whole run ("peak"), or after loading ("loaded"). None where the system does not say."""
+    memory = system["memory"]
+    return None if memory[when] is None else max(0, int(memory[when] - memory["before"]))
+
+
 def decode_bound(record: Record, system: Mapping[str, Any], context: int, batch: int) -> float:
     """Seconds that a step takes at least: every weight is read once, and every key and value that is seen, at the
     fastest that memory was read in this run."""

@@ -13,6 +13,7 @@ from gemma2.checkpoints.dtypes import RUNNABLE, dtype_name
 from gemma2.checkpoints.gguf import Value, read_header
 from gemma2.errors import BadModelFile
 from gemma2.load import parse_dtype
+from gemma2.memory import free_host_memory
 
 OURS, TRANSFORMERS, LLAMA, GOOGLE = "gemma2", "transformers", "llama.cpp", "gemma_pytorch"
 PEERS = "transformers, llama.cpp, llama.cpp:FILE.gguf, gemma_pytorch:FOLDER, self, self:WORD+WORD"
@@ -100,6 +101,30 @@ def distinct(systems: Sequence[System]) -> list[System]:
         if names.count(name) > 1:
             raise ValueError(f"{name!r} is named twice: name each system once")
     return list(systems)
+
+
+def check_room(systems: Sequence[System], opened: Checkpoint) -> None:
+    """Raises MemoryError where the weights of all systems, which are in memory at once, do not fit into it."""
+    needed, free = sum(_held(system, opened) for system in systems), free_host_memory()
+    if free is not None and needed > free.bytes:
+        raise MemoryError(
+            f"the weights of {len(systems)} systems need {needed / 1e9:.3g} GB at once, and {free.bytes / 1e9:.3g} GB "
+            f"are free ({free.limit}): name fewer systems in --against"
+        )
+
+
+def _held(system: System, opened: Checkpoint) -> int:
+    """About the bytes of memory that a system's weights take, a mapped file included."""
+    if system.options.get("device", "cpu") != "cpu":
+        return 0
+    if system.kind == LLAMA:
+        return system.path.stat().st_size
+    dtype = parse_dtype(system.options.get("dtype")) or opened.weights.dtype
+    whole = opened.config.parameter_count * dtype.itemsize
+    if not system.options.get("weights"):
+        return whole
+    files = [system.path] if system.path.is_file() else list(system.path.glob("*.safetensors"))
+    return min(whole, sum(file.stat().st_size for file in files))
 
 
 def _llama_cpp(path: Path, opened: Checkpoint, options: Mapping[str, Any]) -> System:

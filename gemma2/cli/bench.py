@@ -23,8 +23,8 @@ from gemma2.atomic import check_target, replacing
 from gemma2.bench.agreement import ALLOWED, OTHERWISE, allowed_for
 from gemma2.bench.machine import BYTES
 from gemma2.bench.measure import Plan, measure
-from gemma2.bench.summary import Record, Row, Spread, decode_rows, limit, prefill_rows
-from gemma2.bench.systems import LLAMA, System, distinct, our_system, peers
+from gemma2.bench.summary import Record, Row, Spread, added, decode_rows, limit, prefill_rows
+from gemma2.bench.systems import LLAMA, System, check_room, distinct, our_system, peers
 from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gemma2.checks import check_number
 from gemma2.cli.options import add_command, add_debug, add_model
@@ -152,6 +152,7 @@ def run(args: argparse.Namespace) -> int:
     plan.check(opened.config)
     specs = [spec for text in args.against for spec in text.split(",")]
     systems = with_pythons(distinct([our_system(opened.path, options), *peers(specs, opened, options)]), args.python)
+    check_room(systems, opened)
     allowed = args.tolerance or max(allowed_for(computes_in(system, opened)) for system in systems)
     about = {
         "command": shlex.join(["gemma2", *(sys.argv[1:] or ["bench"])]),
@@ -222,12 +223,11 @@ def show(record: Record) -> None:
         show_case(f"decoding at {case['filled']:,}{rows}", "share of the read rate", decode_rows(record, case))
 
 
-SYSTEM = ("system", "load, s", "first token, s", "weights", "memory, loading", "memory, at most")
+SYSTEM = ("system", "load, s", "first token, s", "weights", "memory added by loading", "at most")
 
 
 def system_cells(row: Record) -> tuple[str, ...]:
-    memory = row["memory"]
-    held = [size(memory[name]) if memory[name] is not None else "-" for name in ("loading", "peak")]
+    held = [size(found) if (found := added(row, name)) is not None else "-" for name in ("loading", "peak")]
     return (row["name"], f"{row['seconds']:.2f}", f"{row['first_token']:.2f}", size(row["weights"]), *held)
 
 

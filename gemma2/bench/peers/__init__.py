@@ -38,7 +38,7 @@ def open_runner(kind: str, path: Path, options: Mapping[str, Any]) -> Runner:
         ImportError: its package is not installed; says which.
         BadModelFile, ValueError, MemoryError: as the system's own loading does.
     """
-    # Each file imports a package that may be missing, so it is imported only when it is asked for.
+    # Files that import a package that may be missing are imported only when they are asked for.
     if kind == "transformers":
         from gemma2.bench.peers.transformers import TransformersRunner
 
@@ -57,10 +57,8 @@ def open_runner(kind: str, path: Path, options: Mapping[str, Any]) -> Runner:
 
 
 def check_installed(kind: str) -> None:
-    """Import a system's package. Raises ImportError, which names what to install."""
+    """Import a system's package, if it is one. Raises ImportError, which names what to install."""
     if kind == "transformers":
-        import gemma2.bench.peers.transformers
+        import gemma2.parity.references.transformers
     elif kind == "llama.cpp":
-        import gemma2.bench.peers.llama_cpp
-    elif kind == "gemma_pytorch":
-        import gemma2.bench.peers.gemma_pytorch  # noqa: F401
+        import gemma2.bench.peers.llama_cpp  # noqa: F401

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ class GemmaPyTorchRunner:
         self._model, self._dtype, self._config = reference.model, final, opened.config
         self.versions: Mapping[str, str] = dict(reference.versions)
         self.notes: tuple[str, ...] = ()
-        held = {tensor.data_ptr(): tensor.nbytes for tensor in chain(self._model.parameters(), self._model.buffers())}
+        held = {tensor.data_ptr(): tensor.nbytes for tensor in self._model.parameters()}
         self.weights = sum(held.values())
         self.cache_bytes = final.itemsize
 
