@@ -5,7 +5,7 @@
 
 The folder has config.json, model.safetensors in bfloat16 and tokenizer.model: the pocket model's, filled up with unused
 pieces to the size of the vocabulary. gemma2 writes the GGUF types BF16, F16 and F32; llama.cpp's own quantizer makes
-the others from the BF16 file (pip install llama-cpp-python). Everything is written one tensor at a time, and what is
+the others from the BF16 file (the extra llama-cpp). Everything is written one tensor at a time, and what is
 already there is kept. The same --size and --seed always give the same weights.
 """
 
@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,20 +114,26 @@ def make_gguf(folder: Path, kind: str) -> Path:
 
 def quantize(source: Path, target: Path, kind: str) -> None:
     """llama.cpp's own quantizer, on all cores. It reports to standard error."""
+    library, number = quantizer(kind)
+    options = library.llama_model_quantize_default_params()
+    options.ftype, options.nthread = number, torch.get_num_threads()
+    with naming_a_full_disk(target), replacing(target) as (unfinished,):
+        code = library.llama_model_quantize(str(source).encode(), str(unfinished).encode(), options)
+        if code:
+            sys.exit(f"{source}: llama.cpp's quantizer ended with code {code}")
+
+
+def quantizer(kind: str) -> tuple[Any, int]:
+    """llama-cpp-python, and llama.cpp's number for a type. Exits with a line where either is missing."""
     try:
         import llama_cpp
     except ImportError:
-        sys.exit(f"{kind} is made by llama.cpp's quantizer: pip install llama-cpp-python")
+        sys.exit(f"{kind} is made by llama.cpp's quantizer: pip install 'gemma2[llama-cpp]'")
     number = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}", None)
     if number is None:
         named = sorted(name.partition("MOSTLY_")[2] for name in dir(llama_cpp) if "FTYPE_MOSTLY_" in name)
         sys.exit(f"{kind} is not a type of llama.cpp; it has {', '.join(named)}")
-    options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype, options.nthread = number, torch.get_num_threads()
-    with naming_a_full_disk(target), replacing(target) as (unfinished,):
-        code = llama_cpp.llama_model_quantize(str(source).encode(), str(unfinished).encode(), options)
-        if code:
-            sys.exit(f"{source}: llama.cpp's quantizer ended with code {code}")
+    return llama_cpp, number
 
 
 def main() -> None:
@@ -141,6 +148,9 @@ def main() -> None:
     parser.add_argument("--gguf", type=parse_types, default=[], metavar="TYPE,...", help="such as BF16,Q8_0,Q4_K_M")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    for kind in args.gguf:
+        if kind not in OURS:
+            quantizer(kind)  # before anything is written
     name, config = args.size
     folder = args.folder / (name if args.seed == 0 else f"{name}-seed-{args.seed}")
     make_folder(folder, config, args.seed)

@@ -21,6 +21,7 @@ from gemma2.bench.summary import Spread, added, decode_rows, prefill_flops, pref
 from gemma2.bench.systems import PEERS, distinct, file_type, our_system, peers
 from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gemma2.cli import main
+from gemma2.cli.bench import command_line
 from gemma2.errors import BadModelFile, ContextOverflow
 from gemma2.load import POCKET
 from gemma2.memory import Free
@@ -228,6 +229,13 @@ def test_a_system_is_named_by_what_it_is_loaded_with(opened: Checkpoint) -> None
     assert found[1].options == {"device": "cpu", "compile": True, "weights": "int8"}
     assert found[3].options == {"device": "cpu", "dtype": "float32"} and distinct(found) == found
     assert file_type(GGUF) == "Q8_0"
+
+
+def test_a_recorded_command_has_no_folders_of_this_machine() -> None:
+    given = ["bench", "/a/b/model", "--against", "llama.cpp:/c/x.gguf,gemma_pytorch:/d/e", "--python", "llama.cpp=/f/g"]
+    assert command_line([*given, "--json", "out/run.json"]) == (
+        "gemma2 bench model --against llama.cpp:x.gguf,gemma_pytorch:e --python llama.cpp=g --json out/run.json"
+    )
 
 
 def test_the_context_must_hold_what_is_fed(opened: Checkpoint) -> None:

@@ -112,16 +112,16 @@ def measure(
     record: dict[str, Any] = {"gemma2 bench": FORMAT, "date": time.strftime("%Y-%m-%d"), **(about or {})}
     with ExitStack() as stack:
         running = [(system, _started(stack, system.name, system.python)) for system in systems]
-        machine = _started(stack, MACHINE)
         for system, process in running:  # a missing package is said before anything loads
             process.ask("hello", kind=system.kind, threads=plan.threads)
-        threads = machine.ask("hello", kind=MACHINE, threads=plan.threads)["threads"]
-        record["machine"] = {**machine.ask("describe", device=plan.device), "threads": str(threads)}
         record["load_before"] = _load_average()
         record["plan"], record["model"] = asdict(plan), _sizes(config)
         found = [_loaded(system, process, tell) for system, process in running]
         record["systems"] = found
         record["agreement"] = _agreed(running, found, config, plan, allowed, tell)
+        machine = _started(stack, MACHINE)
+        threads = machine.ask("hello", kind=MACHINE, threads=plan.threads)["threads"]
+        record["machine"] = {**machine.ask("describe", device=plan.device), "threads": str(threads)}
         limits: list[dict[str, float]] = []
 
         def look_at_the_machine() -> None:
@@ -153,7 +153,8 @@ def _loaded(system: System, process: Process, tell: Callable[[str], object]) -> 
     tell(f"loading {system.name}")
     read_once(system.path)
     answer = process.ask("load", path=str(system.path), options=dict(system.options))
-    return {"name": system.name, "kind": system.kind, "options": dict(system.options), **answer}
+    said = {key: value for key, value in system.options.items() if key != "folder"}  # which is of this machine
+    return {"name": system.name, "kind": system.kind, "options": said, **answer}
 
 
 def read_once(path: Path) -> None:
@@ -204,7 +205,7 @@ def _prefill(
             for system, process in running:
                 tell(f"prefill of {length:,}: {system.name}")
                 answer = process.ask("fill", ids=ids, capacity=length + 1)
-                seconds[system.name].append(round(answer["seconds"], 7))
+                seconds[system.name].append(round(answer["seconds"], 6))
         yield {"tokens": length, "seconds": seconds}
 
 
@@ -223,7 +224,7 @@ def _decode(
         for system, process in running:
             tell(f"filling a context of {where}: {system.name}")
             prompt = [row[:context] for row in rows]
-            filling[system.name] = round(process.ask("fill", ids=prompt, capacity=len(rows[0]))["seconds"], 7)
+            filling[system.name] = round(process.ask("fill", ids=prompt, capacity=len(rows[0]))["seconds"], 6)
             process.ask("decode", ids=[row[context : context + WARM] for row in rows])
         seconds: dict[str, list[list[float]]] = {system.name: [] for system, _ in running}
         for start in range(context + WARM, len(rows[0]), plan.tokens):
@@ -231,7 +232,7 @@ def _decode(
             for system, process in running:
                 tell(f"decoding at {where}: {system.name}")
                 answer = process.ask("decode", ids=[row[start : start + plan.tokens] for row in rows])
-                seconds[system.name].append([round(one, 7) for one in answer["seconds"]])
+                seconds[system.name].append([round(one, 6) for one in answer["seconds"]])
         yield {"context": asked, "filled": context, "batch": batch, "filling": filling, "seconds": seconds}
 
 

@@ -1,14 +1,16 @@
 """Time MODEL beside other implementations: prefill, decoding, loading and memory, on
 the same weights and token ids. Each system is a process of its own that stays
 alive, and they take turns, so that a machine whose speed drifts is the same for
-all. What the machine can do at most is measured between the turns. Before anything
-is timed, the logits of all systems are compared; one that computes something else
-is refused."""
+all. What the machine can do at most is measured between the turns. Before
+anything is timed, the logits of all systems are compared; a system that computes
+something else is refused. Exit 0 if all were timed, 1 if one was refused or
+failed."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from dataclasses import replace
@@ -155,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
     check_room(systems, opened)
     allowed = args.tolerance or max(allowed_for(computes_in(system, opened)) for system in systems)
     about = {
-        "command": shlex.join(["gemma2", *(sys.argv[1:] or ["bench"])]),
+        "command": command_line(sys.argv[1:]),
         "gemma2": version("gemma2"),
         "name": opened.path.name,
     }
@@ -169,8 +171,19 @@ def run(args: argparse.Namespace) -> int:
     show(record)
     if args.json:
         with replacing(args.json) as (unfinished,):
-            unfinished.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            unfinished.write_text(lines_of(record), encoding="utf-8")
     return 0
+
+
+def command_line(arguments: list[str]) -> str:
+    """The command as it was typed, without the folders of this machine: of every path that is absolute the last name."""
+    return shlex.join(["gemma2", *(re.sub(r"(?<![^=:,])/[^=:,]*/", "", text) for text in arguments)])
+
+
+def lines_of(record: Record) -> str:
+    """The record as JSON, a line for each of its parts."""
+    parts = (f"{json.dumps(name)}: {json.dumps(part, allow_nan=False)}" for name, part in record.items())
+    return "{" + ",\n ".join(parts) + "}\n"
 
 
 def computes_in(system: System, opened: Checkpoint) -> torch.dtype:
