@@ -176,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def command_line(arguments: list[str]) -> str:
-    """The command as it was typed, without the folders of this machine: of every path that is absolute the last name."""
+    """The command as it was typed, without this machine's folders: of an absolute path the last name alone."""
     return shlex.join(["gemma2", *(re.sub(r"(?<![^=:,])/[^=:,]*/", "", text) for text in arguments)])
 
 
