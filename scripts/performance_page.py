@@ -48,7 +48,7 @@ TAIL = """## How it is measured
   means that the first system is faster.
 - The machine's limits are measured between the turns, in a process of its own. Memory is read by one long sum, and by
   the best of several ways: sums of bfloat16, float32 and int32 numbers with one thread up to all. The rate of matrix
-  products is that of a bfloat16 product of 1,024 x 2,304 by 2,304 x 9,216.
+  products is that of a bfloat16 product of 512 x 2,304 by 2,304 x 9,216.
 - The share of the read rate is what a step of decoding would take if it did nothing but read every weight once, and
   every key and value that it sees, by what it takes. The best of several ways is the rate. A share above 1 is possible:
   a system may read faster than all of PyTorch's sums.
@@ -131,7 +131,13 @@ def at(case: Record) -> str:
 
 def system_cells(row: Record) -> tuple[str, ...]:
     held = [size(found) if (found := added(row, name)) is not None else "-" for name in ("loading", "peak")]
-    return (row["name"], f"{row['seconds']:.2f}", f"{row['first_token']:.2f}", size(row["weights"]), *held)
+    return (
+        row["name"],
+        shown(Spread.of(row["seconds"])),
+        shown(Spread.of(row["first_token"])),
+        size(row["weights"]),
+        *held,
+    )
 
 
 def case_cells(name: str, kind: str, rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:

@@ -27,7 +27,7 @@ from gemma2.load import POCKET
 from gemma2.memory import Free
 
 QUICK = ["--prompt", "6", "--contexts", "5,8", "--batch", "1,2", "--rounds", "2", "--tokens", "2"]
-QUICK += ["--prefill-rounds", "2", "--read", "1000000", "--threads", "1"]
+QUICK += ["--prefill-rounds", "2", "--read", "1000000", "--threads", "1", "--load-rounds", "1"]
 GGUF = POCKET / "pocket-q8_0.gguf"
 
 
@@ -42,7 +42,22 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     pytest.importorskip("transformers")
     file = tmp_path_factory.mktemp("bench") / "run.json"
     assert (
-        main(["bench", "pocket", "--against", "transformers", "--dtype", "float32", "--json", str(file), *QUICK]) == 0
+        main(
+            [
+                "bench",
+                "pocket",
+                "--against",
+                "transformers",
+                "--dtype",
+                "float32",
+                "--json",
+                str(file),
+                *QUICK,
+                "--load-rounds",
+                "2",
+            ]
+        )
+        == 0
     )
     return json.loads(file.read_text(encoding="utf-8"))
 
@@ -67,7 +82,8 @@ def test_a_record_says_what_ran_where(ran: Mapping[str, Any]) -> None:
     assert ran["machine"]["threads"] == "1" and ran["machine"]["torch"] == str(torch.__version__)
     assert ran["systems"][1]["versions"].keys() == {"transformers", "torch"}
     for row in ran["systems"]:
-        assert 0 < row["seconds"] < row["first_token"] and row["first_step"] > 0
+        assert len(row["seconds"]) == len(row["first_token"]) == 2 and row["first_step"] > 0
+        assert all(0 < load < first for load, first in zip(row["seconds"], row["first_token"], strict=True))
         assert row["weights"] == pytest.approx(4 * ran["model"]["parameters"], rel=0.01)
         held = row["memory"]
         assert sys.platform != "linux" or 0 < held["before"] <= held["loaded"] <= held["loading"] <= held["peak"]

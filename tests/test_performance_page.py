@@ -37,8 +37,8 @@ def record() -> dict[str, Any]:
             "name": name,
             "kind": name,
             "options": {},
-            "seconds": seconds,
-            "first_token": 2.5,
+            "seconds": [seconds, seconds],
+            "first_token": [2.5, 3.5],
             "first_step": 0.1,
             "weights": 10**9,
             "cache_bytes": 2,
@@ -87,7 +87,7 @@ def test_the_page_shows_rates_shares_and_ratios(record: dict[str, Any]) -> None:
     assert "2026-01-02; 5 billion parameters in 2 layers; a processor (avx2), 2 of 4 cores, cpu (AVX2)" in page
     assert "load of the machine before and after: 0.5, 1.5." in page
     assert "| memory read, one long sum | 21 (20-22) GB/s |" in page
-    assert "| gemma2 | 0.50 | 2.50 | 1 GB | 1 GB | 2 GB |" in page
+    assert "| gemma2 | 0.5 (0.5-0.5) | 3 (2.5-3.5) | 1 GB | 1 GB | 2 GB |" in page
     assert "by their spread: other 0.012." in page
     # 1 GB and 2 x 200 x 2 bytes x (64 + 128 columns) at 21 GB/s are 0.0476 s, of 0.1 s.
     assert "| decode at 128 | gemma2 | 10 (10-10) | 0.48 of read |  |" in page

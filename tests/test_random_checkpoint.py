@@ -55,7 +55,7 @@ def test_a_type_without_its_quantizer_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    monkeypatch.setattr(sys, "argv", ["", "--size", "2b", "--folder", str(tmp_path), "--gguf", "bf16,q4_k_m"])
+    monkeypatch.setattr(sys, "argv", ["", "--size", "layers=1", "--folder", str(tmp_path), "--gguf", "bf16,q4_k_m"])
     with pytest.raises(SystemExit, match=r"Q4_K_M is made by llama\.cpp's quantizer: pip install"):
         random_checkpoint.main()
     assert not list(tmp_path.iterdir())

@@ -12,41 +12,61 @@ from pathlib import Path
 
 import torch
 
-BYTES = 2**30  # of memory that is read at once, more than any cache holds
+BYTES = 2**29  # of memory that is read at once, more than any cache holds
 READ_DTYPES = (torch.bfloat16, torch.float32, torch.int32)
-ROWS, INNER, OUTER = 1024, 2304, 9216  # of the matrix product: a prompt of 1,024 through the 2B's largest matrix
+ROWS, INNER, OUTER = 512, 2304, 9216  # of the matrix product: a prompt of 512 through the 2B's largest matrix
 REPEATS = 3
 
 
-def limits(size: int, device: str = "cpu") -> dict[str, float]:
-    """One measurement of everything: GB/s of memory and GFLOP/s of matrix products, the median of 3 each.
-
-    `read` is one long float32 sum with PyTorch's threads, `read_best` the fastest of sums of bfloat16, float32 and
-    int32 with 1 to that many threads. `copy` counts the bytes read and those written.
+class Machine:
+    """What is measured again and again: memory to read and to copy to, and matrices. They stay, since taking memory
+    anew is slow.
 
     Args:
-        size: bytes that are read or copied at once. Below 1 GiB the matrix product has fewer rows too, so that a quick
+        size: bytes that are read or copied at once. Below 512 MiB the matrix product has fewer rows too, so that a quick
             look is quick.
     """
-    where, threads = torch.device(device), torch.get_num_threads()
-    memory = torch.ones(size // 4, dtype=torch.float32, device=where)
-    found = {"read": memory.nbytes / _seconds(memory.sum, where) / 1e9}
-    try:
-        ways = []
-        for count in thread_counts(threads) if where.type == "cpu" else [threads]:
-            torch.set_num_threads(count)
-            ways += [size / _seconds(memory.view(dtype).sum, where) / 1e9 for dtype in READ_DTYPES]
-    finally:
-        torch.set_num_threads(threads)
-    found["read_best"] = max(found["read"], *ways)
-    found["copy"] = 2 * memory.nbytes / _seconds(partial(torch.empty_like(memory).copy_, memory), where) / 1e9
-    del memory
-    rows = min(ROWS, max(8, size * ROWS // BYTES))
-    for name, dtype in (("gemm_bfloat16", torch.bfloat16), ("gemm_float32", torch.float32)):
-        a = torch.ones(rows, INNER, dtype=dtype, device=where)
-        b = torch.ones(OUTER, INNER, dtype=dtype, device=where)
-        found[name] = 2 * rows * INNER * OUTER / _seconds(partial(torch.matmul, a, b.T), where) / 1e9
-    return found
+
+    def __init__(self, size: int, device: str = "cpu") -> None:
+        self._device = torch.device(device)
+        self._memory = torch.ones(size // 4, dtype=torch.float32, device=self._device)
+        self._target = torch.zeros_like(self._memory)
+        self._rows = min(ROWS, max(8, size * ROWS // BYTES))
+        self._matrices = {
+            name: [torch.ones(n, INNER, dtype=dtype, device=self._device) for n in (self._rows, OUTER)]
+            for name, dtype in (("gemm_bfloat16", torch.bfloat16), ("gemm_float32", torch.float32))
+        }
+
+    def look(self) -> dict[str, float]:
+        """GB/s of memory and GFLOP/s of matrix products, each the median of 3, in a second or two.
+
+        `read` is one long float32 sum with PyTorch's threads, `read_best` the fastest of sums of bfloat16, float32 and
+        int32 with 1 to that many threads. `copy` counts the bytes read and those written.
+        """
+        memory, threads = self._memory, torch.get_num_threads()
+        found = {"read": memory.nbytes / self._seconds(memory.sum) / 1e9}
+        try:
+            ways = []
+            for count in thread_counts(threads) if self._device.type == "cpu" else [threads]:
+                torch.set_num_threads(count)
+                ways += [memory.nbytes / self._seconds(memory.view(dtype).sum) / 1e9 for dtype in READ_DTYPES]
+        finally:
+            torch.set_num_threads(threads)
+        found["read_best"] = max(found["read"], *ways)
+        found["copy"] = 2 * memory.nbytes / self._seconds(partial(self._target.copy_, memory)) / 1e9
+        for name, (a, b) in self._matrices.items():
+            found[name] = 2 * self._rows * INNER * OUTER / self._seconds(partial(torch.matmul, a, b.T)) / 1e9
+        return found
+
+    def _seconds(self, function: Callable[[], object]) -> float:
+        times = []
+        for _ in range(REPEATS):
+            started = time.perf_counter()
+            function()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            times.append(time.perf_counter() - started)
+        return statistics.median(times)
 
 
 def thread_counts(most: int) -> list[int]:
@@ -78,14 +98,3 @@ def _processor() -> str:
     flags = stated.get("flags", "").split()
     told = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
     return f"{stated.get('model name', platform.machine())} ({', '.join(told) or 'none of AVX2, AVX-512, AMX'})"
-
-
-def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    times = []
-    for _ in range(1 + REPEATS):  # the first sets things up
-        started = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])

@@ -42,6 +42,7 @@ class Plan:
         rounds: turns that each system takes in decoding.
         tokens: that it decodes in a turn.
         prefill_rounds: turns that each system takes with each prompt.
+        load_rounds: times that each system is loaded, each in a new process; the last one stays.
         threads: of every system; None leaves the choice to PyTorch, and llama.cpp gets PyTorch's.
         device: that PyTorch's systems are on.
         read: bytes that are read at once to measure the memory.
@@ -53,6 +54,7 @@ class Plan:
     rounds: int = 6
     tokens: int = 12
     prefill_rounds: int = 3
+    load_rounds: int = 3
     threads: int | None = None
     device: str = "cpu"
     seed: int = 0
@@ -63,7 +65,7 @@ class Plan:
         for name in ("prompts", "contexts", "batches"):
             for number in getattr(self, name):
                 check_count(name, number, least=1)
-        for name in ("rounds", "tokens", "prefill_rounds"):
+        for name in ("rounds", "tokens", "prefill_rounds", "load_rounds"):
             check_count(name, getattr(self, name), least=1)
         if self.threads is not None:
             check_count("threads", self.threads, least=1)
@@ -84,7 +86,9 @@ class Plan:
 
     def steps(self, systems: int) -> int:
         """Turns of the whole run, for a bar."""
-        return systems * (2 + len(self.prompts) * self.prefill_rounds + len(self.cases) * (1 + self.rounds))
+        return systems * (
+            1 + self.load_rounds + len(self.prompts) * self.prefill_rounds + len(self.cases) * (1 + self.rounds)
+        )
 
 
 def measure(
@@ -116,9 +120,13 @@ def measure(
             process.ask("hello", kind=system.kind, threads=plan.threads)
         record["load_before"] = _load_average()
         record["plan"], record["model"] = asdict(plan), _sizes(config)
+        ids = _ids(config, plan, 1, CHECKED + STEPS)[0]
+        before = _load_often(systems, plan, ids, tell)
         found = [_loaded(system, process, tell) for system, process in running]
         record["systems"] = found
-        record["agreement"] = _agreed(running, found, config, plan, allowed, tell)
+        record["agreement"] = _agreed(running, found, ids, allowed, tell)
+        for row, (loads, firsts) in zip(found, before, strict=True):
+            row["seconds"], row["first_token"] = [*loads, row["seconds"]], [*firsts, row["first_token"]]
         machine = _started(stack, MACHINE)
         threads = machine.ask("hello", kind=MACHINE, threads=plan.threads)["threads"]
         record["machine"] = {**machine.ask("describe", device=plan.device), "threads": str(threads)}
@@ -149,6 +157,22 @@ def _started(stack: ExitStack, name: str, python: str | None = None) -> Process:
     return stack.enter_context(_running(name, python))
 
 
+def _load_often(
+    systems: Sequence[System], plan: Plan, ids: list[int], tell: Callable[[str], object]
+) -> list[tuple[list[float], list[float]]]:
+    """Seconds to load and to the first token, of each system in all rounds but the last, in processes that then end."""
+    found: list[tuple[list[float], list[float]]] = [([], []) for _ in systems]
+    with tempfile.TemporaryDirectory(prefix="gemma2-") as folder:
+        for _ in range(plan.load_rounds - 1):
+            for system, (loads, firsts) in zip(systems, found, strict=True):
+                with _running(system.name, system.python) as process:
+                    process.ask("hello", kind=system.kind, threads=plan.threads)
+                    loads.append(_loaded(system, process, tell)["seconds"])
+                    file = str(Path(folder) / "logits.safetensors")
+                    firsts.append(loads[-1] + process.ask("check", ids=ids, prompt=CHECKED, file=file)["seconds"][0])
+    return found
+
+
 def _loaded(system: System, process: Process, tell: Callable[[str], object]) -> dict[str, Any]:
     tell(f"loading {system.name}")
     read_once(system.path)
@@ -168,12 +192,10 @@ def read_once(path: Path) -> None:
 def _agreed(
     running: list[tuple[System, Process]],
     found: list[dict[str, Any]],
-    config: Gemma2Config,
-    plan: Plan,
+    ids: list[int],
     allowed: float,
     tell: Callable[[str], object],
 ) -> list[dict[str, Any]]:
-    (ids,) = _ids(config, plan, 1, CHECKED + STEPS)
     said, ours = [], torch.empty(0, device="cpu")
     with tempfile.TemporaryDirectory(prefix="gemma2-") as folder:
         for (system, process), row in zip(running, found, strict=True):

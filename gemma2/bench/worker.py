@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from gemma2.bench.machine import describe, limits
+from gemma2.bench.machine import Machine, describe
 from gemma2.bench.peers import Runner, check_installed, open_runner
 
 STATUS = Path("/proc/self/status")
@@ -28,6 +28,7 @@ class Worker:
     def __init__(self) -> None:
         self._kind = ""
         self._runner: Runner
+        self._machine: Machine | None = None
 
     def hello(self, kind: str, threads: int | None) -> dict[str, Any]:
         """Import what the system needs."""
@@ -75,7 +76,8 @@ class Worker:
         return {"seconds": [self._timed(column) for column in tokens.split(1, dim=1)]}
 
     def limits(self, size: int, device: str) -> dict[str, Any]:
-        return limits(size, device)
+        self._machine = self._machine or Machine(size, device)
+        return self._machine.look()
 
     def describe(self, device: str) -> dict[str, Any]:
         return describe(device)

@@ -96,12 +96,13 @@ def add(commands: Commands) -> None:
     what.add_argument(
         "--prefill-rounds", type=int, default=3, metavar="N", help="turns of each system with each prompt; default: 3"
     )
+    what.add_argument("--load-rounds", type=int, default=3, metavar="N", help="times each is loaded; default: 3")
     what.add_argument(
         "--read",
         type=int,
         default=BYTES,
         metavar="BYTES",
-        help="read at once to measure the memory, more than its caches hold; default: 1 GiB",
+        help="read at once to measure the memory, more than its caches hold; default: 512 MiB",
     )
     parser.add_argument(
         "--python",
@@ -146,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
         rounds=args.rounds,
         tokens=args.tokens,
         prefill_rounds=args.prefill_rounds,
+        load_rounds=args.load_rounds,
         threads=args.threads,
         device=options["device"],
         read=args.read,
@@ -241,7 +243,13 @@ SYSTEM = ("system", "load, s", "first token, s", "weights", "memory added by loa
 
 def system_cells(row: Record) -> tuple[str, ...]:
     held = [size(found) if (found := added(row, name)) is not None else "-" for name in ("loading", "peak")]
-    return (row["name"], f"{row['seconds']:.2f}", f"{row['first_token']:.2f}", size(row["weights"]), *held)
+    return (
+        row["name"],
+        spread(Spread.of(row["seconds"])),
+        spread(Spread.of(row["first_token"])),
+        size(row["weights"]),
+        *held,
+    )
 
 
 def show_case(title: str, share: str, rows: list[Row]) -> None:
