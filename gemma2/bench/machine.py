@@ -23,8 +23,8 @@ class Machine:
     anew is slow.
 
     Args:
-        size: bytes that are read or copied at once. Below 512 MiB the matrix product has fewer rows too, so that a quick
-            look is quick.
+        size: bytes that are read or copied at once. Below 512 MiB the matrix product has fewer rows too, so that
+            a quick look is quick.
     """
 
     def __init__(self, size: int, device: str = "cpu") -> None:
