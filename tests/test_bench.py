@@ -7,15 +7,18 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from gemma2.bench import measure as bench_measure
 from gemma2.bench import systems as bench_systems
 from gemma2.bench.agreement import Disagreement, compare
 from gemma2.bench.machine import thread_counts
 from gemma2.bench.measure import MACHINE, Plan
+from gemma2.bench.peers import check_installed
 from gemma2.bench.process import Process
 from gemma2.bench.summary import Spread, added, decode_rows, prefill_flops, prefill_rows, step_bytes
 from gemma2.bench.systems import PEERS, distinct, file_type, our_system, peers
@@ -41,24 +44,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     """The record of a run against transformers, in float32."""
     pytest.importorskip("transformers")
     file = tmp_path_factory.mktemp("bench") / "run.json"
-    assert (
-        main(
-            [
-                "bench",
-                "pocket",
-                "--against",
-                "transformers",
-                "--dtype",
-                "float32",
-                "--json",
-                str(file),
-                *QUICK,
-                "--load-rounds",
-                "2",
-            ]
-        )
-        == 0
-    )
+    options = ["--against", "transformers", "--dtype", "float32", "--json", str(file)]
+    assert main(["bench", "pocket", *options, *QUICK]) == 0
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -82,7 +69,7 @@ def test_a_record_says_what_ran_where(ran: Mapping[str, Any]) -> None:
     assert ran["machine"]["threads"] == "1" and ran["machine"]["torch"] == str(torch.__version__)
     assert ran["systems"][1]["versions"].keys() == {"transformers", "torch"}
     for row in ran["systems"]:
-        assert len(row["seconds"]) == len(row["first_token"]) == 2 and row["first_step"] > 0
+        assert len(row["seconds"]) == len(row["first_token"]) == 1 and row["first_step"] > 0
         assert all(0 < load < first for load, first in zip(row["seconds"], row["first_token"], strict=True))
         assert row["weights"] == pytest.approx(4 * ran["model"]["parameters"], rel=0.01)
         held = row["memory"]
@@ -120,6 +107,53 @@ def test_another_model_is_refused_and_not_timed(tmp_path: Path, capsys: pytest.C
     said = capsys.readouterr()
     assert "changed does not compute what gemma2 does, so it is not timed: at step" in said.err and not said.out
     assert not (tmp_path / "run.json").exists()
+
+
+class Pretended:
+    """A process that computes nothing, and notes what it was asked."""
+
+    asked: ClassVar[list[str]] = []
+
+    def __init__(self, name: str, command: object) -> None:
+        self.name = name
+
+    def ask(self, do: str, **options: Any) -> dict[str, Any]:
+        self.asked.append(f"{self.name} {do}")
+        if do == "check":
+            save_file({"logits": torch.arange(20.0).view(2, 10)}, options["file"])
+            return {"seconds": [0.25, 0.5]}
+        answers: dict[str, dict[str, Any]] = {
+            "hello": {"threads": 2},
+            "load": {"seconds": float(len(self.asked)), "memory": {}},
+            "fill": {"seconds": 1.0},
+            "decode": {"seconds": [1.0] * len(options.get("ids", [[]])[0])},
+        }
+        return answers.get(do, {"read": 1.0})
+
+    def close(self) -> None:
+        self.asked.append(f"{self.name} close")
+
+
+def test_systems_take_turns_and_are_loaded_in_new_processes(
+    opened: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_measure, "Process", Pretended)
+    monkeypatch.setattr(Pretended, "asked", [])
+    systems = [bench_systems.System(name, "gemma2", POCKET) for name in "AB"]
+    plan, told = Plan(prompts=(3,), contexts=(4,), rounds=2, tokens=2, prefill_rounds=2, load_rounds=3), list[str]()
+    record = bench_measure.measure(systems, opened.config, plan, 0.1, told.append)
+    asked = [what for what in Pretended.asked if what[0] in "AB" or what.endswith("limits")]
+    again = [f"{name} {what}" for name in "AB" for what in ("hello", "load", "check", "close")]
+    start = ["A hello", "B hello", *2 * again, "A load", "B load", "A check", "B check"]
+    look = f"{MACHINE} limits"
+    prefill = 2 * [look, "A fill", "B fill"]
+    decode = ["A fill", "A decode", "B fill", "B decode", *2 * [look, "A decode", "B decode"]]
+    assert asked == [*start, *prefill, *decode, "A memory", "B memory", "B close", "A close"]
+    for row in record["systems"]:
+        assert len(set(row["seconds"])) == 3 and row["first_token"] == [one + 0.25 for one in row["seconds"]]
+        assert row["first_step"] == 0.5
+    assert record["decode"][0]["seconds"] == {name: [[1.0, 1.0], [1.0, 1.0]] for name in "AB"}
+    assert len(told) == plan.steps(2)
 
 
 def test_agreement_allows_rounding_and_refuses_more() -> None:
@@ -192,22 +226,30 @@ def test_a_peers_missing_file_is_said_before_anything_loads(
         peers([spec], opened, {})
 
 
-def test_a_missing_package_is_named_with_its_extra_before_anything_loads(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        for package in ("llama_cpp", "transformers"):
-            patch.setitem(sys.modules, package, None)
-        patch.setenv("PYTHONPATH", "")
-        code = "import sys; sys.modules['llama_cpp'] = None; from gemma2.bench.worker import main; main()"
-        process = Process("llama.cpp Q8_0", [sys.executable, "-c", code])
-        try:
-            with pytest.raises(
-                ImportError, match=r"llama.cpp Q8_0: llama.cpp is not installed: pip install 'gemma2\[ll"
-            ):
-                process.ask("hello", kind="llama.cpp", threads=1)
-        finally:
-            process.close()
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    monkeypatch.delitem(sys.modules, "gemma2.bench.peers.llama_cpp", raising=False)
+    with pytest.raises(ImportError, match=r"llama.cpp is not installed: pip install 'gemma2\[llama-cpp\]'"):
+        check_installed("llama.cpp")
+
+
+@pytest.mark.parametrize(
+    ("kind", "raised"),
+    [
+        ("ImportError", ImportError),
+        ("BadModelFile", BadModelFile),
+        ("ZlibError", RuntimeError),
+        ("print", RuntimeError),
+    ],
+)
+def test_an_error_in_a_systems_process_is_raised_here_with_the_systems_name(kind: str, raised: type[Exception]) -> None:
+    answer = json.dumps({"error": kind, "message": "no ink"})
+    process = Process("peer", [sys.executable, "-c", f"input(); print({answer!r})"])
+    try:
+        with pytest.raises(raised, match="^peer: no ink$"):
+            process.ask("load")
+    finally:
+        process.close()
 
 
 def test_a_process_that_dies_is_named_with_its_last_words() -> None:
