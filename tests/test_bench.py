@@ -246,7 +246,7 @@ def test_an_error_in_a_systems_process_is_raised_here_with_the_systems_name(kind
     answer = json.dumps({"error": kind, "message": "no ink"})
     process = Process("peer", [sys.executable, "-c", f"input(); print({answer!r})"])
     try:
-        with pytest.raises(raised, match="^peer: no ink$"):
+        with pytest.raises(raised, match=r"^peer: no ink$"):
             process.ask("load")
     finally:
         process.close()
