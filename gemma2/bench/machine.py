@@ -31,6 +31,9 @@ class Machine:
         self._device = torch.device(device)
         self._memory = torch.ones(size // 4, dtype=torch.float32, device=self._device)
         self._target = torch.zeros_like(self._memory)
+        threads = torch.get_num_threads()
+        counts = thread_counts(threads) if self._device.type == "cpu" else [threads]
+        self._ways = [(dtype, count) for dtype in READ_DTYPES for count in counts]
         self._rows = min(ROWS, max(8, size * ROWS // BYTES))
         self._matrices = {
             name: [torch.ones(n, INNER, dtype=dtype, device=self._device) for n in (self._rows, OUTER)]
@@ -38,25 +41,29 @@ class Machine:
         }
 
     def look(self) -> dict[str, float]:
-        """GB/s of memory and GFLOP/s of matrix products, each the median of 3, in a second or two.
+        """GB/s of memory and GFLOP/s of matrix products, each the median of 3, in about a second.
 
         `read` is one long float32 sum with PyTorch's threads, `read_best` the fastest of sums of bfloat16, float32 and
-        int32 with 1 to that many threads. `copy` counts the bytes read and those written.
+        int32 with 1 to that many threads; later looks take the way that was the fastest in the first. `copy` counts the
+        bytes read and those written.
         """
-        memory, threads = self._memory, torch.get_num_threads()
-        found = {"read": memory.nbytes / self._seconds(memory.sum) / 1e9}
-        try:
-            ways = []
-            for count in thread_counts(threads) if self._device.type == "cpu" else [threads]:
-                torch.set_num_threads(count)
-                ways += [memory.nbytes / self._seconds(memory.view(dtype).sum) / 1e9 for dtype in READ_DTYPES]
-        finally:
-            torch.set_num_threads(threads)
-        found["read_best"] = max(found["read"], *ways)
+        memory = self._memory
+        found = {"read": self._read(torch.float32, torch.get_num_threads())}
+        rates = {way: self._read(*way) for way in self._ways}
+        found["read_best"] = max(found["read"], *rates.values())
+        self._ways = [max(rates, key=lambda way: rates[way])]
         found["copy"] = 2 * memory.nbytes / self._seconds(partial(self._target.copy_, memory)) / 1e9
         for name, (a, b) in self._matrices.items():
             found[name] = 2 * self._rows * INNER * OUTER / self._seconds(partial(torch.matmul, a, b.T)) / 1e9
         return found
+
+    def _read(self, dtype: torch.dtype, threads: int) -> float:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return self._memory.nbytes / self._seconds(self._memory.view(dtype).sum) / 1e9
+        finally:
+            torch.set_num_threads(before)
 
     def _seconds(self, function: Callable[[], object]) -> float:
         times = []
