@@ -94,7 +94,7 @@ def section(record: Record) -> Iterator[str]:
     yield ""
     load = [f"{record[when][0]:g}" for when in ("load_before", "load_after") if record[when]]
     yield (
-        f"{record['date']}; {model['parameters'] / 1e9:.3g} billion parameters in {model['num_hidden_layers']} layers; "
+        f"{record['date']}; {model['parameters']:,} parameters in {model['num_hidden_layers']} layers; "
         f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores, {machine['device']}; "
         f"{machine['system']}, Python {machine['python']}, gemma2 {record['gemma2']}, {versions(record)}"
         + (f"; load of the machine before and after: {', '.join(load)}." if load else ".")
@@ -207,9 +207,9 @@ def draw(records: Sequence[Record], target: Path) -> None:
     for place, (name, rate, own) in enumerate(reversed(bars)):
         errors = [[rate.median - rate.least], [rate.most - rate.median]]
         top.barh(place, rate.median, xerr=errors, color="#1f6fb4" if own else "#b8c4ce", ecolor="#444444", capsize=2)
-        top.annotate(number(rate), (0, place), xytext=(3, 0), textcoords="offset points", va="center", color="#111111")
-        top.text(-0.01, place, name, transform=top.get_yaxis_transform(), ha="right", va="center")
-    top.set_yticks([])
+        top.annotate(number(rate), (rate.most, place), xytext=(5, 0), textcoords="offset points", va="center")
+    top.set_yticks(range(len(bars)), [name for name, *_ in reversed(bars)])
+    top.margins(x=0.1)
     top.set_xlabel("decode, tokens a second at the run's first context (median; least to most)")
     for axis, (record, varied, fixed) in zip((row[0] for row in axes[1:]), lines, strict=True):
         draw_lines(axis, record, varied, fixed)

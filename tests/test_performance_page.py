@@ -84,7 +84,7 @@ def record() -> dict[str, Any]:
 def test_the_page_shows_rates_shares_and_ratios(record: dict[str, Any]) -> None:
     page = performance_page.page([record])
     assert "## made-up: gemma2 beside other\n\n    gemma2 bench made-up\n" in page
-    assert "2026-01-02; 5 billion parameters in 2 layers; a processor (avx2), 2 of 4 cores, cpu (AVX2)" in page
+    assert "2026-01-02; 5,000,000,000 parameters in 2 layers; a processor (avx2), 2 of 4 cores, cpu (AVX2)" in page
     assert "load of the machine before and after: 0.5, 1.5." in page
     assert "| memory read, one long sum | 21 (20-22) GB/s |" in page
     assert "| gemma2 | 0.5 (0.5-0.5) | 3 (2.5-3.5) | 1 GB | 1 GB | 2 GB |" in page

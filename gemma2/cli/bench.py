@@ -213,7 +213,7 @@ def show(record: Record) -> None:
     machine, model = record["machine"], record["model"]
     about = [
         ("model", f"{record['name']} ({model['parameters']:,} parameters)"),
-        ("machine", f"{machine['processor']}, {machine['threads']} threads, {machine['device']}"),
+        ("machine", f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores, {machine['device']}"),
         ("versions", f"gemma2 {record['gemma2']}, {versions(record)}, Python {machine['python']}"),
     ]
     about += [(f"note, {row['name']}", note) for row in record["systems"] for note in row["notes"]]
