@@ -204,7 +204,7 @@ def draw(records: Sequence[Record], target: Path) -> None:
         squeeze=False,
     )
     top = axes[0][0]
-    for place, (name, rate, own) in enumerate(reversed(bars)):
+    for place, (_, rate, own) in enumerate(reversed(bars)):
         errors = [[rate.median - rate.least], [rate.most - rate.median]]
         top.barh(place, rate.median, xerr=errors, color="#1f6fb4" if own else "#b8c4ce", ecolor="#444444", capsize=2)
         top.annotate(number(rate), (rate.most, place), xytext=(5, 0), textcoords="offset points", va="center")
