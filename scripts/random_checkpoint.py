@@ -67,9 +67,10 @@ def random_tensors(config: Gemma2Config, seed: int) -> Iterator[Tensor]:
 
 
 def filled_tokenizer(rows: int) -> bytes:
-    """The bytes of a tokenizer.model with so many pieces: the pocket model's, and unused ones after them."""
+    """The bytes of a tokenizer.model with so many pieces: the pocket model's, and unused ones after them. These are not
+    called [PAD4096] and so on: readers of GGUF take pieces of that name for none."""
     found = read_proto((POCKET / TOKENIZER).read_bytes(), TOKENIZER)
-    pieces = [*found.pieces, *(f"[PAD{i}]" for i in range(len(found.pieces), rows))]
+    pieces = [*found.pieces, *(f"[ROW{i}]" for i in range(len(found.pieces), rows))]
     missing = rows - len(found.pieces)
     scores = np.append(found.scores, np.zeros(missing, np.float32))
     kinds = np.append(found.kinds, np.full(missing, UNUSED, np.int32))
