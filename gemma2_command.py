@@ -22,6 +22,7 @@ COMMANDS = {
     "convert": "write a model in another format or type",
     "inspect": "show a checkpoint's config, tensors and errors",
     "parity": "find where another implementation differs",
+    "bench": "time a model beside other implementations",
     "trace": "write what a model computes at named sites to a file",
     "verify": "check batch, cache, compile, device and save against one plain pass",
 }

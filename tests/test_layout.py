@@ -23,7 +23,7 @@ ROWS = [
     ["talk", "hub", "numerics", "distributed"],
     ["load"],
     ["parity"],
-    ["convert", "inspect"],
+    ["convert", "inspect", "bench"],
     ["__init__"],
     ["cli"],
     ["__main__"],
@@ -38,6 +38,7 @@ NEEDS = {
     "parity/references/transformers.py": "transformers",
     "research/pretrained.py": "transformers",
     "parity/references/llama_cpp.py": "llama_cpp",
+    "bench/peers/llama_cpp.py": "llama_cpp",
 }
 
 
@@ -97,6 +98,7 @@ def test_files_that_import_an_optional_peer_at_once_are_imported_only_when_asked
         "parity/references/transformers.py",
         "research/pretrained.py",
         "parity/references/llama_cpp.py",
+        "bench/peers/llama_cpp.py",
     ]
     modules = {f"gemma2.{name.removesuffix('.py').replace('/', '.')}" for name in needy}
     for path in files():

@@ -61,7 +61,7 @@ class GemmaPyTorch:
             raise CannotDo(f"gemma_pytorch has rope_theta {THETA:g} in its code, not {opened.config.rope_theta:g}")
         if opened.config.hidden_size % opened.config.num_attention_heads:
             raise CannotDo("gemma_pytorch takes no hidden_size that its heads do not divide")
-        self._model = _loaded(folder, opened, dtype)
+        self.model = _loaded(folder, opened, dtype)
         self.dtype, self.config = dtype, opened.config
         self.longest: int | None = opened.config.max_position_embeddings
         revision = _revision(folder)
@@ -83,7 +83,7 @@ class GemmaPyTorch:
             seen[name] = as_site(name, value, self.config)
 
         caches = self._caches(1, len(ids))
-        with watching(self._model, {name: self._places[name] for name in wanted if name in self._places}, see):
+        with watching(self.model, {name: self._places[name] for name in wanted if name in self._places}, see):
             see("logits", self._logits(tokens, 0, caches))
         for name, layer in self._keys.items():
             see(name, caches[layer][0])
@@ -119,7 +119,7 @@ class GemmaPyTorch:
         hidden = torch.full((1, 1, size, size), MASKED, dtype=torch.float32)
         mask = hidden.triu(1)
         local = mask + hidden.tril(-self.config.sliding_window)
-        _, logits = self._model(
+        _, logits = self.model(
             input_token_ids=tokens,
             input_positions=positions,
             kv_write_indices=None,

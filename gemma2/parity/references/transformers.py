@@ -30,6 +30,7 @@ try:
 except ImportError as error:
     raise ImportError(f"transformers is not installed: pip install transformers ({error})") from None
 
+VERSION = str(transformers.__version__)
 ATTENTION = "gemma2_observed_eager"  # in transformers' own registry of attention functions
 ATTEND = "model.layers.{i}.self_attn"
 PLACES = {
@@ -72,7 +73,7 @@ class Transformers:
     def __init__(self, opened: Checkpoint, dtype: torch.dtype) -> None:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, observed_attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-        self._model = _loaded(opened, dtype)
+        self._model = loaded(opened, dtype)
         for layer in self._model.model.layers:
             for name in ("query", "key", "pattern"):
                 layer.self_attn.add_module(f"observed_{name}", nn.Identity())
@@ -130,9 +131,10 @@ class Transformers:
         return [found[-len(row) :] for found, row in zip(logits, rows, strict=True)]
 
 
-def _loaded(opened: Checkpoint, dtype: torch.dtype) -> Any:
+def loaded(opened: Checkpoint, dtype: torch.dtype, attention: str = ATTENTION) -> Any:
+    """`transformers.Gemma2ForCausalLM` with a checkpoint's weights. For the errors see `Transformers`."""
     # Built in `dtype` rather than moved to it afterwards, which would round its rotary table too.
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": ATTENTION, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
     path, source = opened.path, None
     if opened.form in ("safetensors", "bin") and path.is_dir() and not _has_other_names(opened):
         source = path

@@ -1,0 +1,1 @@
+"""Speed and memory beside other implementations, on the same weights in the same run."""
