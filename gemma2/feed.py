@@ -48,6 +48,17 @@ def processed(processors: Iterable[Processor], ids: Tensor, logits: Tensor) -> T
     return logits
 
 
+def any_hooked(module: nn.Module) -> bool:
+    """Whether a hook is set on a module or anywhere inside it. `modules()` takes three times as long."""
+    left = [module]
+    while left:
+        one = left.pop()
+        if hooked(one):
+            return True
+        left.extend(child for child in one._modules.values() if child is not None)
+    return False
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether a forward or backward hook is set on this module itself."""
     return bool(

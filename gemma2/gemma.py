@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypedDict, Unpack, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypedDict, Unpack, overload
 
 import torch
 
-from gemma2.cache import Cache
+from gemma2.cache import Cache, HybridCache
 from gemma2.chat import Conversation, chat_ids, continues, listed
 from gemma2.checks import check_count, plain_number
 from gemma2.config import Gemma2Config
@@ -40,6 +40,14 @@ ELSEWHERE = {
     "continue_final_message": "it is an option of chat and stream_chat",
 }
 Prompt = str | Sequence[int]  # text, or token ids (with their BOS)
+
+
+class Rewindable(Cache, Protocol):
+    """A cache that can forget what it was fed last."""
+
+    def rollback(self, length: int) -> None: ...
+
+    def reset(self) -> None: ...
 
 
 class Options(TypedDict, total=False):
@@ -83,14 +91,22 @@ class Gemma:
         chat_template: str | None = None,
         end_ids: Iterable[int] = (),
         companions: Mapping[str, Mapping[str, Any]] | None = None,
+        cache: Callable[..., Rewindable] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.chat_tuned, self.notes = model, tokenizer, chat_tuned, tuple(notes)
         self.chat_template, self.companions = chat_template, dict(companions or {})
         self.stop_ids = tokenizer.end_ids | frozenset(end_ids)
+        self._cache = cache
 
     @property
     def config(self) -> Gemma2Config:
         return self.model.config
+
+    def new_cache(self, batch: int, capacity: int, slack: int = 0) -> Rewindable:
+        """An empty cache of the kind that this model computes with; the arguments are those of `HybridCache`."""
+        if self._cache is None:
+            return HybridCache(self.config, batch, capacity, slack)
+        return self._cache(self.model, batch, capacity, slack)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a sequence too
@@ -190,6 +206,8 @@ class Gemma:
         fresh = cache is None or not cache.length
         ids = [self._ids(prompt, options.get("special", False), fresh) for prompt in prompts]
         rows = [Detokenizer(self.tokenizer, self.stop_ids, stops) for _ in prompts]
+        if cache is None and self._cache and all(ids):
+            cache = self.new_cache(len(ids), max(map(len, ids)) + max_new_tokens)
         steps = generate_ids(
             self.model,
             ids,

@@ -19,7 +19,9 @@ from gemma2.checkpoints.neutral import neutral
 from gemma2.checkpoints.weights import build
 from gemma2.distributed.device_map import DeviceMap, MaxMemory, build_spread, check_alone
 from gemma2.errors import BadModelFile, said_of_device
+from gemma2.fast.compiling import no_compiler
 from gemma2.fast.forms import check_form, sizes_of
+from gemma2.fast.speed import cache_of, speed_up
 from gemma2.gemma import Gemma
 from gemma2.hub import download, download_adapter, download_gguf, download_tokenizer
 from gemma2.numerics import check_profile, storage_of, twins_of
@@ -63,6 +65,8 @@ def load(
     numerics: str | None = None,
     make: Make | None = None,
     weights: str | None = None,
+    fast: bool = False,
+    compile: bool = False,
     adapter: str | Path | None = None,
     merge_adapter: bool = False,
     device_map: DeviceMap | None = None,
@@ -93,6 +97,10 @@ def load(
         make: puts twins of modules in before any weight is read, see `gemma2.twins.replaced`: packed linears, say.
         weights: the form to hold the weights in: "int8", "int4", "bnb-nf4" or "bnb-int8" (see `gemma2/fast/forms.py`).
             Each is quantized as it is read, so the whole is never in memory.
+        fast: put in the faster twins of `gemma2/fast`: the same model, rounded a little differently. The default is the
+            exact reference.
+        compile: `fast`, and the decode step compiled layer by layer, with single tokens in float32. The first token
+            waits for the compiler. It needs a C++ compiler on a CPU; without one a note says so.
         adapter: a PEFT adapter (LoRA, DoRA, rsLoRA, IA3) to put into the model: a folder, or a hub name as
             `owner/repo`. It needs the package peft. A tokenizer, a chat template and end ids in its folder are used
             too, unless `tokenizer` is given; a note says so. See `gemma2/checkpoints/apply_adapter.py` for what it
@@ -112,7 +120,8 @@ def load(
         ValueError: an argument that cannot be.
     """
     if device_map is not None:
-        check_alone(device=device, numerics=numerics, make=make, weights=weights, adapter=adapter)
+        faster = fast or compile or None
+        check_alone(device=device, numerics=numerics, make=make, weights=weights, fast=faster, adapter=adapter)
     elif max_memory is not None or offload_folder is not None:
         raise ValueError("max_memory and offload_folder are for a device_map: give that too")
     where = parse_device(device)
@@ -123,6 +132,8 @@ def load(
         check_profile(numerics)
         if make is not None:
             raise ValueError("numerics and make both replace modules: give one of them")
+        if fast or compile:
+            raise ValueError("numerics computes as another implementation does, and fast does not: give one of them")
         wanted = wanted or (torch.float32 if numerics == "llama.cpp" else None)
     form = None if weights is None else check_form(weights)
     if form is not None and (numerics is not None or make is not None):
@@ -190,6 +201,10 @@ def load(
     if added is not None and plan is not None:
         apply_adapter(model, added, plan, merge=merge_adapter)
         notes = (*notes, note_of(added, plan, merge_adapter))
+    if fast or compile:
+        missing = no_compiler(where) if compile else None
+        notes = (*notes, missing) if missing else notes
+        speed_up(model, compile=compile and not missing)
     return Gemma(
         model,
         opened.tokenizer,
@@ -198,6 +213,7 @@ def load(
         opened.chat_template,
         opened.end_ids,
         companions=opened.companions,
+        cache=cache_of(model),
     )
 
 

@@ -9,7 +9,6 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from gemma2.cache import HybridCache
 from gemma2.chat import Conversation, chat_ids, listed
 from gemma2.checks import check_count
 from gemma2.errors import ContextOverflow
@@ -64,7 +63,7 @@ class Talk:
         """Forget the conversation, up to what it began with."""
         context = self.gemma.config.max_position_embeddings
         self.messages: list[Mapping[str, Any]] = list(self.beginning)
-        self.cache = HybridCache(self.gemma.config, 1, context, slack=min(self.max_new_tokens, context))
+        self.cache = self.gemma.new_cache(1, context, slack=min(self.max_new_tokens, context))
         self._fed: list[int] = []
         self._computed = self._computes()
 

@@ -49,6 +49,7 @@ def add_options(parser: argparse.ArgumentParser, new_tokens: int = MAX_NEW_TOKEN
     add_loading_options(model)
     model.add_argument("--adapter", metavar="A", help=f"{ADAPTER}; default: none")
     add_placing_options(model)
+    add_speed_options(model)
     add_sampling_options(parser, new_tokens)
     add_common_options(parser)
 
@@ -78,6 +79,17 @@ def add_loading_options(group: argparse._ArgumentGroup) -> None:
         "--mapped", action="store_true", help="leave safetensors weights in their file: loads at once, on the CPU alone"
     )
     group.add_argument("--allow-nonfinite", action="store_true", help="take weights with NaN or infinity in them")
+
+
+def add_speed_options(group: argparse._ArgumentGroup) -> None:
+    """For commands that write text: the faster twins unless they are not wanted."""
+    speed = group.add_mutually_exclusive_group()
+    speed.add_argument(
+        "--reference", action="store_true", help="compute as the exact reference does; default: by the faster twins"
+    )
+    speed.add_argument(
+        "--compile", action="store_true", help="compile the decode step first, for long texts (needs a C++ compiler)"
+    )
 
 
 def add_placing_options(group: argparse._ArgumentGroup) -> None:
@@ -171,6 +183,8 @@ def load_model(args: argparse.Namespace) -> Gemma:
     parse_dtype(args.dtype, args.force_float16)
     if args.weights is not None:
         check_form(args.weights)
+    compile = getattr(args, "compile", False)  # trace and verify have neither
+    fast = compile or not (getattr(args, "reference", True) or getattr(args, "device_map", None))
     started = time.perf_counter()
     gemma = load(
         args.model,
@@ -181,6 +195,8 @@ def load_model(args: argparse.Namespace) -> Gemma:
         weights=args.weights,
         adapter=getattr(args, "adapter", None),  # trace and verify have none
         mapped=args.mapped,
+        fast=fast,
+        compile=compile,
         allow_nonfinite=args.allow_nonfinite,
         force_float16=args.force_float16,
         device_map=getattr(args, "device_map", None),

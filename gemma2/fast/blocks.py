@@ -158,7 +158,7 @@ def _scale(scales: Tensor, units: Tensor, layout: Layout) -> Tensor:
     return (units.float()[:, :, None] * scales.float()).flatten(1, 2)
 
 
-@kernel()
+@kernel
 def few_rows(packed: Packed, layout: Layout, x: Tensor) -> Tensor:
     """x [m k] times the rows of a packed matrix [n k]: float32 [m n], products and sums in float32."""
     tiles, groups = packed[0].shape[:2]
@@ -204,7 +204,7 @@ def values_of(packed: Packed, layout: Layout) -> list[Tensor]:
     return [value - minimum for value in values]
 
 
-@kernel()
+@kernel
 def _columns(packed: Packed, layout: Layout, dtype: torch.dtype) -> Tensor:
     values = [value.to(dtype).transpose(0, 1) for value in values_of(packed, layout)]
     return torch.stack(values, 1).view(-1, len(packed[0]) * LANES)

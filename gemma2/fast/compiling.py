@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+from gemma2.errors import first_line
 
 F = TypeVar("F", bound=Callable[..., Any])
 MOST_GRAPHS = 64  # of one function: a model has some ten shapes of matrices, and a few counts of rows
@@ -23,33 +25,48 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def compiled(function: F, *, dynamic: bool = False) -> F:
-    """`function` compiled by Inductor, for products on a CPU.
+def no_compiler(device: torch.device) -> str | None:
+    """A line that says why nothing can be compiled for a device, or None where it can."""
+    if device.type != "cpu":
+        return None
+    from torch._inductor.cpp_builder import get_cpp_compiler
 
-    Args:
-        dynamic: one graph serves all shapes. Otherwise each has its own, which is faster.
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # InvalidCxxCompiler, or whatever the search for one brings
+        return f"nothing is compiled: there is no C++ compiler here ({first_line(error)}); install g++ or clang++"
+    return None
+
+
+@functools.cache
+def can_compile() -> bool:
+    """Whether there is a C++ compiler for loops on a CPU."""
+    return no_compiler(torch.device("cpu")) is None
+
+
+def compiled(function: F) -> F:
+    """`function` compiled by Inductor, for products on a CPU. Every shape has a graph of its own."""
+    known = "recompile_limit" in inspect.signature(torch.compile).parameters
+    limit: dict[str, Any] = {"recompile_limit": MOST_GRAPHS} if known else {}
+    return cast(F, torch.compile(function, fullgraph=True, dynamic=False, options=OPTIONS, **limit))
+
+
+def kernel(function: F) -> F:
+    """A function that is compiled at its first call, or becomes a part of the graph that is being compiled.
+
+    Without a compiler it runs as it is.
     """
-    limit = {"recompile_limit": MOST_GRAPHS} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
-    return torch.compile(function, fullgraph=True, dynamic=dynamic, options=OPTIONS, **limit)  # type: ignore[return-value]
+    own: list[F] = []
 
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not can_compile():
+            return function(*args, **kwargs)
+        if not own:
+            own.append(compiled(function))
+        return own[0](*args, **kwargs)
 
-def kernel(*, dynamic: bool = False) -> Callable[[F], F]:
-    """For a function that is compiled at its first call, or becomes a part of the graph that is being compiled."""
-
-    def decorate(function: F) -> F:
-        own: list[F] = []
-
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():
-                return function(*args, **kwargs)
-            if not own:
-                own.append(compiled(function, dynamic=dynamic))
-            return own[0](*args, **kwargs)
-
-        return call  # type: ignore[return-value]
-
-    return decorate
+    return cast(F, call)
 
 
 def stored(x: Tensor) -> Tensor:

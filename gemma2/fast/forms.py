@@ -11,15 +11,15 @@ from torch import nn
 
 from gemma2.checkpoints.checkpoint import Checkpoint
 from gemma2.checkpoints.weights import bytes_with, shapes_of
+from gemma2.fast.blocks import LAYOUTS
 from gemma2.fast.bnb import EACH, NF4, LLMInt8, bitsandbytes
 from gemma2.fast.embedding import HeldEmbedding, HeldHead
 from gemma2.fast.held import HeldLinear, HeldMatrix
 from gemma2.fast.int4 import GROUP, Int4
 from gemma2.fast.int8 import Int8
-from gemma2.fast.blocks import LAYOUTS
 from gemma2.fast.packed import Blocks, PackedMatrix
-from gemma2.tied import EMBEDDING
 from gemma2.model import ScaledEmbedding, TiedHead
+from gemma2.tied import EMBEDDING
 from gemma2.twins import Make
 
 # From an opened checkpoint, of which no weight is read yet, the device and the dtype of the activations to the twins
@@ -68,22 +68,28 @@ def _packed(opened: Checkpoint, device: torch.device, dtype: torch.dtype) -> tup
             f'{opened.path}: weights="packed" keeps the blocks of a GGUF, and this is none: weights="int8" and "int4" '
             "quantize it while it is loaded"
         )
-    stored = {name: opened.weights.stored(name) for name, (shape, _) in opened.weights.tensors.items() if len(shape) > 1}
+    stored = {
+        name: opened.weights.stored(name) for name, (shape, _) in opened.weights.tensors.items() if len(shape) > 1
+    }
 
     def make(path: str, module: nn.Module) -> nn.Module | None:
         if type(module) is TiedHead:
             return None if stored[EMBEDDING] in PLAIN else HeldHead()
-        type_ = stored.get(f"{path}.weight", "F32")
-        if type_ in PLAIN or type(module) not in (nn.Linear, ScaledEmbedding):
+        held = stored.get(f"{path}.weight", "F32")
+        if held in PLAIN:
             return None
-        kind = PackedMatrix if type_ in LAYOUTS else Blocks
-        rows, width = module.weight.shape
-        matrix = kind(rows, width, dtype, type_)
-        return HeldLinear(module, matrix) if isinstance(module, nn.Linear) else HeldEmbedding(module, matrix)
+        kind: type[PackedMatrix] | type[Blocks] = PackedMatrix if held in LAYOUTS else Blocks
+        if isinstance(module, nn.Linear):
+            return HeldLinear(module, kind(module.out_features, module.in_features, dtype, held))
+        if isinstance(module, ScaledEmbedding):
+            return HeldEmbedding(module, kind(*module.weight.shape, dtype, held))
+        return None
 
     kept, slow = sorted({*stored.values()} & {*LAYOUTS}), sorted({*stored.values()} - {*LAYOUTS} - PLAIN)
     if not kept and not slow:
-        raise ValueError(f'{opened.path}: its weights are floats, so there is nothing to keep packed: leave weights= out')
+        raise ValueError(
+            f"{opened.path}: its weights are floats, so there is nothing to keep packed: leave weights= out"
+        )
     said = f"the weights stay packed as {', '.join([*kept, *slow])}"
     if slow:
         said += f"; {', '.join(slow)} has no kernel here, so its tiles are dequantised at every product, which is slow"

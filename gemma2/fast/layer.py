@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from gemma2.cache import LayerStore
 from gemma2.fast.compiling import compiled
 from gemma2.fast.static import StaticLayer
-from gemma2.feed import hooked
-from gemma2.model import Block, TiedHead
+from gemma2.feed import any_hooked
+from gemma2.model import Block
 
 
 class CompiledBlock(Block):
@@ -26,7 +26,7 @@ class CompiledBlock(Block):
 
     def forward(self, x: Tensor, positions: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerStore) -> Tensor:
         single = x.shape[1] == 1 and isinstance(cache, StaticLayer) and not torch.is_grad_enabled()
-        if single and not any(map(hooked, self.modules())):
+        if single and not any_hooked(self):
             return _layer(self, x, positions, rotary, cache)
         return super().forward(x, positions, rotary, cache)
 

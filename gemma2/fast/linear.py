@@ -1,4 +1,4 @@
-"""Twins for the products with float weights: linears, embedding and head, in a model whose single tokens run in float32.
+"""Twins for products with float weights: linears, embedding and head. They serve a stream of float32 numbers too.
 
 A prompt is computed in the weights' dtype, as the reference computes it. A single token is a stream of float32 numbers,
 which costs nothing, since a step's time goes into reading the weights: so it is rounded nowhere but in the cache.

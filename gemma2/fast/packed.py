@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from gemma2.checkpoints import ggml, ggml_blocks
+from gemma2.checkpoints.ggml import GGMLType
 from gemma2.checkpoints.ggml_blocks import field
 from gemma2.checkpoints.threads import one_thread_per_core
 from gemma2.checkpoints.weights import Weights
 from gemma2.errors import BadModelFile
-from gemma2.fast.blocks import LANES, LAYOUTS, Layout, Packed, by_tiles, columns, few_rows, pack_words, values_of
+from gemma2.fast.blocks import LANES, LAYOUTS, Packed, by_tiles, columns, few_rows, pack_words, values_of
+from gemma2.fast.compiling import can_compile
 from gemma2.fast.held import READ, HeldMatrix
 from gemma2.fast.rows import FEW
-
 
 MANY = 16  # rows of x from which tiles of the matrix are made and multiplied by
 NAMES = ("words", "scales", "units", "minima", "steps")
@@ -59,18 +60,22 @@ NUMBERS: dict[str, Callable[[Tensor], Numbers]] = {
 }
 
 
-def pack(raw: Tensor, type: str) -> Packed:
+def pack(raw: Tensor, format: GGMLType) -> Packed:
     """Rows of blocks, uint8 [rows, bytes of a row], rows a multiple of 16, in the layout of `blocks.py`."""
-    layout, (rows, _) = LAYOUTS[type], raw.shape
-    q = ggml.integers(raw, BY_NAME[type]).view(rows, -1, layout.group)
+    layout, (rows, _) = LAYOUTS[format.name], raw.shape
+    q = ggml.integers(raw, format).view(rows, -1, layout.group)
     codes = q.short() + layout.zero if layout.zero else q
-    found = NUMBERS[type](raw.view(-1, BY_NAME[type].bytes))
-    empty = torch.empty(0)
+    found = NUMBERS[format.name](raw.view(-1, format.bytes))
+    empty = torch.empty(0, device="cpu")
 
     def placed(numbers: Tensor | None) -> Tensor:
         if numbers is None:
             return empty
-        wide = numbers.view(rows, -1, layout.block) if layout.block > 1 and numbers.shape[1] > 1 else numbers.view(rows, -1)
+        wide = (
+            numbers.view(rows, -1, layout.block)
+            if layout.block > 1 and numbers.shape[1] > 1
+            else numbers.view(rows, -1)
+        )
         return by_tiles(wide)
 
     return pack_words(codes, layout), *(placed(numbers) for numbers in found)  # type: ignore[return-value]
@@ -84,7 +89,7 @@ class PackedMatrix(HeldMatrix):
 
     def __init__(self, rows: int, width: int, dtype: torch.dtype, type: str) -> None:
         super().__init__(rows, width, dtype)
-        self.type, self.layout = type, LAYOUTS[type]
+        self.format, self.layout = BY_NAME[type], LAYOUTS[type]
         self.padded = -(-rows // LANES) * LANES
 
     @property
@@ -97,11 +102,12 @@ class PackedMatrix(HeldMatrix):
 
     def _empty(self, device: torch.device) -> Packed:
         """Buffers for the whole matrix, by the shapes that a tile of it has."""
-        tile = pack(torch.zeros(LANES, self.width // BY_NAME[self.type].values * BY_NAME[self.type].bytes, dtype=torch.uint8, device="cpu"), self.type)
+        size = self.width // self.format.values * self.format.bytes
+        tile = pack(torch.zeros(LANES, size, dtype=torch.uint8, device="cpu"), self.format)
         tiles = self.padded // LANES
-        return tuple(  # type: ignore[return-value]
-            torch.empty(tiles, *part.shape[1:], dtype=part.dtype, device=device) if len(part) else part for part in tile
-        )
+        sizes = [(tiles if len(part) else 0, *part.shape[1:]) for part in tile]
+        parts = (torch.empty(size, dtype=part.dtype, device=device) for size, part in zip(sizes, tile, strict=True))
+        return tuple(parts)  # type: ignore[return-value]
 
     def reserve(self, device: torch.device) -> None:
         for name, tensor in zip(NAMES, self._empty(device), strict=True):
@@ -115,7 +121,7 @@ class PackedMatrix(HeldMatrix):
             raw = weights.raw(name, start, stop)
             if (stop - start) % LANES:
                 raw = torch.cat((raw, raw.new_zeros(-(stop - start) % LANES, raw.shape[1])))
-            for own, part in zip(self.packed, pack(raw, self.type), strict=True):
+            for own, part in zip(self.packed, pack(raw, self.format), strict=True):
                 if len(own):
                     own[start // LANES : start // LANES + len(part)] = part
 
@@ -127,7 +133,8 @@ class PackedMatrix(HeldMatrix):
             raise BadModelFile(f"{weights.where}: {weights.in_file(name)} holds NaN or infinity among its scales")
 
     def _part(self, start: int, stop: int) -> Packed:
-        return tuple(part[start // LANES : -(-stop // LANES)] if len(part) else part for part in self.packed)  # type: ignore[return-value]
+        first, last = start // LANES, -(-stop // LANES)
+        return tuple(part[first:last] if len(part) else part for part in self.packed)  # type: ignore[return-value]
 
     def values(self, start: int, stop: int, room: Tensor | None = None) -> Tensor:
         return columns(self._part(start, stop), self.layout, self.like.dtype)[:, : stop - start].t()
@@ -141,7 +148,7 @@ class PackedMatrix(HeldMatrix):
         return rows.reshape(*ids.shape, self.width)
 
     def kernel(self, x: Tensor) -> Tensor | None:
-        if x.device.type != "cpu" or len(x) > MANY:
+        if x.device.type != "cpu" or len(x) > MANY or x.dtype == torch.float64 or not can_compile():
             return None
         parts = [few_rows(self.packed, self.layout, some) for some in x.split(FEW)]
         return torch.cat(parts)[:, : self.rows].to(x.dtype)
@@ -154,11 +161,11 @@ class Blocks(HeldMatrix):
 
     def __init__(self, rows: int, width: int, dtype: torch.dtype, type: str) -> None:
         super().__init__(rows, width, dtype)
-        self.type = BY_NAME[type]
+        self.format = BY_NAME[type]
 
     @property
     def held_bytes(self) -> int:
-        return self.rows * self.width // self.type.values * self.type.bytes
+        return self.rows * self.width // self.format.values * self.format.bytes
 
     def reserve(self, device: torch.device) -> None:
         blocks = torch.empty(self.rows, self.held_bytes // self.rows, dtype=torch.uint8, device=device)
@@ -173,11 +180,11 @@ class Blocks(HeldMatrix):
     def values(self, start: int, stop: int, room: Tensor | None = None) -> Tensor:
         shape = (stop - start, self.width)
         out = torch.empty(shape, dtype=self.like.dtype, device=self.like.device) if room is None else _in(room, shape)
-        ggml.dequantize_into(self.blocks[start:stop], self.type, out)
+        ggml.dequantize_into(self.blocks[start:stop], self.format, out)
         return out
 
     def at(self, ids: Tensor) -> Tensor:
-        return ggml.dequantize(self.blocks[ids], self.type)
+        return ggml.dequantize(self.blocks[ids], self.format)
 
 
 def _in(room: Tensor, shape: tuple[int, int]) -> Tensor:

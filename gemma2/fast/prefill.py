@@ -30,7 +30,7 @@ class FastNorm(RMSNorm):
         self.hook_inv_scale, self.hook_normalized = plain.hook_inv_scale, plain.hook_normalized
 
     def forward(self, x: Tensor) -> Tensor:
-        if not may_reuse((x, self.weight), (self.hook_inv_scale, self.hook_normalized)):
+        if few(x) or not may_reuse((x, self.weight), (self.hook_inv_scale, self.hook_normalized)):
             return super().forward(x)
         rows = x.reshape(-1, x.shape[-1])
         return self.kernels.normalize(rows, self.weight, self.eps).view(x.shape)
@@ -44,7 +44,7 @@ class FastRotary(ApplyRotary):
         self.kernels = kernels
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if not may_reuse((x, cos, sin), ()):
+        if few(x) or not may_reuse((x, cos, sin), ()):
             return super().forward(x, cos, sin)
         angles = cos.expand(len(x), -1, -1).flatten(0, 1), sin.expand(len(x), -1, -1).flatten(0, 1)
         return self.kernels.turn(x.flatten(0, 1), *angles).view(x.shape)
@@ -61,6 +61,8 @@ class FastMLP(MLP):
         self.act_fn, self.hook_post = plain.act_fn, plain.hook_post
 
     def forward(self, x: Tensor) -> Tensor:
+        if few(x):
+            return super().forward(x)
         wanted = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if wanted or type(self.act_fn) is not GELUTanh or not may_reuse((x,), tuple(self.modules())[1:]):
             return super().forward(x)
@@ -71,6 +73,11 @@ class FastMLP(MLP):
         gate = self.gate_proj(rows)
         self.kernels.gate_(gate, self.up_proj(rows))
         return self.down_proj(gate)
+
+
+def few(x: Tensor) -> bool:
+    """Whether x [b t ...] is too short for a gain: then the plain code has less to decide."""
+    return x.shape[1] == 1
 
 
 def short(kernels: Kernels = STEPS) -> Make:

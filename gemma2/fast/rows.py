@@ -12,7 +12,7 @@ STREAMS = 4  # runs of rows that a thread reads side by side, since one run does
 LONGEST = 4096  # Inductor sums longer rows by a slower method, so they are cut
 
 
-@kernel()
+@kernel
 def few_rows(weight: Tensor, x: Tensor) -> Tensor:
     """x [m k] times the rows of weight [n k]: float32 [m n], products and sums in float32.
 

@@ -7,11 +7,12 @@ from functools import partial
 import torch
 from torch import nn
 
-from gemma2.fast.attention import FastAttention
 from gemma2.fast.embedding import HeldEmbedding
+from gemma2.fast.growing import GrowingCache
 from gemma2.fast.layer import CompiledBlock
 from gemma2.fast.linear import FastHead, FastLinear, WideAttention, WideEmbedding, WideHeldEmbedding
-from gemma2.model import Attention, Block, Gemma2, ScaledEmbedding, SoftcapAttention, TiedHead
+from gemma2.fast.prefill import short
+from gemma2.model import Attention, Block, Gemma2, ScaledEmbedding, TiedHead
 from gemma2.twins import replaced
 
 
@@ -19,20 +20,24 @@ def speed_up(model: Gemma2, *, compile: bool = False) -> None:
     """Put the faster twins into a model, in place. Its parameters stay the same objects under the same names.
 
     Args:
-        compile: compile the decode step, layer by layer, for a `GrowingCache`.
+        compile: compile the decode step, layer by layer, for the cache that `cache_of` names.
     """
-    if any(_plain(path, module) for path, module in model.named_modules()):
-        replaced(model, _plain)
+    replaced(model, short())
+    if any(_product(path, module) for path, module in model.named_modules()):
+        replaced(model, _product)
     if compile:
         replaced(model, partial(_wide, dtype=model.dtype))
         replaced(model, _compiled)
 
 
-def _plain(path: str, module: nn.Module) -> nn.Module | None:
+def cache_of(model: Gemma2) -> type[GrowingCache] | None:
+    """The kind of cache that a model's compiled layers compute with; None for a model without any."""
+    return GrowingCache if any(type(layer) is CompiledBlock for layer in model.model.layers) else None
+
+
+def _product(path: str, module: nn.Module) -> nn.Module | None:
     if type(module) is nn.Linear:
         return FastLinear(module)
-    if type(module) is SoftcapAttention:
-        return FastAttention(module)
     return FastHead() if type(module) is TiedHead else None
 
 

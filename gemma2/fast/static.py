@@ -55,16 +55,19 @@ class StaticCache:
         batch: rows.
         capacity: most columns (tokens, padding included) that can be fed.
         dtype: of keys and values, where it is not that of the embedding.
+        slack: slots of a ring beyond its window.
     """
 
-    layer = StaticLayer
+    layer: type[StaticLayer] = StaticLayer
 
-    def __init__(self, model: Gemma2, batch: int, capacity: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, model: Gemma2, batch: int, capacity: int, dtype: torch.dtype | None = None, slack: int = 0
+    ) -> None:
         config = model.config
         if batch < 1 or capacity < 1:
             raise ValueError(f"a cache needs at least one row and one column, not {batch} and {capacity}")
         self.batch, self.capacity = batch, capacity
-        windows = [config.window(i) or capacity for i in range(config.num_hidden_layers)]
+        windows = [(config.window(i) or capacity) + slack for i in range(config.num_hidden_layers)]
         self.layers = [
             self.layer(batch, min(window, capacity), config, dtype or model.dtype, model.device) for window in windows
         ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma2.cache import Cache, HybridCache
+from gemma2.cache import Cache
 from gemma2.feed import Feed, model_feed
 from gemma2.gemma import Gemma
 from gemma2.generate import PREFILL_CHUNK
@@ -46,5 +46,5 @@ class OurRunner:
 
 def feeding(gemma: Gemma, batch: int, capacity: int) -> tuple[Feed, Cache]:
     """What computes the logits while `gemma` generates, and an empty cache for it."""
-    cache = HybridCache(gemma.config, batch, capacity)
+    cache = gemma.new_cache(batch, capacity)
     return model_feed(gemma.model, cache), cache
