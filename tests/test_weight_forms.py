@@ -293,7 +293,7 @@ def test_what_cannot_be_is_refused_in_one_line_before_a_weight_is_read(
     monkeypatch.setattr("gemma2.checkpoints.folder.FileWeights.read", lambda *_: pytest.fail("a weight was read"))
     twin: Any = on(nn.Linear, lambda linear: linear)
     cases: dict[str, dict[str, Any]] = {
-        "weights 'int3' is not one of int8, int4, bnb-nf4, bnb-int8": {"weights": "int3"},
+        "weights 'int3' is not one of int8, int4, packed, bnb-nf4, bnb-int8": {"weights": "int3"},
         "weights, numerics and make all replace modules": {"weights": "int8", "numerics": "litgpt"},
         "numerics and make all replace": {"weights": "int8", "make": twin},
         "device_map and weights cannot be combined": {"weights": "int8", "device_map": "auto"},

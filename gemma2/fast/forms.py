@@ -78,7 +78,7 @@ def _packed(opened: Checkpoint, device: torch.device, dtype: torch.dtype) -> tup
         held = stored.get(f"{path}.weight", "F32")
         if held in PLAIN:
             return None
-        kind: type[PackedMatrix] | type[Blocks] = PackedMatrix if held in LAYOUTS else Blocks
+        kind: Callable[[int, int, torch.dtype, str], HeldMatrix] = PackedMatrix if held in LAYOUTS else Blocks
         if isinstance(module, nn.Linear):
             return HeldLinear(module, kind(module.out_features, module.in_features, dtype, held))
         if isinstance(module, ScaledEmbedding):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +30,10 @@ class CompiledBlock(Block):
     def forward(self, x: Tensor, positions: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerStore) -> Tensor:
         single = x.shape[1] == 1 and isinstance(cache, StaticLayer) and not torch.is_grad_enabled()
         if single and not any_hooked(self):
-            return _layer(self, x, positions, rotary, cache)
+            return _layer()(self, x, positions, rotary, cache)
         return super().forward(x, positions, rotary, cache)
 
 
-_layer = compiled(Block.forward)
+@functools.cache
+def _layer() -> Callable[..., Tensor]:
+    return compiled(Block.forward)

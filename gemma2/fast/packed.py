@@ -98,7 +98,7 @@ class PackedMatrix(HeldMatrix):
 
     @property
     def packed(self) -> Packed:
-        return tuple(getattr(self, name) for name in NAMES)  # type: ignore[return-value]
+        return tuple(getattr(self, name) for name in NAMES)
 
     def _empty(self, device: torch.device) -> Packed:
         """Buffers for the whole matrix, by the shapes that a tile of it has."""
