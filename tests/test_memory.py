@@ -65,7 +65,7 @@ def test_a_model_larger_than_the_memory_is_refused_at_once_with_both_numbers(
     started = time.perf_counter()
     with pytest.raises(MemoryError) as caught:
         gemma2.load(tmp_path / "27b", device="cpu", progress=False)
-    assert time.perf_counter() - started < 2.0  # 0.05 seconds for 46 layers
+    assert time.perf_counter() - started < 2.0  # 0.4 seconds for 46 layers, most of it for the forms that would fit
     said = str(caught.value)
     free = free_host_memory()
     assert free is not None and said.startswith(f"{tmp_path / '27b' / 'model.safetensors'}: the weights need ")

@@ -288,13 +288,11 @@ def bytes_in(weights: Weights, sizes: Mapping[str, int], dtype: torch.dtype) -> 
     return sum(size * weights.dtype_for(name, dtype).itemsize for name, size in sizes.items())
 
 
-def bytes_with(weights: Weights, config: Gemma2Config, dtype: torch.dtype, make: Make) -> int:
-    """Bytes of a model's weights with the twins of `make` in it. No weight is read."""
-    twins = replaced(empty_model(config), make).twins
-    own = {path: twin for path, twin in twins.items() if hasattr(twin, "fill")}
-    inside = tuple(f"{path}." for path in own)
-    shapes = {name: torch.Size(shape).numel() for name, shape in shapes_of(config).items()}
-    sizes = {name: size for name, size in shapes.items() if not name.startswith(inside)}
+def bytes_with(weights: Weights, empty: Gemma2, dtype: torch.dtype, make: Make) -> int:
+    """Bytes of the weights of an empty model if the twins of `make` were in it. No weight is read."""
+    made = {path: make(path, module) for path, module in empty.named_modules() if path}
+    own = {path: twin for path, twin in made.items() if twin is not None and hasattr(twin, "fill")}
+    sizes = {name: p.numel() for name, p in empty.named_parameters() if name.rpartition(".")[0] not in own}
     return _bytes_of(weights, sizes, own, dtype)
 
 

@@ -10,8 +10,12 @@ import torch
 from torch import nn
 
 from gemma2.checkpoints.checkpoint import Checkpoint
+<<<<<<< HEAD
 from gemma2.checkpoints.weights import bytes_with, shapes_of
 from gemma2.fast.blocks import LAYOUTS
+=======
+from gemma2.checkpoints.weights import bytes_with, empty_model, shapes_of
+>>>>>>> QUANT
 from gemma2.fast.bnb import EACH, NF4, LLMInt8, bitsandbytes
 from gemma2.fast.embedding import HeldEmbedding, HeldHead
 from gemma2.fast.held import HeldLinear, HeldMatrix
@@ -157,9 +161,9 @@ def check_narrow(name: str, dtype: torch.dtype) -> None:
 
 def sizes_of(opened: Checkpoint, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
     """Form -> bytes of the weights in it, for those that need no further package and that the checkpoint can have."""
-    sizes = {}
+    sizes, empty = {}, empty_model(opened.config)
     for name, form in FORMS.items():
         with suppress(ValueError, ImportError):
             if not name.startswith("bnb"):
-                sizes[name] = bytes_with(opened.weights, opened.config, dtype, form(opened, device, dtype)[0])
+                sizes[name] = bytes_with(opened.weights, empty, dtype, form(opened, device, dtype)[0])
     return sizes
