@@ -119,9 +119,11 @@ def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     """
     if probabilities.device.type != "cpu":
         return torch.multinomial(probabilities, 1, generator=generator)
-    uniform = torch.empty(probabilities.shape, dtype=torch.float64, device="cpu").uniform_(generator=generator)
-    exponential = uniform.neg_().log1p_().neg_().to(probabilities.dtype)
-    return (probabilities / exponential).argmax(dim=-1, keepdim=True)
+    uniform, drawn = torch.empty(probabilities.shape[-1], dtype=torch.float64, device="cpu"), []
+    for row in probabilities.detach():
+        exponential = uniform.uniform_(generator=generator).neg_().log1p_().neg_().to(row.dtype)
+        drawn.append(int((row / exponential).numpy().argmax()))  # numpy's takes a tenth of the time
+    return torch.tensor(drawn, device="cpu")[:, None]
 
 
 def refuse_non_finite(logits: Tensor, step: int) -> None:
@@ -203,6 +205,8 @@ def sort_down(logits: Tensor) -> Tensor:
 
 def ids_in_order(logits: Tensor, falling: Tensor, places: Tensor) -> Tensor:
     """The ids [b 1] of the logits at `places` [b 1] of their falling order; of equal ones the lower id comes first."""
-    value = falling.gather(-1, places)
-    rank = places - (falling > value).sum(dim=-1, keepdim=True)  # among equal ones
-    return torch.searchsorted((logits == value).cumsum(dim=-1), rank + 1)
+    ids = []
+    for row, sorted_, place in zip(*(x.detach().cpu().numpy() for x in (logits, falling, places[:, 0])), strict=True):
+        rank = place - np.count_nonzero(sorted_ > sorted_[place])  # among equal ones
+        ids.append(np.flatnonzero(row == sorted_[place])[rank])
+    return torch.tensor(ids, device=logits.device)[:, None]
