@@ -111,12 +111,12 @@ def test_one_layer_of_2bs_width_holds_it_and_the_control_without_the_mode_does_n
 ) -> None:
     model = of_2bs_width(dtype)
     exact = invariant(model)
-    assert solo_is_slot_7(exact, 1) and solo_is_slot_7(exact)
-    tokens = ids(1, 60)
+    assert solo_is_slot_7(exact, 1)
+    tokens = ids(1, 50)
     with torch.no_grad():
         whole, plain = exact(tokens), model(tokens)
-    assert torch.equal(fed(exact, tokens, [14, 1, 1, 1, 1, 42]), whole)
-    assert not torch.equal(fed(model, tokens, [14, 1, 1, 1, 1, 42]), plain), "the control shows nothing"
+    assert torch.equal(fed(exact, tokens, [14, 1, 1, 34]), whole)
+    assert not torch.equal(fed(model, tokens, [14, 1, 1, 34]), plain), "the control shows nothing"
     assert (whole - plain).abs().max() <= (1e-5 if dtype == torch.float32 else 2**-4) * plain.abs().max()
 
 

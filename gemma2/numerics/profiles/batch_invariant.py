@@ -42,7 +42,8 @@ def inverse_scale(x: Tensor, eps: float) -> Tensor:
 def gelu(x: Tensor) -> Tensor:
     """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) in float32, rounded once."""
     wide = ops.upcast(x)
-    inner = (wide + wide * wide * wide * 0.044715) * math.sqrt(2 / math.pi)
+    scale = math.sqrt(2 / math.pi)
+    inner = wide * (wide * wide * (scale * 0.044715) + scale)
     return (wide * 0.5 * (torch.tanh(inner) + 1.0)).to(x.dtype)
 
 
