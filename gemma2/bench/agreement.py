@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 # How far logits may be apart: the root mean square of their difference, divided by the spread (the standard deviation
-# over the vocabulary). Rounding in bfloat16 and int8 gives up to 0.03; another weight or window gives 0.1 and more.
+# over the vocabulary). On random weights in 12 layers bfloat16's rounding gives 0.015, the 8-bit activations of
+# llama.cpp 0.037, and Q4_K_M weights beside bfloat16 ones 0.29.
 ALLOWED = {torch.float32: 0.01, torch.float64: 0.01}
-OTHERWISE = 0.06
+OTHERWISE = 0.1
 
 
 class Disagreement(RuntimeError):
@@ -80,7 +81,7 @@ def compare(system: str, ours: Tensor, theirs: Tensor, allowed: float, name: str
             f"differ by {found.distance:.3g} of their spread, and {allowed:g} is allowed (largest difference of one "
             f"logit {found.largest:.3g}); do both run the same weights? gemma2 parity says where they part"
         )
-    odd = (lead > 10 * allowed * spread).nonzero()
+    odd = (lead > 5 * allowed * spread).nonzero()
     if len(odd):
         step = int(odd[0])
         raise Disagreement(
