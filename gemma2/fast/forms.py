@@ -10,12 +10,8 @@ import torch
 from torch import nn
 
 from gemma2.checkpoints.checkpoint import Checkpoint
-<<<<<<< HEAD
-from gemma2.checkpoints.weights import bytes_with, shapes_of
-from gemma2.fast.blocks import LAYOUTS
-=======
 from gemma2.checkpoints.weights import bytes_with, empty_model, shapes_of
->>>>>>> QUANT
+from gemma2.fast.blocks import LAYOUTS
 from gemma2.fast.bnb import EACH, NF4, LLMInt8, bitsandbytes
 from gemma2.fast.embedding import HeldEmbedding, HeldHead
 from gemma2.fast.held import HeldLinear, HeldMatrix
