@@ -39,6 +39,26 @@ class PackedLinear(nn.Module):
         return F.linear(x, weight.flatten(1).to(x.dtype))
 
 
+class Stored:
+    """Of `Weights`, what a twin needs to fill itself: one matrix of blocks."""
+
+    where = "blocks"
+
+    def __init__(self, raw: Tensor, kind: str) -> None:
+        self.blocks, self.kind = raw, kind
+
+    def stored(self, name: str) -> str:
+        return self.kind
+
+    def raw(self, name: str, start: int, stop: int) -> Tensor:
+        return self.blocks[start:stop].clone()
+
+    def in_file(self, name: str) -> str:
+        return name
+
+    def release(self) -> None: ...
+
+
 def bytes_of(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in model.state_dict().values())
 

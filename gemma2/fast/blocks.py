@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gemma2.fast.compiling import kernel, stored, tree
 
+SMALL = 2**16  # words, below which nothing is compiled to unpack them
 LANES = 16  # rows side by side: float32 numbers in a register of AVX-512
 WORD = 32  # bits
 STREAMS, CHAINS = 4, 8  # runs of tiles that a thread reads side by side, and running sums in each
@@ -61,6 +62,11 @@ class Layout:
         return self.words * self.fields
 
     @property
+    def rest(self) -> int:
+        """Codes of a group that lie in the spare bits."""
+        return self.group - self.whole
+
+    @property
     def spare(self) -> int:
         """Spare bits of a word, at its top end."""
         return WORD - self.bits * self.fields
@@ -92,7 +98,6 @@ class Layout:
 
 
 LAYOUTS = {
-    "Q2_K": Layout(2, 16, block=16, minimum=True),
     "Q4_0": Layout(4, 32, zero=8),
     "Q4_1": Layout(4, 32, minimum=True),
     "Q4_K": Layout(4, 32, block=8, minimum=True),
@@ -113,7 +118,7 @@ def pack_words(codes: Tensor, layout: Layout) -> Tensor:
     words = torch.zeros(rows, groups, layout.words, dtype=torch.int32, device=codes.device)
     for field in range(layout.fields):
         words |= whole[..., field].int() << (layout.bits * field)
-    for rest in range(layout.group - layout.whole):
+    for rest in range(layout.rest):
         code = codes[..., layout.whole + rest].int()
         for word, place, count, low in layout.scattered(rest):
             words[..., word] |= (code >> low & (1 << count) - 1) << place
@@ -127,16 +132,14 @@ def by_tiles(numbers: Tensor) -> Tensor:
     return numbers.unflatten(0, (-1, LANES)).movedim(1, -1).contiguous()
 
 
-def codes_of(words: Tensor, layout: Layout) -> list[Tensor]:
-    """The codes of each weight of a group, less the zero, as int32 [tiles, groups, 16]."""
-    found = []
-    for i in range(layout.whole):
-        word, field = words[..., i // layout.fields, :], i % layout.fields
-        code = (word >> (layout.bits * field)) & ((1 << layout.bits) - 1)
-        found.append((code ^ (1 << (layout.bits - 1)) if layout.is_top(field) else code) - layout.zero)
-    for rest in range(layout.group - layout.whole):
-        found.append(_scattered(words, layout, rest) - layout.zero)
-    return found
+def codes_of(words: Tensor, layout: Layout) -> Tensor:
+    """The codes of the weights of each group: int32 [tiles, groups, group, 16]."""
+    shifts = torch.arange(layout.fields, dtype=torch.int32, device=words.device)[:, None] * layout.bits
+    plain = words if layout.spare else words ^ -(1 << (WORD - 1))  # the flipped bit as it was
+    whole = (plain[:, :, :, None] >> shifts & (1 << layout.bits) - 1).flatten(2, 3)
+    if layout.spare == 0:
+        return whole
+    return torch.cat((whole, torch.stack([_scattered(words, layout, i) for i in range(layout.rest)], 2)), 2)
 
 
 def _scattered(words: Tensor, layout: Layout, rest: int) -> Tensor:
@@ -193,27 +196,25 @@ def few_rows(packed: Packed, layout: Layout, x: Tensor) -> Tensor:
     return torch.stack([torch.cat([product(row, start) for start in range(0, tiles, run)]) for row in range(m)])
 
 
-def values_of(packed: Packed, layout: Layout) -> list[Tensor]:
-    """The float32 values of each weight of a group: [tiles, groups, lanes], with the bits of `ggml.dequantize`."""
+def values_of(packed: Packed, layout: Layout) -> Tensor:
+    """The float32 values of a packed matrix: [tiles, groups, group, lanes], with the bits of `ggml.dequantize`."""
     words, scales, units, minima, steps = packed
-    scale = _scale(scales, units, layout)
-    values = [code.float() * scale for code in codes_of(words, layout)]
-    if not layout.minimum:
-        return values
-    minimum = _scale(minima, steps, layout)
-    return [value - minimum for value in values]
+    codes = codes_of(words, layout) - layout.zero
+    values = codes.float() * _scale(scales, units, layout)[:, :, None]
+    return values - _scale(minima, steps, layout)[:, :, None] if layout.minimum else values
 
 
 @kernel
 def _columns(packed: Packed, layout: Layout, dtype: torch.dtype) -> Tensor:
-    values = [value.to(dtype).transpose(0, 1) for value in values_of(packed, layout)]
-    return torch.stack(values, 1).view(-1, len(packed[0]) * LANES)
+    return values_of(packed, layout).to(dtype).permute(1, 2, 0, 3).contiguous()
 
 
 def columns(packed: Packed, layout: Layout, dtype: torch.dtype) -> Tensor:
     """The values of a packed matrix [n k], transposed: [k n], rounded once to `dtype`. One graph serves all sizes."""
+    if torch.compiler.is_compiling() or packed[0].numel() < SMALL:
+        return values_of(packed, layout).to(dtype).permute(1, 2, 0, 3).reshape(-1, len(packed[0]) * LANES)
     for part in packed:
-        if len(part) and not torch.compiler.is_compiling():
+        if len(part):
             torch._dynamo.maybe_mark_dynamic(part, 0)
             torch._dynamo.maybe_mark_dynamic(part, 1)
-    return _columns(packed, layout, dtype)
+    return _columns(packed, layout, dtype).view(-1, len(packed[0]) * LANES)

@@ -82,7 +82,8 @@ def _packed(opened: Checkpoint, device: torch.device, dtype: torch.dtype) -> tup
         if isinstance(module, nn.Linear):
             return HeldLinear(module, kind(module.out_features, module.in_features, dtype, held))
         if isinstance(module, ScaledEmbedding):
-            return HeldEmbedding(module, kind(*module.weight.shape, dtype, held))
+            rows, width = module.weight.shape
+            return HeldEmbedding(module, kind(rows, width, dtype, held))
         return None
 
     kept, slow = sorted({*stored.values()} & {*LAYOUTS}), sorted({*stored.values()} - {*LAYOUTS} - PLAIN)

@@ -37,18 +37,12 @@ def _half(blocks: Tensor, start: int) -> Tensor:
     return field(blocks, start, start + 2, torch.float16)
 
 
-def _q2_k(blocks: Tensor) -> Numbers:
-    both = field(blocks, 0, 16)
-    return Numbers(both & 15, _half(blocks, 80), both >> 4, _half(blocks, 82))
-
-
 def _with_six_bits(blocks: Tensor) -> Numbers:
     scales, minima = ggml_blocks.six_bits(blocks)
     return Numbers(scales, _half(blocks, 0), minima, _half(blocks, 2))
 
 
 NUMBERS: dict[str, Callable[[Tensor], Numbers]] = {
-    "Q2_K": _q2_k,
     "Q4_0": lambda blocks: Numbers(_half(blocks, 0)),
     "Q4_1": lambda blocks: Numbers(_half(blocks, 0), None, -_half(blocks, 2)),
     "Q4_K": _with_six_bits,
@@ -144,8 +138,7 @@ class PackedMatrix(HeldMatrix):
         tile, lane = flat // LANES, flat % LANES
         # A tile of one lane for each id.
         parts = tuple(part[tile, ..., lane][..., None] if len(part) else part for part in self.packed)
-        rows = torch.stack(values_of(parts, self.layout), 2)[..., 0]  # type: ignore[arg-type]
-        return rows.reshape(*ids.shape, self.width)
+        return values_of(parts, self.layout).reshape(*ids.shape, self.width)  # type: ignore[arg-type]
 
     def kernel(self, x: Tensor) -> Tensor | None:
         if x.device.type != "cpu" or len(x) > MANY or x.dtype == torch.float64 or not can_compile():

@@ -1,0 +1,70 @@
+"""ggml's blocks laid out for registers: the same values to the bit, and products as exact as float32 sums are."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+
+from gemma2.checkpoints import ggml
+from gemma2.fast import blocks
+from gemma2.fast.blocks import LAYOUTS
+from gemma2.fast.compiling import can_compile
+from gemma2.fast.packed import BY_NAME, PackedMatrix, pack
+from gemma2.fast.rows import FEW
+from tests import gguf_files
+from tests.test_packed import Stored
+
+few_rows = blocks.few_rows.__wrapped__  # type: ignore[attr-defined]  # as it is, without the compiler
+
+
+def random_rows(kind: str, rows: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Blocks with random codes, in rows [rows, bytes]."""
+    raw = bytearray(gguf_files.blocks(kind, rows * width, seed))
+    return torch.frombuffer(raw, dtype=torch.uint8).view(rows, -1)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_packed_values_are_those_that_the_file_states_to_the_bit(kind: str) -> None:
+    rows, width, layout = 32, 512, LAYOUTS[kind]
+    raw = random_rows(kind, rows, width)
+    values = blocks.values_of(pack(raw, BY_NAME[kind]), layout)  # [tiles groups group 16]
+    assert torch.equal(values.permute(0, 3, 1, 2).reshape(rows, width), ggml.dequantize(raw, BY_NAME[kind]))
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("m", [1, 3])
+def test_products_are_those_of_the_dequantised_matrix_within_a_millionth(kind: str, m: int) -> None:
+    rows, width = 64, 2304
+    raw = random_rows(kind, rows, width, seed=m)
+    x = torch.randn(m, width, generator=torch.Generator().manual_seed(m))
+    weight = ggml.dequantize(raw, BY_NAME[kind]).double()
+    truth = x.double() @ weight.T
+    found = few_rows(pack(raw, BY_NAME[kind]), LAYOUTS[kind], x)
+    assert (found - truth).abs().max() <= 1e-6 * (x.double().abs() @ weight.abs().T).max()
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_packed_matrix_takes_no_more_memory_than_a_tenth_over_the_files_blocks(kind: str) -> None:
+    matrix, format = PackedMatrix(256, 2304, torch.bfloat16, kind), BY_NAME[kind]
+    assert matrix.held_bytes <= 1.1 * 256 * 2304 // format.values * format.bytes
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q8_0"])
+def test_rows_that_are_no_multiple_of_sixteen_are_filled_up_and_cut_off(kind: str) -> None:
+    raw = random_rows(kind, 41, 256)
+    matrix = PackedMatrix(41, 256, torch.float32, kind)
+    matrix.fill(cast(Any, Stored(raw, kind)), "w", torch.device("cpu"))
+    weight = ggml.dequantize(raw, BY_NAME[kind])
+    assert torch.equal(matrix.values(0, 41), weight)
+    assert torch.equal(matrix.at(torch.tensor([[40, 0], [7, 40]])), weight[[40, 0, 7, 40]].view(2, 2, 256))
+
+
+@pytest.mark.skipif(not can_compile(), reason="there is no C++ compiler")
+def test_compiled_products_are_as_exact() -> None:
+    raw, kind = random_rows("Q4_K", 64, 512), "Q4_K"
+    x = torch.randn(FEW, 512, generator=torch.Generator().manual_seed(0))
+    weight = ggml.dequantize(raw, BY_NAME[kind]).double()
+    found = blocks.few_rows(pack(raw, BY_NAME[kind]), LAYOUTS[kind], x)
+    assert (found - x.double() @ weight.T).abs().max() <= 1e-6 * (x.double().abs() @ weight.abs().T).max()
