@@ -108,7 +108,10 @@ def test_ggufs_are_dequantised_on_mps(form: str, mps: StandIn, tmp_path: Path) -
 def test_verify_runs_on_mps(mps: StandIn) -> None:
     model = tiny("2b", num_hidden_layers=2).to("mps")
     checks = {check.name: check for check in verify(model, compiled=False, length=16)}
-    assert [name for name, check in checks.items() if not check.passed] == ["compiled = eager"], checks
+    assert not [name for name, check in checks.items() if check.passed is False], checks
+    ran = {name for name, check in checks.items() if check.passed}
+    assert ran >= {"batch = solo", "cached = uncached", "chunked = whole", "device = CPU"}, checks
+    assert "decode = prefill" in ran or "would show nothing" in checks["decode = prefill"].why_not
     assert checks["device = CPU"].passed
 
 
