@@ -70,7 +70,12 @@ def test_a_model_larger_than_the_memory_is_refused_at_once_with_both_numbers(
     free = free_host_memory()
     assert free is not None and said.startswith(f"{tmp_path / '27b' / 'model.safetensors'}: the weights need ")
     assert f"need {needed / 1e9:.3g} GB in bfloat16, and " in said and f"GB are free on cpu ({free.limit})" in said
-    assert 'What fits: device_map="auto" (--device-map auto)' in said and "dtype=" not in said and "\n" not in said
+    assert (
+        "What fits: " in said
+        and 'device_map="auto" (--device-map auto)' in said
+        and "dtype=" not in said
+        and "\n" not in said
+    )
     assert main(["generate", "x", "--device", "cpu", "--model", str(tmp_path / "27b")]) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(f"gemma2: error: {tmp_path}") and err.count("\n") == 1
