@@ -141,7 +141,9 @@ class PackedMatrix(HeldMatrix):
         return values_of(parts, self.layout).reshape(*ids.shape, self.width)  # type: ignore[arg-type]
 
     def kernel(self, x: Tensor) -> Tensor | None:
-        if x.device.type != "cpu" or len(x) > MANY or x.dtype == torch.float64 or not can_compile():
+        if x.device.type != "cpu" or len(x) > MANY or x.dtype == torch.float64:
+            return None
+        if not torch.compiler.is_compiling() and not can_compile():
             return None
         parts = [few_rows(self.packed, self.layout, some) for some in x.split(FEW)]
         return torch.cat(parts)[:, : self.rows].to(x.dtype)
