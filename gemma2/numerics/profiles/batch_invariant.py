@@ -60,11 +60,11 @@ def places(key_positions: Tensor) -> Tensor:
     count = (-(-held // BLOCK) + 1) * BLOCK
     end = (key_positions.amax(dim=1, keepdim=True).div(BLOCK, rounding_mode="floor") + 1) * BLOCK
     real = key_positions >= 0
-    at = torch.where(real, key_positions - (end - count), count).long()
+    at = (key_positions - (end - count)).masked_fill(~real, count).long()
     if not torch.compiler.is_compiling() and bool((at < 0).any()):
         raise ValueError('numerics "batch-invariant" needs the positions of a row to rise by one')
     slots = torch.arange(held, device=at.device).expand_as(at)
-    found = torch.full((len(at), count + 1), held, device=at.device).scatter(1, at, slots)[:, :count]
+    found = at.new_full((len(at), count + 1), held).scatter(1, at, slots)[:, :count]
     if not torch.compiler.is_compiling():
         if bool(((found < held).sum(dim=1) != real.sum(dim=1)).any()):
             raise ValueError('numerics "batch-invariant" needs the positions of a row to differ')
