@@ -32,7 +32,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     tile, done, parts = ROWS.get(x.dtype, FEWEST), 0, []
     for size in (*sizes(weight, len(rows)), tile):
         while len(rows) - done >= size:
-            parts.append(_tile(rows[done : done + size], weight))
+            parts.append(_tile(rows[done : done + size], weight).contiguous())
             done += size
     if done < len(rows):
         rest = rows[done:]
