@@ -32,7 +32,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     tile, done, parts = ROWS.get(x.dtype, FEWEST), 0, []
     for size in (*sizes(weight, len(rows)), tile):
         while len(rows) - done >= size:
-            parts.append(_tile(rows[done : done + size], weight))
+            parts.append(_tile(rows[done : done + size], weight).contiguous())
             done += size
     if done < len(rows):
         rest = rows[done:]
@@ -69,8 +69,8 @@ def _same_order(like: Tensor, size: int) -> bool:
     generator = torch.Generator().manual_seed(0)
     few = torch.randn(PERIOD[0] * PERIOD[1], device="cpu", dtype=torch.float32, generator=generator)
     count = -(-like.numel() // len(few))
-    weight = few.repeat(count)[: like.numel()].view(like.shape).to(like)
-    rows = torch.randn(size, n, device="cpu", dtype=torch.float32, generator=generator).to(like)
+    weight = few.repeat(count)[: like.numel()].view(like.shape).to(like.device, like.dtype)
+    rows = torch.randn(size, n, device="cpu", dtype=torch.float32, generator=generator).to(like.device, like.dtype)
     expected = torch.cat([_tile(part, weight) for part in rows.split(tile)])
     return bool((_tile(rows, weight) == expected).all())
 
