@@ -22,7 +22,7 @@ from gemma2.tokens import check_tokens
 def product(weight: Tensor, x: Tensor) -> Tensor:
     """x [... k] times the rows of weight [n k], in the dtype of x. In a compiled step the matrix meets x in float32."""
     if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() <= FEW * x.shape[-1]:
-        return few_rows(weight, x.flatten(0, -2)).to(x.dtype).unflatten(0, x.shape[:-1])
+        return few_rows(weight, x.flatten(0, -2).float()).to(x.dtype).unflatten(0, x.shape[:-1])
     return F.linear(x.to(weight.dtype), weight).to(x.dtype)
 
 

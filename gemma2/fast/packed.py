@@ -145,7 +145,7 @@ class PackedMatrix(HeldMatrix):
             return None
         if not torch.compiler.is_compiling() and not can_compile():
             return None
-        parts = [few_rows(self.packed, self.layout, some) for some in x.split(FEW)]
+        parts = [few_rows(self.packed, self.layout, some) for some in x.float().split(FEW)]
         return torch.cat(parts)[:, : self.rows].to(x.dtype)
 
 
