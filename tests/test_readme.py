@@ -74,6 +74,11 @@ def test_the_page_on_weights_runs_and_prints_what_it_shows() -> None:
     check_code((ROOT / "docs" / "weights.md").read_text(encoding="utf-8"))
 
 
+@pytest.mark.long
+def test_the_page_on_speed_runs_and_prints_what_it_shows() -> None:
+    check_code((ROOT / "docs" / "fast.md").read_text(encoding="utf-8"))
+
+
 def test_the_reading_order_has_the_true_line_counts() -> None:
     rows = re.findall(r"\| \[`(gemma2/\w+\.py)`\]\([^)]*\) \| (\d+) \|", README)
     assert len(rows) >= 5

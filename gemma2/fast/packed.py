@@ -19,7 +19,7 @@ from gemma2.fast.compiling import can_compile
 from gemma2.fast.held import READ, HeldMatrix
 from gemma2.fast.rows import FEW
 
-MANY = 16  # rows of x from which tiles of the matrix are made and multiplied by
+MANY = 16  # rows of x beyond which tiles of the matrix are made, and multiplied by
 NAMES = ("words", "scales", "units", "minima", "steps")
 BY_NAME = {type.name: type for type in ggml.TYPES.values()}
 
@@ -143,7 +143,8 @@ class PackedMatrix(HeldMatrix):
     def kernel(self, x: Tensor) -> Tensor | None:
         if x.device.type != "cpu" or len(x) > MANY or x.dtype == torch.float64:
             return None
-        if not torch.compiler.is_compiling() and not can_compile():
+        # Outside of a compiled step every count of rows would wait for a graph of its own.
+        if not torch.compiler.is_compiling() and (len(x) > 1 or not can_compile()):
             return None
         parts = [few_rows(self.packed, self.layout, some) for some in x.float().split(FEW)]
         return torch.cat(parts)[:, : self.rows].to(x.dtype)
