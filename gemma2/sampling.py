@@ -19,6 +19,7 @@ from gemma2.tied import check_here
 Places = Callable[[Tensor], Tensor]  # places [b 1] in what was kept -> ids [b 1]
 GREEDY_BELOW = 1e-6  # a temperature this small is the greedy limit, not a division
 FIRST_SLICE, LAST_SLICE = 256, 16_384  # how many top logits a top-p search sorts at first, and before all
+TINY = 2.0**-64  # below any uniform number but 0
 
 
 @dataclass(frozen=True)
@@ -114,15 +115,19 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
 def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     """One place a row, [b n] -> [b 1], each as often as its probability says: what `torch.multinomial` draws.
 
-    That divides by exponential numbers and takes the largest. On a CPU it makes them one by one; here the same numbers
-    come from uniform ones by vector instructions, in less than half the time.
+    That divides each by an exponential number, -log(1 - u) of a uniform u, and takes the largest quotient. On a CPU it
+    makes these numbers one by one. Here the same u are drawn, and logarithms are taken of those that can win alone.
     """
     if probabilities.device.type != "cpu":
         return torch.multinomial(probabilities, 1, generator=generator)
     uniform, drawn = torch.empty(probabilities.shape[-1], dtype=torch.float64, device="cpu"), []
-    for row in probabilities.detach():
-        exponential = uniform.uniform_(generator=generator).neg_().log1p_().neg_().to(row.dtype)
-        drawn.append(int((row / exponential).numpy().argmax()))  # numpy's takes a tenth of the time
+    for p in probabilities.detach().numpy():
+        u = uniform.uniform_(generator=generator).numpy()
+        likeliest, luckiest = p.argmax(), u.argmin()
+        best = max(p[i] / -np.log1p(-max(u[i], TINY)) for i in (likeliest, luckiest))
+        places = np.flatnonzero(u <= 1.001 * p[likeliest] / best)  # -log(1 - u) is at least u
+        exponential = -torch.log1p(-uniform[places])
+        drawn.append(places[(p[places] / exponential.to(probabilities.dtype).numpy()).argmax()])
     return torch.tensor(drawn, device="cpu")[:, None]
 
 
@@ -150,8 +155,8 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Places]:
         kept, ids_at = _top_slice(logits, total, sampling.top_p)
     if sampling.top_p < 1:
         total = kept.logsumexp(dim=-1, keepdim=True) if total is None else total
-        probabilities = (kept - total).exp()
-        before = probabilities.cumsum(dim=-1) - probabilities  # the likeliest id has none before it, so it stays
+        probabilities = (kept - total).exp_()
+        before = probabilities.cumsum(dim=-1).sub_(probabilities)  # the likeliest id has none before it, so it stays
         kept = kept.masked_fill(before >= max(sampling.top_p, SMALLEST), -math.inf)
     if sampling.min_p > 0:
         least = kept.amax(dim=-1, keepdim=True) + math.log(sampling.min_p)
@@ -182,7 +187,7 @@ def _top_slice(logits: Tensor, total: Tensor, mass: float) -> tuple[Tensor, Plac
 
 
 def _holds(kept: Tensor, total: Tensor, mass: float) -> bool:
-    return bool(((kept - total).exp().sum(dim=-1) >= mass).all())
+    return bool(((kept - total).exp_().sum(dim=-1) >= mass).all())
 
 
 def _may_hold(logits: Tensor, total: Tensor, n: int, mass: float) -> bool:
