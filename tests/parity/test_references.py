@@ -380,7 +380,8 @@ def test_specs_that_name_nothing_are_refused_with_the_cure(folder: Folder) -> No
             open_reference(spec, path)
     for spec in ("dtpye=float32", "dtype", "dtype=", "dtype=float32,dtype=float32"):
         with pytest.raises(
-            ValueError, match=r"give model=\.\.\., dtype=\.\.\., device=\.\.\., numerics=\.\.\., each once"
+            ValueError,
+            match=r"give model=\.\.\., dtype=\.\.\., device=\.\.\., numerics=\.\.\., weights=\.\.\., each once",
         ):
             open_reference(f"self:{spec}", path)
     with pytest.raises(ValueError, match="dtype is not one of float32, bfloat16, float64"):
