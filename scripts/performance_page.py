@@ -209,8 +209,8 @@ def draw(records: Sequence[Record], target: Path) -> None:
         top.barh(place, rate.median, xerr=errors, color="#1f6fb4" if own else "#b8c4ce", ecolor="#444444", capsize=2)
         top.annotate(number(rate), (rate.most, place), xytext=(5, 0), textcoords="offset points", va="center")
     top.set_yticks(range(len(bars)), [name for name, *_ in reversed(bars)])
-    top.margins(x=0.1)
-    top.set_xlabel("decode, tokens a second at the run's first context (median; least to most)")
+    top.margins(x=0.2)
+    top.set_xlabel("decode, tokens/s (median; least to most)")
     for axis, (record, varied, fixed) in zip((row[0] for row in axes[1:]), lines, strict=True):
         draw_lines(axis, record, varied, fixed)
     figure.tight_layout()
@@ -231,6 +231,7 @@ def draw_lines(axis: Any, record: Record, varied: str, fixed: str) -> None:
         )
     axis.set_xscale("log", base=2)
     axis.set_xticks([case[varied] for case in cases], [f"{case[varied]:,}" for case in cases])
+    axis.margins(y=0.1)
     axis.set_ylim(bottom=0)
     axis.set_xlabel({"context": "columns in the cache", "batch": "rows decoded together"}[varied])
     axis.set_ylabel("tokens a second")
