@@ -106,6 +106,7 @@ def test_without_the_mode_small_shapes_differ_too() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.long
 def test_one_layer_of_2bs_width_holds_it_and_the_control_without_the_mode_does_not(
     dtype: torch.dtype,
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor import config
 
 import gemma2
 from gemma2 import Gemma2, HybridCache, left_padded
@@ -129,9 +130,9 @@ def test_what_fast_cannot_be_combined_with_is_refused_before_a_weight_is_read(mo
         gemma2.load(compile=True, device_map="auto")
 
 
-def test_without_a_compiler_a_note_says_so_and_the_twins_stay_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    gemma = gemma2.load(device="cpu", compile=True)
+def test_without_a_compiler_a_note_says_so_and_the_twins_stay_eager() -> None:
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        gemma = gemma2.load(device="cpu", compile=True)
     assert "nothing is compiled: there is no C++ compiler here" in gemma.notes[-1]
     assert cache_of(gemma.model) is None
     assert gemma.generate("In the beginning", 4)

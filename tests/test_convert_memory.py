@@ -61,6 +61,7 @@ def test_a_trained_model_is_written_and_loads_to_the_bit(target: str, trained: g
     assert again.generate("And God", 12) == trained.generate("And God", 12)
 
 
+@pytest.mark.long
 def test_a_model_alone_is_saved_with_the_tokenizer_that_is_given(trained: gemma2.Gemma, tmp_path: Path) -> None:
     compiled: Any = torch.compile(trained.model)
     held = gemma2.Gemma(compiled, trained.tokenizer)

@@ -84,6 +84,7 @@ def test_logits_and_every_site_are_equal_to_the_bit(away: gemma2.Gemma, plain: g
     assert all(torch.equal(seen[name], value) for name, value in expected.items())
 
 
+@pytest.mark.long
 def test_texts_are_the_same_greedy_sampled_in_a_batch_and_in_a_talk(away: gemma2.Gemma, plain: gemma2.Gemma) -> None:
     def texts(gemma: gemma2.Gemma) -> list[object]:
         talk = gemma2.Talk(gemma, 5)
@@ -147,6 +148,7 @@ def test_the_folder_is_removed_with_the_model(tmp_path: Path) -> None:
     assert not folder.exists() and not list((tmp_path / "new" / "folder").iterdir())
 
 
+@pytest.mark.long
 def test_two_models_in_one_folder_do_not_meet(tmp_path: Path) -> None:
     first = spread(tmp_path)
     said = first.generate(PROMPT, 3)

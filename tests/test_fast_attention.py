@@ -215,6 +215,7 @@ def test_one_query_for_a_compiler_gives_the_plain_result() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.long
 def test_one_full_graph_decodes_with_the_twins_inside() -> None:
     model, graphs = tiny("2b", num_hidden_layers=2).double(), list[int]()
 

@@ -36,6 +36,7 @@ def test_generation_goes_through_the_front_door_and_sites_have_their_shapes() ->
     assert seen["logits"] == seen["logits_raw"] == (2, 1, 512) and seen["ln_final"] == (2, 1, 288)
 
 
+@pytest.mark.long
 def test_a_compiled_model_is_compiled_in_generation_and_writes_the_same() -> None:
     torch.compiler.reset()
     model, backend = tiny().double(), Counting()

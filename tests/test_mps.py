@@ -105,6 +105,7 @@ def test_ggufs_are_dequantised_on_mps(form: str, mps: StandIn, tmp_path: Path) -
     )
 
 
+@pytest.mark.long
 def test_verify_runs_on_mps(mps: StandIn) -> None:
     model = tiny("2b", num_hidden_layers=2).to("mps")
     checks = {check.name: check for check in verify(model, compiled=False, length=16)}

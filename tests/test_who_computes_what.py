@@ -139,6 +139,7 @@ def test_transformers_live_computes_gemma_2_as_published_and_an_injected_change_
     assert "not explained" in text
 
 
+@pytest.mark.long
 def test_a_change_is_injected_as_it_is_for_the_chunks_of_each_run(tmp_path: Path) -> None:
     # An implementation that forgets what it was fed, from nothing but our model run on each chunk alone.
     model = random_model(TINY)
@@ -250,6 +251,7 @@ def test_an_implementation_that_does_not_build_its_model_is_told_in_a_line(tmp_p
         run_here(tmp_path, Implementation("nobody", "no such recipe", ("nobody",)))
 
 
+@pytest.mark.long
 def test_only_an_implementation_that_is_known_to_refuse_is_said_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

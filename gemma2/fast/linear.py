@@ -18,12 +18,27 @@ from gemma2.model import Attention, ScaledEmbedding, TiedHead
 from gemma2.tied import check_same_device
 from gemma2.tokens import check_tokens
 
+SMALL = 2**20  # weights of a matrix
+
 
 def product(weight: Tensor, x: Tensor) -> Tensor:
     """x [... k] times the rows of weight [n k], in the dtype of x. In a compiled step the matrix meets x in float32."""
     if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() <= FEW * x.shape[-1]:
         return few_rows(weight, x.flatten(0, -2).float()).to(x.dtype).unflatten(0, x.shape[:-1])
-    return F.linear(x.to(weight.dtype), weight).to(x.dtype)
+    rows = x.to(weight.dtype)
+    if x.device.type == "cpu" and x.numel() == x.shape[-1] and weight.numel() <= SMALL and not torch.is_grad_enabled():
+        return _natively(rows, weight).to(x.dtype)
+    return F.linear(rows, weight).to(x.dtype)
+
+
+def _natively(x: Tensor, weight: Tensor) -> Tensor:
+    """A product by PyTorch's own code. oneDNN takes longer to begin than a small product with one row takes."""
+    was = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        return F.linear(x, weight)
+    finally:
+        torch.backends.mkldnn.enabled = was
 
 
 class FastLinear(nn.Linear):

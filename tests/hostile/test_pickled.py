@@ -158,6 +158,7 @@ def state_in(legacy: bytes) -> int:
     return stream.tell()
 
 
+@pytest.mark.long
 def test_files_that_are_damaged_or_claim_too_much_are_refused_at_little_cost(tmp_path: Path, good: State) -> None:
     whole, legacy = saved(good), saved(good, legacy=True)
     laughs = b"\x80\x02]q\x00" + b"".join(b"]q%c(h%c%se" % (n + 1, n, b"h%c" % n * 9) for n in range(60)) + b"."
