@@ -6,6 +6,8 @@ which costs nothing, since a step's time goes into reading the weights: so it is
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,12 +35,13 @@ def product(weight: Tensor, x: Tensor) -> Tensor:
 
 def _natively(x: Tensor, weight: Tensor) -> Tensor:
     """A product by PyTorch's own code. oneDNN takes longer to begin than a small product with one row takes."""
-    was = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
+    switch: Any = torch.backends.mkldnn
+    was = switch.enabled
+    switch.enabled = False
     try:
         return F.linear(x, weight)
     finally:
-        torch.backends.mkldnn.enabled = was
+        switch.enabled = was
 
 
 class FastLinear(nn.Linear):
