@@ -64,6 +64,7 @@ def test_ragged_rows_padded_on_the_left_equal_their_solo_runs() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.long
 def test_four_thousand_steps_around_the_ring_stay_as_exact_as_the_first() -> None:
     """250 wraps of a window of 16. Feed the tokens one by one and compare with one pass over all of them."""
     length = 4100

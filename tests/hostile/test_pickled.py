@@ -267,6 +267,7 @@ def test_views_that_overlap_inside_their_memory_are_what_they_show(tmp_path: Pat
 # Indexes, each in a folder with nothing else.
 
 
+@pytest.mark.long
 def test_indexes_that_lie_or_reach_elsewhere_are_refused_at_little_cost(tmp_path: Path) -> None:
     assert refused_in_a_child(tmp_path / "safetensors", indexes(".safetensors"), INDEX) == {}
     assert refused_in_a_child(tmp_path / "bin", indexes(".bin"), PICKLED_INDEX) == {}
