@@ -20,7 +20,7 @@ def model_feed(model: Any, cache: Cache) -> Feed:
     has them: compiled code would pass them by."""
 
     def feed(ids: Tensor, positions: Tensor) -> Tensor:
-        if hasattr(model, "_orig_mod") and any(map(hooked, model.modules())):
+        if hasattr(model, "_orig_mod") and any_hooked(model):
             with torch.compiler.set_stance("force_eager"):
                 return model(ids, positions, cache, last=1)[:, -1]
         return model(ids, positions, cache, last=1)[:, -1]

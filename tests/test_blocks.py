@@ -8,11 +8,17 @@ import pytest
 import torch
 
 from gemma2.checkpoints import ggml
+from gemma2.checkpoints.hf_config import read_config
+from gemma2.errors import BadModelFile
 from gemma2.fast import blocks
 from gemma2.fast.blocks import LAYOUTS
 from gemma2.fast.compiling import can_compile
-from gemma2.fast.packed import BY_NAME, PackedMatrix, pack
+from gemma2.fast.embedding import HeldEmbedding
+from gemma2.fast.linear import WideHeldEmbedding
+from gemma2.fast.packed import BY_NAME, Blocks, PackedMatrix, pack
+from gemma2.model import ScaledEmbedding
 from tests import gguf_files
+from tests.conftest import raw_config
 from tests.test_packed import Stored
 
 few_rows = blocks.few_rows.__wrapped__  # type: ignore[attr-defined]  # as it is, without the compiler
@@ -67,3 +73,32 @@ def test_compiled_products_are_as_exact() -> None:
     weight = ggml.dequantize(raw, BY_NAME[kind]).double()
     found = blocks.few_rows(pack(raw, BY_NAME[kind]), LAYOUTS[kind], x)
     assert (found - x.double() @ weight.T).abs().max() <= 1e-6 * (x.double().abs() @ weight.abs().T).max()
+
+
+def test_an_embedding_of_blocks_is_scaled_in_the_models_dtype_as_the_dequantised_one_is() -> None:
+    """Also where the scale is rounded: sqrt(96) is 9.8125 in bfloat16."""
+    config = read_config(raw_config("2b", hidden_size=96, vocab_size=32))
+    raw, tokens = random_rows("Q8_0", 32, 96), torch.tensor([[3, 31, 0]])
+    plain = ScaledEmbedding(config)
+    matrix = PackedMatrix(32, 96, torch.bfloat16, "Q8_0")
+    matrix.fill(cast(Any, Stored(raw, "Q8_0")), "w", torch.device("cpu"))
+    held = HeldEmbedding(plain, matrix)
+    plain.weight = torch.nn.Parameter(ggml.dequantize(raw, BY_NAME["Q8_0"]).bfloat16())
+    assert torch.equal(held(tokens), plain(tokens))
+    single = WideHeldEmbedding(held)(tokens[:, :1])
+    assert single.dtype == torch.float32
+    assert torch.equal(single[0, 0], ggml.dequantize(raw, BY_NAME["Q8_0"])[3] * 9.8125)
+
+
+@pytest.mark.parametrize("kind", ["IQ4_NL", "Q2_K"])
+def test_blocks_without_a_layout_are_multiplied_by_tiles_and_checked_to_be_finite(kind: str) -> None:
+    raw, format = random_rows(kind, 32, 512), BY_NAME[kind]
+    matrix = Blocks(32, 512, torch.float32, kind)
+    matrix.fill(cast(Any, Stored(raw, kind)), "w", torch.device("cpu"))
+    x = torch.randn(3, 512, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(matrix(x), torch.nn.functional.linear(x, ggml.dequantize(raw, format)))
+    assert matrix.held_bytes == raw.numel()
+    at = {"IQ4_NL": 0, "Q2_K": 80}[kind]  # of the block's float16 scale
+    raw[5, at : at + 2] = torch.tensor([torch.nan], dtype=torch.float16).view(torch.uint8)
+    with pytest.raises(BadModelFile, match="w holds NaN or infinity"):
+        matrix.fill(cast(Any, Stored(raw, kind)), "w", torch.device("cpu"))

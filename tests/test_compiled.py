@@ -130,6 +130,22 @@ def test_what_fast_cannot_be_combined_with_is_refused_before_a_weight_is_read(mo
         gemma2.load(compile=True, device_map="auto")
 
 
+@torch.no_grad()
+def test_single_tokens_are_rounded_nowhere_but_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled code's expressions, run as they are: bfloat16 weights, and logits as exact as float32's."""
+    monkeypatch.setattr("gemma2.fast.compiling.can_compile", lambda: False)
+    model, tokens = tiny("2b").bfloat16(), ids(1, 1)
+    truth = copy.deepcopy(model).double()
+    truth.model.embed_tokens.scale = float(torch.tensor(model.model.embed_tokens.scale).bfloat16())
+    speed_up(model, compile=True)
+    x = model.model.embed_tokens(tokens)
+    assert torch.equal(x, truth.model.embed_tokens(tokens).float())
+    logits = model.lm_head(x, model.model.embed_tokens)
+    expected = truth.lm_head(x.double(), truth.model.embed_tokens)
+    assert logits.dtype == torch.float32
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def test_without_a_compiler_a_note_says_so_and_the_twins_stay_eager() -> None:
     with config.patch({"cpp.cxx": ("no-such-compiler",)}):
         gemma = gemma2.load(device="cpu", compile=True)

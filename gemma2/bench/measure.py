@@ -22,6 +22,7 @@ from gemma2.bench.systems import System
 from gemma2.checks import check_count
 from gemma2.config import Gemma2Config
 from gemma2.errors import ContextOverflow
+from gemma2.parity.references import SHAPE
 
 FORMAT = 1  # of a record
 CHECKED, STEPS = 16, 4  # ids of the prompt on which logits are compared, and single ids after it
@@ -265,16 +266,7 @@ def _ids(config: Gemma2Config, plan: Plan, batch: int, length: int) -> list[list
 
 def _sizes(config: Gemma2Config) -> dict[str, Any]:
     """The numbers of the model from which limits are computed."""
-    fields = (
-        "num_hidden_layers",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "vocab_size",
-        "sliding_window",
-    )
+    fields = (*SHAPE, "sliding_window")
     local = sum(config.window(i) is not None for i in range(config.num_hidden_layers))
     return {
         "parameters": config.parameter_count,

@@ -1,6 +1,6 @@
 """GGUF's quantized blocks laid out for a processor's registers, and products with them. No value is rounded again.
 
-A group is what shares one scale: 16 or 32 weights of a row, of 2 to 8 bits each. Its codes lie in 32-bit words, and
+A group is what shares one scale: 16 or 32 weights of a row, of 4 to 8 bits each. Its codes lie in 32-bit words, and
 sixteen rows side by side, so that one load brings a word of each row:
 
     words   int32 [tiles, groups, words of a group, 16]

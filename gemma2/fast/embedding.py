@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from gemma2.checkpoints.weights import Weights
 from gemma2.fast.held import HeldMatrix
 from gemma2.model import ScaledEmbedding
-from gemma2.tied import OFFLOAD
+from gemma2.tied import check_same_device
 from gemma2.tokens import check_tokens
 
 
@@ -40,7 +40,7 @@ class HeldEmbedding(ScaledEmbedding):
 
     def forward(self, tokens: Tensor) -> Tensor:
         check_tokens(tokens, self.matrix.rows)
-        rows = self.matrix.at(tokens)
+        rows = self.matrix.at(tokens).to(self.matrix.like.dtype)
         return rows * torch.tensor(self.scale, dtype=rows.dtype, device="cpu")
 
 
@@ -52,8 +52,6 @@ class HeldHead(nn.Module):
         return HeldHead()
 
     def forward(self, x: Tensor, embedding: HeldEmbedding) -> Tensor:
-        held = embedding.matrix.like.device
-        if held != x.device:
-            raise RuntimeError(f"the embedding is on {held} and what the head gets on {x.device}: {OFFLOAD}")
+        check_same_device(x, embedding.matrix.like)
         logits: Tensor = embedding.matrix(x)
         return logits

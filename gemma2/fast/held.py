@@ -62,7 +62,8 @@ class HeldMatrix(nn.Module):
         raise NotImplementedError  # each form's own
 
     def at(self, ids: Tensor) -> Tensor:
-        """The rows of these ids, in ids' shape: [... width]."""
+        """The rows of these ids, in ids' shape: [... width], in the dtype of the activations or as exact as they are
+        held."""
         raise NotImplementedError  # each form's own
 
     def multiply(self, x: Tensor, start: int, stop: int, room: Tensor, out: Tensor) -> None:

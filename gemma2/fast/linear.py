@@ -25,8 +25,8 @@ SMALL = 2**20  # weights of a matrix
 
 def product(weight: Tensor, x: Tensor) -> Tensor:
     """x [... k] times the rows of weight [n k], in the dtype of x. In a compiled step the matrix meets x in float32."""
-    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() <= FEW * x.shape[-1]:
-        return few_rows(weight, x.flatten(0, -2).float()).to(x.dtype).unflatten(0, x.shape[:-1])
+    if torch.compiler.is_compiling() and _are_few(x):
+        return _few_rows(weight, x)
     rows = x.to(weight.dtype)
     if x.device.type == "cpu" and x.numel() == x.shape[-1] and weight.numel() <= SMALL and not torch.is_grad_enabled():
         return _natively(rows, weight).to(x.dtype)
@@ -42,6 +42,14 @@ def _natively(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
     finally:
         switch.enabled = was
+
+
+def _are_few(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.numel() <= FEW * x.shape[-1]
+
+
+def _few_rows(weight: Tensor, x: Tensor) -> Tensor:
+    return few_rows(weight, x.flatten(0, -2)).to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 class FastLinear(nn.Linear):
@@ -63,6 +71,17 @@ class FastHead(TiedHead):
     def forward(self, x: Tensor, embedding: ScaledEmbedding) -> Tensor:
         check_same_device(x, embedding.weight)
         return product(embedding.weight, x)
+
+
+class WideHead(FastHead):
+    """A head that multiplies single tokens in float32, by a loop that is compiled at the first of them."""
+
+    def forward(self, x: Tensor, embedding: ScaledEmbedding) -> Tensor:
+        weight = embedding.weight
+        if x.dtype == weight.dtype or not _are_few(x) or torch.is_grad_enabled():
+            return super().forward(x, embedding)
+        check_same_device(x, weight)
+        return _few_rows(weight, x)
 
 
 class WideEmbedding(ScaledEmbedding):

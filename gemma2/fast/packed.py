@@ -65,12 +65,8 @@ def pack(raw: Tensor, format: GGMLType) -> Packed:
     def placed(numbers: Tensor | None) -> Tensor:
         if numbers is None:
             return empty
-        wide = (
-            numbers.view(rows, -1, layout.block)
-            if layout.block > 1 and numbers.shape[1] > 1
-            else numbers.view(rows, -1)
-        )
-        return by_tiles(wide)
+        each = numbers.shape[1]  # of a block
+        return by_tiles(numbers.view(rows, -1, each) if each > 1 else numbers.view(rows, -1))
 
     return pack_words(codes, layout), *(placed(numbers) for numbers in found)  # type: ignore[return-value]
 
@@ -170,8 +166,15 @@ class Blocks(HeldMatrix):
     def fill(self, weights: Weights, name: str, device: torch.device) -> None:
         self.like = self.like.to(device)
         self.reserve(device)
-        for start, stop in self.tiles(READ):
-            self.blocks[start:stop] = weights.raw(name, start, stop)
+
+        def take(start: int, stop: int) -> bool:
+            raw = weights.raw(name, start, stop)
+            self.blocks[start:stop] = raw
+            return bool(ggml.dequantize(raw, self.format).sum().isfinite())
+
+        with one_thread_per_core() as pool:
+            if not all(pool.map(take, *zip(*self.tiles(READ), strict=True))):
+                raise BadModelFile(f"{weights.where}: {weights.in_file(name)} holds NaN or infinity")
 
     def values(self, start: int, stop: int, room: Tensor | None = None) -> Tensor:
         shape = (stop - start, self.width)

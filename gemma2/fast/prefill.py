@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gemma2.cache import Cache
 from gemma2.fast.attention import FastAttention
 from gemma2.fast.kernels import STEPS, Kernels, may_reuse
-from gemma2.feed import Feed, hooked
+from gemma2.feed import Feed, any_hooked
 from gemma2.model import MLP, ApplyRotary, GELUTanh, Gemma2, RMSNorm, SoftcapAttention
 from gemma2.twins import Make
 
@@ -96,7 +96,7 @@ def fed_in_pieces(model: Gemma2, cache: Cache, columns: int = ROWS) -> Feed:
     grow with the prompt. A model that has hooks is given the whole prompt: they see it as in one pass."""
 
     def feed(ids: Tensor, positions: Tensor) -> Tensor:
-        size = ids.shape[1] if any(map(hooked, model.modules())) else columns
+        size = ids.shape[1] if any_hooked(model) else columns
         pieces = list(zip(ids.split(size, dim=1), positions.split(size, dim=1), strict=True))
         for piece, at in pieces[:-1]:
             model.model(piece, at, cache)  # without the head

@@ -10,7 +10,7 @@ from torch import nn
 from gemma2.fast.embedding import HeldEmbedding
 from gemma2.fast.growing import GrowingCache
 from gemma2.fast.layer import CompiledBlock
-from gemma2.fast.linear import FastHead, FastLinear, WideAttention, WideEmbedding, WideHeldEmbedding
+from gemma2.fast.linear import FastHead, FastLinear, WideAttention, WideEmbedding, WideHead, WideHeldEmbedding
 from gemma2.fast.prefill import short
 from gemma2.model import Attention, Block, Gemma2, ScaledEmbedding, TiedHead
 from gemma2.twins import replaced
@@ -46,6 +46,8 @@ def _wide(path: str, module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
         return WideEmbedding(module)
     if type(module) is HeldEmbedding:
         return WideHeldEmbedding(module)
+    if type(module) is FastHead:
+        return WideHead()
     return WideAttention(module, dtype) if type(module) is Attention else None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gemma2.fast.static import StaticCache
-from gemma2.feed import Feed, hooked
+from gemma2.feed import Feed, any_hooked
 from gemma2.model import Gemma2
 
 
@@ -31,7 +31,7 @@ def compiled_step(model: Gemma2, cache: StaticCache, **options: Any) -> Feed:
     compiled = torch.compile(step, fullgraph=True, dynamic=False, **options)
 
     def feed(ids: Tensor, positions: Tensor) -> Tensor:
-        single = ids.shape[1] == 1 and not any(map(hooked, model.modules()))
+        single = ids.shape[1] == 1 and not any_hooked(model)
         return compiled(ids, positions) if single else step(ids, positions)
 
     return feed
