@@ -19,9 +19,9 @@ from gemma2.checkpoints.neutral import neutral
 from gemma2.checkpoints.weights import build
 from gemma2.distributed.device_map import DeviceMap, MaxMemory, build_spread, check_alone
 from gemma2.errors import BadModelFile, said_of_device
-from gemma2.fast.compiling import no_compiler
+from gemma2.fast.compiling import no_compiler, show_compiling
 from gemma2.fast.forms import check_form, sizes_of
-from gemma2.fast.speed import cache_of, speed_up
+from gemma2.fast.speed import caches_of, speed_up
 from gemma2.gemma import Gemma
 from gemma2.hub import download, download_adapter, download_gguf, download_tokenizer
 from gemma2.numerics import check_profile, storage_of, twins_of
@@ -99,8 +99,8 @@ def load(
             Each is quantized as it is read, so the whole is never in memory.
         fast: put in the faster twins of `gemma2/fast`: the same model, rounded a little differently. The default is the
             exact reference.
-        compile: `fast`, and the decode step compiled layer by layer, with single tokens in float32. The first token
-            waits for the compiler. It needs a C++ compiler on a CPU; without one a note says so.
+        compile: `fast`, and the decode step compiled layer by layer, with single tokens in float32. The first text
+            waits for the compiler, which is shown. It needs a C++ compiler on a CPU; without one a note says so.
         adapter: a PEFT adapter (LoRA, DoRA, rsLoRA, IA3) to put into the model: a folder, or a hub name as
             `owner/repo`. It needs the package peft. A tokenizer, a chat template and end ids in its folder are used
             too, unless `tokenizer` is given; a note says so. See `gemma2/checkpoints/apply_adapter.py` for what it
@@ -204,7 +204,10 @@ def load(
     if fast or compile:
         missing = no_compiler(where) if compile else None
         notes = (*notes, missing) if missing else notes
-        speed_up(model, compile=compile and not missing)
+        compile = compile and not missing
+        speed_up(model, compile=compile)
+        if compile:
+            show_compiling(progress)
     return Gemma(
         model,
         opened.tokenizer,
@@ -213,7 +216,7 @@ def load(
         opened.chat_template,
         opened.end_ids,
         companions=opened.companions,
-        cache=cache_of(model),
+        cache=caches_of(model),
     )
 
 

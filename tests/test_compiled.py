@@ -16,7 +16,7 @@ from gemma2 import Gemma2, HybridCache, left_padded
 from gemma2.fast.compiling import can_compile
 from gemma2.fast.growing import BLOCK, GrowingCache
 from gemma2.fast.layer import CompiledBlock
-from gemma2.fast.speed import cache_of, speed_up
+from gemma2.fast.speed import Caches, caches_of, speed_up
 from tests.conftest import ids, tiny
 
 needs_compiler = pytest.mark.skipif(not can_compile(), reason="there is no C++ compiler")
@@ -104,8 +104,8 @@ def test_a_cache_that_an_interrupted_pass_left_half_written_says_so() -> None:
 def test_a_model_keeps_its_parameters_and_can_be_copied_and_pickled() -> None:
     gemma = gemma2.load(device="cpu", compile=True)
     plain = gemma2.load(device="cpu")
-    assert cache_of(gemma.model) is GrowingCache
-    assert cache_of(plain.model) is None
+    assert isinstance(caches_of(gemma.model), Caches)
+    assert caches_of(plain.model) is None
     assert isinstance(plain.new_cache(1, 20), HybridCache)
     assert isinstance(gemma.new_cache(1, 20, slack=4), GrowingCache)
     mine, theirs = gemma.model.state_dict(), plain.model.state_dict()
@@ -150,5 +150,5 @@ def test_without_a_compiler_a_note_says_so_and_the_twins_stay_eager() -> None:
     with config.patch({"cpp.cxx": ("no-such-compiler",)}):
         gemma = gemma2.load(device="cpu", compile=True)
     assert "nothing is compiled: there is no C++ compiler here" in gemma.notes[-1]
-    assert cache_of(gemma.model) is None
+    assert caches_of(gemma.model) is None
     assert gemma.generate("In the beginning", 4)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma2 import ops
-from gemma2.fast.kernels import STEPS, Kernels, may_reuse
+from gemma2.fast.kernels import exponential_, may_reuse
 from gemma2.model import SoftCap, SoftcapAttention
 
 QUERIES = 256  # of a block: more waste scores above the diagonal, fewer make the products slower
@@ -34,9 +34,8 @@ class FastAttention(SoftcapAttention):
     attention gives the mean of all values.
     """
 
-    def __init__(self, plain: SoftcapAttention, kernels: Kernels = STEPS) -> None:
+    def __init__(self, plain: SoftcapAttention) -> None:
         nn.Module.__init__(self)
-        self.kernels = kernels
         self.window, self.scale, self.group, self.softcap = plain.window, plain.scale, plain.group, plain.softcap
         self.hook_key_positions, self.hook_z = plain.hook_key_positions, plain.hook_z
         self.hook_scores_raw, self.hook_attn_scores = plain.hook_scores_raw, plain.hook_attn_scores
@@ -64,7 +63,7 @@ class FastAttention(SoftcapAttention):
                 few_queries(*one, visible, self.scale, self.softcap.cap, z[row])
             else:
                 seen = spans(positions[row], key_positions[row], self.window)
-                in_blocks(*one, seen, self.scale, self.softcap.cap, self.kernels, z[row])
+                in_blocks(*one, seen, self.scale, self.softcap.cap, z[row])
         return self.hook_z(z.to(dtype))
 
 
@@ -106,9 +105,7 @@ def _runs(indices: list[int]) -> list[slice]:
     return [slice(indices[a], indices[b - 1] + 1) for a, b in bounds if b > a]
 
 
-def in_blocks(
-    q: Tensor, k: Tensor, v: Tensor, seen: list[Span], scale: float, cap: float, kernels: Kernels, z: Tensor
-) -> None:
+def in_blocks(q: Tensor, k: Tensor, v: Tensor, seen: list[Span], scale: float, cap: float, z: Tensor) -> None:
     """Attention of one row: q [t h c], k and v [s g c] -> into z [t h c]. Queries that see nothing get zeros."""
     (t, h, c), g = q.shape, k.shape[1]
     r = h // g
@@ -123,7 +120,7 @@ def in_blocks(
         masks = [(where, visible.repeat_interleave(r, dim=0).to(x.dtype)) for where, visible in masked]
         for i in range(g):
             torch.addmm(x, q[i, rows], k[i, slots].T, beta=0, alpha=scale / cap, out=x)
-            kernels.exponential_(x, cap)
+            exponential_(x, cap)
             for where, visible in masks:
                 x[:, where].mul_(visible)
             total = x.sum(dim=1, keepdim=True, dtype=wide).clamp_min_(torch.finfo(wide).tiny)

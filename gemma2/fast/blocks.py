@@ -112,19 +112,31 @@ Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def pack_words(codes: Tensor, layout: Layout) -> Tensor:
-    """Codes [rows, groups, group], integers from 0 on, rows a multiple of 16: int32 [tiles, groups, words, 16]."""
-    rows, groups, _ = codes.shape
+    """Codes uint8 [rows, groups, group], rows a multiple of 16: int32 [tiles, groups, words, 16]."""
+    groups = codes.shape[1]
+    if layout.bits == 8:
+        words = codes.view(torch.int32)  # the four bytes of a word, as they lie
+    elif layout.bits == 4:
+        pairs = codes.view(torch.int16)
+        words = (pairs | pairs >> 4).to(torch.uint8).view(torch.int32)
+    else:
+        words = _words(codes, layout)
+    if layout.is_top(layout.fields - 1):
+        words = words ^ -(1 << (WORD - 1))
+    return words.view(-1, LANES, groups, layout.words).permute(0, 2, 3, 1).contiguous()
+
+
+def _words(codes: Tensor, layout: Layout) -> Tensor:
+    """Words of codes of any number of bits: int32 [rows, groups, words]."""
     whole = codes[..., : layout.whole].unflatten(-1, (layout.words, layout.fields))
-    words = torch.zeros(rows, groups, layout.words, dtype=torch.int32, device=codes.device)
-    for field in range(layout.fields):
+    words = whole[..., 0].int()
+    for field in range(1, layout.fields):
         words |= whole[..., field].int() << (layout.bits * field)
     for rest in range(layout.rest):
         code = codes[..., layout.whole + rest].int()
         for word, place, count, low in layout.scattered(rest):
             words[..., word] |= (code >> low & (1 << count) - 1) << place
-    if layout.is_top(layout.fields - 1):
-        words ^= -(1 << (WORD - 1))
-    return words.view(-1, LANES, groups, layout.words).permute(0, 2, 3, 1).contiguous()
+    return words
 
 
 def by_tiles(numbers: Tensor) -> Tensor:
@@ -170,7 +182,7 @@ def few_rows(packed: Packed, layout: Layout, x: Tensor) -> Tensor:
     run = tiles // streams if tiles % streams == 0 else tiles
     plain = x.float().view(m, groups, layout.pieces, size)
     powers = [2.0 ** (-layout.bits * (i % layout.fields)) if i < whole else 1.0 for i in range(size)]
-    divided = stored(torch.stack([plain[..., i] * power for i, power in enumerate(powers)], -1))
+    divided = stored(torch.stack([plain[..., i] * power for i, power in enumerate(powers)], 0)[..., None])
     sums = plain.sum(-1)
     tops = [plain[..., i] for i in range(whole) if layout.is_top(i % layout.fields)]
     top = torch.stack(tops, -1).sum(-1) * (1 << (layout.bits - 1)) if tops else 0.0
@@ -179,18 +191,14 @@ def few_rows(packed: Packed, layout: Layout, x: Tensor) -> Tensor:
     def product(row: int, start: int) -> Tensor:
         words, scales, units, minima, steps = (part[start : start + run] if len(part) else part for part in packed)
         words = words.unflatten(2, (layout.pieces, -1))
-
-        def by(i: int) -> Tensor:
-            return divided[row, ..., i][None, :, :, None]
-
-        terms = [
-            (words[:, :, :, i // layout.fields] & layout.mask(i % layout.fields)).float() * by(i) for i in range(whole)
-        ]
-        terms += [_scattered(words, layout, i).float() * by(whole + i) for i in range(size - whole)]
-        total = tree(terms, CHAINS) + correction[row][None, :, :, None]
+        by = divided[:, row].unbind(0)  # [groups pieces 1] each
+        word = words.unbind(3)
+        terms = [(word[i // layout.fields] & layout.mask(i % layout.fields)) * by[i] for i in range(whole)]
+        terms += [_scattered(words, layout, i) * by[whole + i] for i in range(size - whole)]
+        total = tree(terms, CHAINS) + correction[row][..., None]
         total = total * _scale(scales, units, layout)[:, :, None]
         if layout.minimum:
-            total = total - _scale(minima, steps, layout)[:, :, None] * sums[row][None, :, :, None]
+            total = total - _scale(minima, steps, layout)[:, :, None] * sums[row][..., None]
         return total.sum((1, 2)).flatten()
 
     return torch.stack([torch.cat([product(row, start) for start in range(0, tiles, run)]) for row in range(m)])

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gemma2.checkpoints.threads import one_thread_per_core
 from gemma2.checkpoints.weights import Weights
@@ -14,7 +13,7 @@ from gemma2.errors import BadModelFile
 from gemma2.fast.unmade import Unmade
 
 READ = 2**20  # values of the file, read at once by each thread
-MADE = 2**22  # values of a matrix, made anew at once: larger ones no longer stay in the processor's caches
+MADE = 6 * 2**20  # values of a matrix, made anew at once: more leave the caches, fewer make the products slower
 
 
 class HeldMatrix(nn.Module):
@@ -68,7 +67,7 @@ class HeldMatrix(nn.Module):
 
     def multiply(self, x: Tensor, start: int, stop: int, room: Tensor, out: Tensor) -> None:
         """x [m, width] times rows [start, stop), which are made anew in `room`, into `out` [m, stop - start]."""
-        out.copy_(F.linear(x, self.values(start, stop, room)))
+        torch.mm(x, self.values(start, stop, room).t(), out=out)
 
     def kernel(self, x: Tensor) -> Tensor | None:
         """x [m, width] times every row: [m, rows]; None where tiles are the faster way."""
@@ -109,8 +108,9 @@ class HeldMatrix(nn.Module):
         return torch.empty(rows * self.width, dtype=self.like.dtype, device=self.like.device)
 
     def tiles(self, most: int) -> list[tuple[int, int]]:
-        """The rows in runs [start, stop) of at most about so many values."""
-        each = max(1, most // self.width // self.step) * self.step
+        """The rows in runs [start, stop) of at most about so many values, all but the last of equal length."""
+        runs = max(1, round(self.rows * self.width / most))
+        each = -(-self.rows // (runs * self.step)) * self.step
         return [(start, min(start + each, self.rows)) for start in range(0, self.rows, each)]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -58,7 +58,9 @@ def pack(raw: Tensor, format: GGMLType) -> Packed:
     """Rows of blocks, uint8 [rows, bytes of a row], rows a multiple of 16, in the layout of `blocks.py`."""
     layout, (rows, _) = LAYOUTS[format.name], raw.shape
     q = ggml.integers(raw, format).view(rows, -1, layout.group)
-    codes = q.short() + layout.zero if layout.zero else q
+    codes = q.contiguous().view(torch.uint8)
+    if layout.zero:
+        codes = codes + layout.zero  # 255 and one more are 0, and so 256 is taken off what was negative
     found = NUMBERS[format.name](raw.view(-1, format.bytes))
     empty = torch.empty(0, device="cpu")
 

@@ -20,7 +20,7 @@ def speed_up(model: Gemma2, *, compile: bool = False) -> None:
     """Put the faster twins into a model, in place. Its parameters stay the same objects under the same names.
 
     Args:
-        compile: compile the decode step, layer by layer, for the cache that `cache_of` names.
+        compile: compile the decode step, layer by layer, for the caches that `caches_of` makes.
     """
     replaced(model, short())
     if any(_product(path, module) for path, module in model.named_modules()):
@@ -30,9 +30,26 @@ def speed_up(model: Gemma2, *, compile: bool = False) -> None:
         replaced(model, _compiled)
 
 
-def cache_of(model: Gemma2) -> type[GrowingCache] | None:
-    """The kind of cache that a model's compiled layers compute with; None for a model without any."""
-    return GrowingCache if any(type(layer) is CompiledBlock for layer in model.model.layers) else None
+class Caches:
+    """Makes the caches of a compiled model. At the first one for a number of rows it computes a token that nobody sees:
+    so the decode step is compiled then, and not in the middle of a text."""
+
+    def __init__(self) -> None:
+        self.compiled: set[int] = set()
+
+    @torch.no_grad()
+    def __call__(self, model: Gemma2, batch: int, capacity: int, slack: int = 0) -> GrowingCache:
+        cache = GrowingCache(model, batch, capacity, slack)
+        if batch not in self.compiled:
+            model(torch.zeros(batch, 1, dtype=torch.int64, device=model.device), cache=cache, last=1)
+            cache.reset()
+            self.compiled.add(batch)
+        return cache
+
+
+def caches_of(model: Gemma2) -> Caches | None:
+    """What makes the caches that a model's compiled layers compute with; None for a model without any."""
+    return Caches() if any(type(layer) is CompiledBlock for layer in model.model.layers) else None
 
 
 def _product(path: str, module: nn.Module) -> nn.Module | None:
