@@ -24,7 +24,7 @@ from gemma2.distributed import offload
 from gemma2.distributed.device_map import _limits, check_alone
 from gemma2.distributed.offload import OffloadFolder
 from gemma2.load import POCKET
-from gemma2.research.capture import capture
+from gemma2.research import capture
 from tests.conftest import ids, tensors_of, tiny
 
 accelerate = pytest.importorskip("accelerate")

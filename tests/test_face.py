@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import gemma2
 from gemma2.model import SoftCap
-from gemma2.research.capture import capture
+from gemma2.research import capture
 from gemma2.research.face import as_transformers
 from gemma2.twins import on, replaced
 from tests.conftest import ids, raw_config, tiny

@@ -18,7 +18,7 @@ from gemma2.fast.step import compiled_step
 from gemma2.generate import generate_ids
 from gemma2.model import SoftcapAttention
 from gemma2.ops import visible
-from gemma2.research.capture import capture
+from gemma2.research import capture
 from gemma2.twins import on, replaced
 from tests.conftest import ids, tiny
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gemma2.fast.prefill import FastMLP, FastNorm, FastRotary, short
 from gemma2.model import MLP, ApplyRotary, RMSNorm
-from gemma2.research.capture import capture
+from gemma2.research import capture
 from gemma2.twins import replaced
 from tests.conftest import ids, tiny
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import gemma2
 from gemma2.parity.tolerances import TOLERANCES
 from gemma2.parity.trace import Trace
-from gemma2.research.capture import capture
+from gemma2.research import capture
 from tests.parity.injected import (
     Inject,
     erf_gelu,

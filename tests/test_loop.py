@@ -12,7 +12,7 @@ import gemma2
 from gemma2 import ContextOverflow, Gemma, HybridCache, NonFiniteError
 from gemma2.generate import generate_ids
 from gemma2.numerics import PROFILES, with_numerics
-from gemma2.research.capture import watching
+from gemma2.research import watching
 from gemma2.sampling import Sampling
 from tests.conftest import ids, tiny
 from tests.test_static import Counting

@@ -16,7 +16,7 @@ from gemma2.cache import HybridCache
 from gemma2.checkpoints.threads import _compute_alone
 from gemma2.load import POCKET, parse_device
 from gemma2.parity.verify import verify
-from gemma2.research.capture import capture
+from gemma2.research import capture
 from gemma2.research.sites import chosen
 from tests.conftest import ids, tiny
 from tests.mps import OnMps, StandIn, kernels, runs_on_mps, stand_in

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from gemma2.model import RMSNorm, SoftcapAttention, Tap
 from gemma2.numerics import with_numerics
 from gemma2.ops import visible
-from gemma2.research.capture import capture
+from gemma2.research import capture
 from gemma2.research.heads import by_head
 from gemma2.twins import Make, on, replaced, sharing
 from tests.conftest import ids, tiny

@@ -30,7 +30,7 @@ from gemma2.memory import Free
 from gemma2.model import Gemma2
 from gemma2.parity.references.ourselves import Ourselves, open_ourselves
 from gemma2.parity.tolerances import TOLERANCES
-from gemma2.research.capture import capture
+from gemma2.research import capture
 from gemma2.research.heads import by_head
 from gemma2.tied import EMBEDDING, HEAD
 from gemma2.twins import on, replaced, sharing

@@ -27,7 +27,7 @@ from gemma2.cli.show import size
 from gemma2.errors import ContextOverflow
 from gemma2.gemma import Gemma
 from gemma2.parity.trace import About, TraceWriter, dtypes
-from gemma2.research.capture import watching
+from gemma2.research import watching
 from gemma2.research.sites import listing
 
 if TYPE_CHECKING:

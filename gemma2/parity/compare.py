@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gemma2.model import Gemma2
-from gemma2.research.capture import capture
+from gemma2.research import capture
 from gemma2.research.sites import sites
 
 # Times the baseline's error; docs/parity.md has the table of what these let through and what they find.

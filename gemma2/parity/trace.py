@@ -35,7 +35,7 @@ from gemma2.checkpoints.safetensors import header_bytes
 from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile, NonFiniteError
 from gemma2.model import Gemma2
-from gemma2.research.capture import capture
+from gemma2.research import capture
 from gemma2.research.sites import chosen, sites
 
 FORMAT = "gemma2-trace 1"

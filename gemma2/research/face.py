@@ -6,7 +6,7 @@ from typing import Any
 
 from gemma2.gemma import Gemma
 from gemma2.model import Gemma2
-from gemma2.research.capture import model_of
+from gemma2.research.watch import model_of
 
 PUBLISHED_IDS = {"bos": 2, "eos": 1, "pad": 0}  # of Google's vocabulary, for a model without its tokenizer
 

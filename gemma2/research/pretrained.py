@@ -22,7 +22,7 @@ from gemma2.cache import EMPTY, Held
 from gemma2.checkpoints.hf_config import config_dict
 from gemma2.model import Gemma2
 from gemma2.research.arguments import check_mask, check_options, check_unpacked, whole_rows
-from gemma2.research.capture import check_shown
+from gemma2.research.watch import check_shown
 from gemma2.tied import drop_equal_head
 
 LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")  # what transformers' loss takes beside logits and labels

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
+from torch import Tensor
+
 from gemma2.config import Gemma2Config
+from gemma2.research.aliases import canonical
 
 LAYER = "{i}"
 
@@ -47,6 +51,17 @@ class Site:
             "1": 1,
         }
         return tuple(letters[letter] for letter in self.shape.split())
+
+    @property
+    def axis(self) -> int:
+        """Which axis is that of the tokens."""
+        return self.shape.split().index("t")
+
+    def take(self, value: Tensor, columns: Tensor) -> Tensor:
+        """The values at some columns [b n] of the tokens' axis."""
+        shape = [1] * value.ndim
+        shape[0], shape[self.axis] = columns.shape
+        return value.take_along_dim(columns.to(value.device).view(shape), dim=self.axis)
 
     @property
     def path(self) -> str:
@@ -166,18 +181,36 @@ def _in_layer(site: Site, layer: int) -> Site:
     return replace(site, name=site.name.replace(LAYER, str(layer)), module=site.path.replace(LAYER, str(layer)))
 
 
-def chosen(config: Gemma2Config, patterns: Iterable[str] | str = "*") -> dict[str, Site]:
-    """The sites that any of the patterns (shell globs, as `blocks.*.hook_resid_*`) names, in the order of computation.
+def in_table(name: str) -> Site:
+    """The row of the table for a site's name, of any layer. Raises KeyError for another name."""
+    parts = name.split(".")
+    general = ".".join([parts[0], LAYER, *parts[2:]]) if parts[0] == "blocks" else name
+    return {site.name: site for site in TABLE}[general]
 
+
+def chosen(config: Gemma2Config, patterns: Iterable[str] | str = "*") -> dict[str, Site]:
+    """The sites that any of the patterns names, in the order of computation.
+
+    Args:
+        patterns: names; shell globs, as `blocks.*.hook_resid_*`; or names of TransformerLens 3 and paths of modules, as
+            `gemma2.research.aliases` lists them.
     Raises:
-        ValueError: a pattern that names none; says how names look.
+        ValueError: a pattern that names none; says which names are near.
     """
     known = sites(config)
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    wanted = [canonical(pattern) for pattern in wanted]
     for pattern in wanted:
         if not any(fnmatchcase(name, pattern) for name in known):
-            raise ValueError(
-                f"no site is called {pattern!r}; there are hook_embed, blocks.0.hook_resid_post, "
-                f"blocks.0.attn.hook_pattern ... (gemma2 trace --list shows all)"
-            )
+            raise ValueError(f"no site is called {pattern!r}{_near(pattern, config)}")
     return {name: site for name, site in known.items() if any(fnmatchcase(name, pattern) for pattern in wanted)}
+
+
+def _near(pattern: str, config: Gemma2Config) -> str:
+    """What was perhaps meant."""
+    layers, parts = config.num_hidden_layers, pattern.split(".")
+    if parts[0] == "blocks" and len(parts) > 2 and parts[1].isdecimal() and int(parts[1]) >= layers:
+        return f": this model has layers 0 to {layers - 1}"
+    near = get_close_matches(pattern, sites(config), n=3, cutoff=0.5)
+    said = ", ".join(near) or "hook_embed, blocks.0.hook_resid_post, blocks.0.attn.hook_pattern"
+    return f"; near are {said} (gemma2 trace --list shows all)"

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gemma2
 from gemma2.load import POCKET
-from gemma2.research.capture import capture
+from gemma2.research import capture
 from tests.conftest import ids, tiny
 
 RANKS = 2

@@ -12,7 +12,7 @@ import torch
 
 import gemma2
 from gemma2.generate import generate_ids
-from gemma2.research.capture import capture
+from gemma2.research import capture
 from gemma2.research.sites import chosen
 from tests.conftest import ids, tiny
 from tests.ecosystem.conftest import needs

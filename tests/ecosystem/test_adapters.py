@@ -14,7 +14,7 @@ from torch import Tensor
 
 import gemma2
 from gemma2.errors import BadModelFile
-from gemma2.research.capture import capture
+from gemma2.research import capture
 from gemma2.research.sites import chosen
 from tests.conftest import ids
 from tests.ecosystem.conftest import needs

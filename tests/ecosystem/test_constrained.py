@@ -15,7 +15,7 @@ from torch import Tensor
 import gemma2
 from gemma2.feed import Processor
 from gemma2.generate import generate_ids
-from gemma2.research.capture import capture
+from gemma2.research import capture
 from tests.ecosystem.conftest import needs
 
 SCHEMA = {

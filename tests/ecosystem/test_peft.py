@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import gemma2
-from gemma2.research.capture import capture
+from gemma2.research import capture
 from tests.conftest import ids
 from tests.ecosystem.conftest import needs
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gemma2
-from gemma2.research.capture import capture
+from gemma2.research import capture
 from gemma2.research.sites import chosen
 from gemma2.twins import on, replaced
 from tests.ecosystem.conftest import needs

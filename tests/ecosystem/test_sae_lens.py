@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import gemma2
-from gemma2.research.capture import capture
+from gemma2.research import capture
 from tests.conftest import ids
 from tests.ecosystem.conftest import needs
 

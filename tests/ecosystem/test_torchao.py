@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gemma2
-from gemma2.research.capture import capture
+from gemma2.research import capture
 from gemma2.research.sites import chosen
 from tests.ecosystem.conftest import needs
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gemma2
-from gemma2.research.capture import capture
+from gemma2.research import capture
 from tests.conftest import ids
 from tests.ecosystem.conftest import needs
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import gemma2
 from gemma2.numerics import with_numerics
 from gemma2.parity.compare import Row, compare, compare_end, compare_logits, first_difference, observed, predicted
-from gemma2.research.capture import watching
+from gemma2.research import watching
 from gemma2.research.sites import sites
 from tests.conftest import SHAPES, ids, tiny
 

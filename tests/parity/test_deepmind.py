@@ -21,7 +21,7 @@ from gemma2.numerics import PROFILES, with_numerics
 from gemma2.numerics.parts import HeadInParts, LinearInParts, ScoresInParts
 from gemma2.numerics.profiles import jax
 from gemma2.parity.trace import Trace
-from gemma2.research.capture import capture
+from gemma2.research import capture
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHANGES = [change.name for change in PROFILES["jax"]]

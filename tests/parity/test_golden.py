@@ -12,7 +12,7 @@ from gemma2.load import POCKET
 from gemma2.parity.references import open_reference
 from gemma2.parity.tolerances import TOLERANCES
 from gemma2.parity.trace import Trace
-from gemma2.research.capture import capture
+from gemma2.research import capture
 from tests.test_golden_pocket import DTYPES, TRACES, apart
 
 pytest.importorskip("transformers", reason="the live comparison needs the extra gemma2[transformers]")

@@ -24,7 +24,7 @@ from gemma2.parity.judge import DIFFERENCE, EQUAL, Judgement, judge
 from gemma2.parity.machine import fingerprints, other_bits, stated
 from gemma2.parity.references.trace import Recorded
 from gemma2.parity.trace import Trace
-from gemma2.research.capture import capture
+from gemma2.research import capture
 from tests.conftest import SHARED
 from tests.parity.recordings import BITS, PARITY, demand, folder
 

@@ -15,7 +15,7 @@ from gemma2.numerics import PROFILES, with_numerics
 from gemma2.numerics.changes import Stored
 from gemma2.numerics.profiles import ggml_math
 from gemma2.numerics.profiles.ggml_products import rounded, summed
-from gemma2.research.capture import capture
+from gemma2.research import capture
 from tests.conftest import SHARED, ids, tiny
 from tests.parity.recordings import FILES, PARITY, file, opened, prompt
 from tests.parity.test_llama_cpp import FOUR_LAYERS

@@ -26,7 +26,7 @@ from gemma2.load import POCKET
 from gemma2.parity.references import CannotDo, Reference, open_reference
 from gemma2.parity.references.ourselves import Ourselves
 from gemma2.parity.trace import About, TraceWriter
-from gemma2.research.capture import watching
+from gemma2.research import watching
 from gemma2.research.sites import sites
 from tests.conftest import SHAPES, ids, tensors_of, tiny
 from tests.parity.recordings import FILES, PARITY

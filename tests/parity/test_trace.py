@@ -21,7 +21,7 @@ from gemma2.cli import main
 from gemma2.cli import trace as command
 from gemma2.load import POCKET
 from gemma2.parity.trace import About, Trace, TraceWriter, dtypes
-from gemma2.research.capture import capture, watching
+from gemma2.research import capture, watching
 from gemma2.research.sites import chosen, sites
 from tests.conftest import ids, raw_config, tiny
 from tests.test_cache import resident
@@ -35,7 +35,7 @@ def written(path: Path, model: gemma2.Gemma2, patterns: Any = "*", **options: An
     writer = TraceWriter(path, about, IDS, patterns, dtypes(model, patterns), **options)
     with torch.no_grad(), writer as trace, watching(model, trace.add, trace.sites), capture(model) as seen:
         model(torch.tensor([IDS]))
-    return seen
+    return dict(seen)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -11,8 +11,9 @@ from torch import Tensor
 import gemma2
 from gemma2 import HybridCache
 from gemma2.generate import generate_ids
-from gemma2.research.capture import capture, model_of, watching
+from gemma2.research import capture, watching
 from gemma2.research.sites import sites
+from gemma2.research.watch import model_of
 from tests.conftest import ids, tiny
 from tests.test_static import Counting
 

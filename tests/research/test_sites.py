@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import gemma2
 from gemma2 import ops
 from gemma2.cli import main
 from gemma2.model import Tap
-from gemma2.research.capture import capture, watching
+from gemma2.research import capture, watching
 from gemma2.research.sites import TABLE, chosen, sites
 from tests.conftest import SHAPES, ids, tiny
 
@@ -25,8 +26,8 @@ EARLY, LATE = "blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"
 @torch.no_grad()
 def everything(model: gemma2.Gemma2, tokens: Tensor) -> dict[str, Tensor]:
     with capture(model) as seen:
-        seen["returned"] = model(tokens)
-    return seen
+        returned = model(tokens)
+    return {**seen, "returned": returned}
 
 
 def hooks(model: gemma2.Gemma2) -> int:
@@ -166,9 +167,18 @@ def test_patterns_are_globs_and_keep_the_order_of_computation() -> None:
     assert chosen(config, []) == {}
 
 
-@pytest.mark.parametrize("wrong", ["hook_resid_post", "blocks.4.hook_resid_post", "Logits", "", "blocks.{i}.ln1"])
-def test_a_name_that_is_none_is_refused_and_says_how_names_look(wrong: str) -> None:
-    with pytest.raises(ValueError, match=r"no site is called .*blocks\.0\.hook_resid_post.*gemma2 trace --list"):
+WRONG = {
+    "hook_resid_post": r"near are .*hook_resid_post.*gemma2 trace --list",
+    "blocks.4.hook_resid_post": "this model has layers 0 to 3",
+    "Logits": r"near are logits",
+    "": r"near are hook_embed, blocks.0.hook_resid_post",
+    "blocks.{i}.ln1": r"near are blocks.\d.ln1",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_name_that_is_none_is_refused_and_says_which_names_are_near(wrong: str) -> None:
+    with pytest.raises(ValueError, match=f"no site is called '{re.escape(wrong)}'.*{WRONG[wrong]}"):
         chosen(tiny().config, [wrong])
 
 

@@ -22,7 +22,7 @@ from gemma2.model import Gemma2
 from gemma2.numerics import storage_of, with_numerics
 from gemma2.numerics.changes import Storage, Stored
 from gemma2.parity.references import parse_row, parse_sites, spans
-from gemma2.research.capture import capture
+from gemma2.research import capture
 from gemma2.research.sites import sites as all_sites
 from gemma2.tokens import left_padded
 from gemma2.twins import sharing
