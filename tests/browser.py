@@ -13,33 +13,25 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here: install the package chromium")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars")
+LOGGED = ("--enable-logging=stderr", "--v=0", "--virtual-time-budget=3000")
 SAID = re.compile(r'CONSOLE[^"]*"(.*)", source:')
 
 
 def opened(page: Path, folder: Path) -> tuple[str, list[str]]:
     """The page's HTML after its scripts ran, and what its console said. `folder` is for the browser's own files."""
-    assert BROWSER is not None
-    command = [
-        BROWSER,
-        *FLAGS,
-        f"--user-data-dir={folder}",
-        "--enable-logging=stderr",
-        "--v=0",
-        "--virtual-time-budget=3000",
-    ]
-    done = subprocess.run(
-        [*command, "--dump-dom", page.resolve().as_uri()], capture_output=True, text=True, timeout=120, check=True
-    )
+    done = _run(folder, *LOGGED, "--dump-dom", page.resolve().as_uri())
     return done.stdout, SAID.findall(done.stderr)
 
 
 def screenshot(
-    page: Path, target: Path, folder: Path, width: int = 1200, height: int = 1600, dark: bool = False
+    page: Path, target: Path, folder: Path, size: tuple[int, int] = (1200, 1600), dark: bool = False
 ) -> None:
     """A picture of the page, for people."""
-    assert BROWSER is not None
     theme = ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"] if dark else []
-    command = [BROWSER, *FLAGS, *theme, f"--user-data-dir={folder}", f"--window-size={width},{height}"]
-    subprocess.run(
-        [*command, f"--screenshot={target}", page.resolve().as_uri()], capture_output=True, timeout=120, check=True
-    )
+    _run(folder, *theme, f"--window-size={size[0]},{size[1]}", f"--screenshot={target}", page.resolve().as_uri())
+
+
+def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    assert BROWSER is not None
+    command = [BROWSER, *FLAGS, f"--user-data-dir={folder}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

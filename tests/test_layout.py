@@ -20,7 +20,7 @@ ROWS = [
     ["gemma"],
     ["checkpoints"],
     ["fast", "research"],
-    ["talk", "hub", "numerics", "distributed"],
+    ["talk", "hub", "numerics", "distributed", "pictures"],
     ["load"],
     ["parity"],
     ["convert", "inspect", "bench"],

@@ -19,8 +19,8 @@ STYLE = """
 body { margin: 0 auto; max-width: 76rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .4rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
-p { max-width: 46rem; margin: .5rem 0; } .dim { color: var(--dim); } code, .token, td.number { font-family: ui-monospace,
-  SFMono-Regular, Menlo, Consolas, monospace; font-size: .86em; }
+p { max-width: 46rem; margin: .5rem 0; } .dim { color: var(--dim); }
+code, .token, td.number { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .86em; }
 .token { white-space: pre; border-bottom: 1px dotted var(--line); } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: .6rem 0; } th, td { padding: .22rem .5rem; border: 1px solid var(--line);
   text-align: left; font-weight: normal; vertical-align: top; } th { color: var(--dim); font-size: .86em; }
@@ -61,13 +61,12 @@ def rows(head: Sequence[str], lines: Sequence[Sequence[str]], numbers: Sequence[
     """A table of text cells, which are escaped; the columns in `numbers` are set to the right."""
     kinds = ["number" if i in numbers else "" for i in range(len(head))]
     first = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    rest = "\n".join(
-        "<tr>"
-        + "".join(f'<td class="{kind}">{html.escape(cell)}</td>' for kind, cell in zip(kinds, line, strict=True))
-        + "</tr>"
-        for line in lines
-    )
+    rest = "\n".join(f"<tr>{''.join(map(_cell, kinds, line))}</tr>" for line in lines)
     return f'<div class="scroll"><table>\n<tr>{first}</tr>\n{rest}\n</table></div>'
+
+
+def _cell(kind: str, text: str) -> str:
+    return f'<td class="{kind}">{html.escape(text)}</td>'
 
 
 def write(path: Path, text: str, *, force: bool = False) -> None:
