@@ -67,12 +67,16 @@ def test_rows_that_are_no_multiple_of_sixteen_are_filled_up_and_cut_off(kind: st
 
 
 @pytest.mark.skipif(not can_compile(), reason="there is no C++ compiler")
-def test_compiled_products_are_as_exact() -> None:
+def test_compiled_products_are_as_exact_and_stay_compiled_while_hooks_force_the_model_to_run_eagerly() -> None:
     raw, kind = random_rows("Q4_K", 64, 512), "Q4_K"
     x = torch.randn(1, 512, generator=torch.Generator().manual_seed(0))
     weight = ggml.dequantize(raw, BY_NAME[kind]).double()
-    found = blocks.few_rows(pack(raw, BY_NAME[kind]), LAYOUTS[kind], x)
+    packed = pack(raw, BY_NAME[kind])
+    found = blocks.few_rows(packed, LAYOUTS[kind], x)
     assert (found - x.double() @ weight.T).abs().max() <= 1e-6 * (x.double().abs() @ weight.abs().T).max()
+    with torch.compiler.set_stance("force_eager"), torch.autograd.profiler.profile() as profile:
+        again = blocks.few_rows(packed, LAYOUTS[kind], x)
+    assert torch.equal(again, found) and "aten::bitwise_and" not in {event.name for event in profile.function_events}
 
 
 def test_an_embedding_of_blocks_is_scaled_in_the_models_dtype_as_the_dequantised_one_is() -> None:

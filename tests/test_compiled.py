@@ -13,7 +13,7 @@ from torch._inductor import config
 
 import gemma2
 from gemma2 import Gemma2, HybridCache, left_padded
-from gemma2.fast.compiling import can_compile
+from gemma2.fast.compiling import can_compile, show_compiling
 from gemma2.fast.growing import BLOCK, GrowingCache
 from gemma2.fast.layer import CompiledBlock
 from gemma2.fast.speed import Caches, caches_of, speed_up
@@ -99,6 +99,31 @@ def test_a_cache_that_an_interrupted_pass_left_half_written_says_so() -> None:
         _ = cache.length
     cache.reset()
     assert cache.length == 0
+
+
+@needs_compiler
+@torch.no_grad()
+def test_the_step_is_compiled_and_said_to_be_when_a_cache_is_made_and_not_in_the_text(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, tokens = tiny("9b", num_hidden_layers=2), ids(1, 20)
+    speed_up(model, compile=True)
+    make = caches_of(model)
+    assert make is not None
+    show_compiling(True)
+    try:
+        cache = make(model, 1, 40)
+    finally:
+        show_compiling(False)
+    assert "compiling" in capsys.readouterr().err and cache.length == 0
+    before = graphs()
+    fed(model, cache, tokens, prompt=5)
+    assert graphs() == before and make.compiled == {1}
+    told: list[Tensor] = []
+    handle = model.model.norm.register_forward_hook(lambda *call: told.append(call[2]))
+    make(model, 2, 40)  # another number of rows, while somebody looks
+    handle.remove()
+    assert not told and make.compiled == {1}
 
 
 def test_a_model_keeps_its_parameters_and_can_be_copied_and_pickled() -> None:

@@ -12,6 +12,7 @@ from gemma2.fast.growing import GrowingCache
 from gemma2.fast.layer import CompiledBlock
 from gemma2.fast.linear import FastHead, FastLinear, WideAttention, WideEmbedding, WideHead, WideHeldEmbedding
 from gemma2.fast.prefill import short
+from gemma2.feed import any_hooked
 from gemma2.model import Attention, Block, Gemma2, ScaledEmbedding, TiedHead
 from gemma2.twins import replaced
 
@@ -32,7 +33,8 @@ def speed_up(model: Gemma2, *, compile: bool = False) -> None:
 
 class Caches:
     """Makes the caches of a compiled model. At the first one for a number of rows it computes a token that nobody sees:
-    so the decode step is compiled then, and not in the middle of a text."""
+    so the decode step is compiled then, and not in the middle of a text. A model that has hooks is left alone: they
+    would see that token."""
 
     def __init__(self) -> None:
         self.compiled: set[int] = set()
@@ -40,7 +42,7 @@ class Caches:
     @torch.no_grad()
     def __call__(self, model: Gemma2, batch: int, capacity: int, slack: int = 0) -> GrowingCache:
         cache = GrowingCache(model, batch, capacity, slack)
-        if batch not in self.compiled:
+        if batch not in self.compiled and not any_hooked(model):
             model(torch.zeros(batch, 1, dtype=torch.int64, device=model.device), cache=cache, last=1)
             cache.reset()
             self.compiled.add(batch)

@@ -86,7 +86,9 @@ class Seen(Mapping[str, Tensor]):
 
     @property
     def positions(self) -> Tensor:
-        """The positions of all passes, joined: [b t]."""
+        """The positions of all passes, joined: [b t]. Raises KeyError before the first pass."""
+        if not self.passes:
+            raise KeyError("there was no pass yet")
         return torch.cat([one.positions for one in self.passes], dim=1)
 
     def stacked(self, name: str | tuple[Any, ...]) -> Tensor:
@@ -100,6 +102,8 @@ class Seen(Mapping[str, Tensor]):
             ValueError: the passes do not continue each other; stack `Seen(seen.names, seen.passes[a:b])` then.
         """
         name = canonical(name)
+        if not self.passes:
+            raise KeyError(f"{name}: there was no pass yet")
         values = [self._value(number, name) for number in range(len(self.passes))]
         for number, (before, after) in enumerate(zip(self.passes, self.passes[1:], strict=False)):
             if not torch.equal(before.positions[:, -1:] + 1, after.positions[:, :1]):
