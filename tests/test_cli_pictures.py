@@ -1,4 +1,4 @@
-"""`gemma2 lens` and `gemma2 attention`: a page that works from a file, with every cell, and a PNG; or one clear line."""
+"""`gemma2 lens` and `gemma2 attention`: a page that works from a file, with every cell, and a PNG; or one clear line"""
 
 from __future__ import annotations
 

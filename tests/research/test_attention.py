@@ -1,4 +1,4 @@
-"""Maps are the captured patterns; counts of attention are those of a plain loop, and scores are those before the cap."""
+"""Maps are the captured patterns; counts of attention are those of a plain loop; scores are those before the cap."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_a_twin_of_the_output_projection_counts_and_no_hook_stays() -> None:
         ([1.5], "a target must be a non-negative integer"),
         (
             torch.zeros(1, 3, 2, dtype=torch.int64),
-            r"targets are \[1, 3, 2\]: give k ids, or ids \[b n k\], here \[1, 1",
+            r"targets are \[1, 3, 2\]: give k ids, or ids \[b n k\]",
         ),
     ],
 )

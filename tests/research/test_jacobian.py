@@ -67,9 +67,8 @@ def test_the_jacobian_is_what_a_small_step_does(jacobian: FittedLens, layer: int
         return seen[last][:, SKIP:].sum(dim=(0, 1))
 
     sources = sum(len(text) * (text.shape[1] - SKIP) for text in TEXTS)
-    difference = (
-        sum(((ends(step, text) - ends(-step, text)) / (2 * step) for text in TEXTS), torch.zeros(112)) / sources
-    )
+    summed = torch.stack([ends(step, text) - ends(-step, text) for text in TEXTS]).sum(0)
+    difference = summed / (2 * step * sources)
     expected = jacobian.weights[STREAMS[layer]] @ v
     assert ((difference - expected).norm() / expected.norm()) < 1e-6
 
@@ -116,7 +115,7 @@ def test_a_lens_is_saved_and_opened_and_nothing_is_replaced_unasked(jacobian: Fi
 def test_a_lens_for_another_model_or_site_is_refused(jacobian: FittedLens) -> None:
     with pytest.raises(ValueError, match="for a model of width 112, not 144"):
         logit_lens(tiny("2b"), TEXTS[0], fitted=jacobian)
-    with pytest.raises(ValueError, match="has no map for hook_embed; it has blocks.0.hook_resid_post to blocks.3"):
+    with pytest.raises(ValueError, match=r"has no map for hook_embed; it has blocks\.0\.hook_resid_post to"):
         lens_table(MODEL, TEXTS[0], "hook_embed", fitted=jacobian)
 
 
