@@ -14,6 +14,7 @@ import gemma2
 from gemma2.cli import main
 from gemma2.pictures.attention import shown_maps
 from gemma2.pictures.data import packed, script_json
+from gemma2.pictures.page import readable
 from gemma2.research import attention_maps, fit_jacobian, lens_table
 from tests.browser import needs_browser, opened
 
@@ -57,7 +58,7 @@ def test_lens_writes_a_page_with_the_models_own_numbers_and_a_png(gemma: gemma2.
     assert (shown - table.probabilities).abs().max() < 1e-4
     words, top = data["words"], data["top"]
     assert isinstance(words, list) and isinstance(top, list)
-    assert words[top[-5]] == gemma.tokenizer.piece(int(table.ids[-1, 0, -1, 0])).replace("▁", "·")
+    assert words[top[-5]] == readable(gemma.tokenizer, int(table.ids[-1, 0, -1, 0]))
     assert (page.count("<td tabindex") == 7 * len(ids) and "All 4" in page) or "All 3" in page
     assert "http" not in page and page.count("</script>") == 1
 

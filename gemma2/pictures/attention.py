@@ -18,7 +18,7 @@ from gemma2.research.attention import AttentionStats
 from gemma2.tokenizer import Tokenizer
 
 STYLE = """
-#heads { display: grid; gap: 3px; align-items: center; margin: .8rem 0; }
+#heads { display: grid; gap: 3px; align-items: center; justify-content: start; margin: .8rem 0; }
 #heads .layer { font-size: .8rem; text-align: right; padding-right: .4rem; white-space: nowrap; }
 #heads .layer.local, .localkey { color: var(--local); } #heads .layer.global, .globalkey { color: var(--global); }
 #heads .head { font-size: .78rem; text-align: center; color: var(--dim); }
@@ -61,7 +61,7 @@ function paint(canvas, l, h) {
 function each(make) { for (let l = D.windows.length - 1; l >= 0; l--) for (let h = 0; h < D.heads; h++) make(l, h); }
 const small = new Map();
 function build() {
-  grid.style.gridTemplateColumns = "auto repeat(" + D.heads + ", minmax(0, 6rem))";
+  grid.style.gridTemplateColumns = "max-content repeat(" + D.heads + ", minmax(0, 6rem))";
   each((l, h) => {
     if (h === 0) {
       const label = document.createElement("div");
@@ -279,7 +279,7 @@ def shown(length: int, maps: Maps) -> str:
     """Which part of a text a picture has."""
     if not maps.extra:
         return f"All {length:,} tokens are shown." if len(maps.at) == length else ""
-    rest = "; what they pay to the tokens between BOS and these is one column" if maps.extra == 2 else ""
+    rest = "; attention to the tokens between the BOS and these is one column" if maps.extra == 2 else ""
     return f"The last {len(maps.at):,} of {length:,} tokens are shown{rest}."
 
 

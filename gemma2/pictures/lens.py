@@ -166,7 +166,7 @@ def draw_lens(
     ):
         axis.set_ticks(list(ticks), names, fontsize=7, parse_math=False)
     axes.set_xlabel("token at each position", fontsize=8)
-    axes.set_title(f"the likeliest next token after each layer. {shown(len(ids), at)}", fontsize=9, loc="left")
+    axes.set_title(f"The likeliest next token after each layer. {shown(len(ids), at)}", fontsize=9, loc="left")
     axes.tick_params(length=0)
     drawn.colorbar(picture, ax=axes, label="probability", pad=0.01, fraction=0.03)
     save(drawn, path, force=force)

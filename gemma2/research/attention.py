@@ -13,7 +13,7 @@ from gemma2.checks import check_count
 from gemma2.model import Gemma2
 from gemma2.research.seen import capture
 from gemma2.research.watch import model_of, watching
-from gemma2.research.where import Where, check_where
+from gemma2.research.where import Where, check_there, check_where
 
 NEAR = 0.5  # of the cap: beyond it the cap's slope is below 0.79
 
@@ -40,6 +40,7 @@ def attention_maps(
     wanted = _numbers("layers", layers, inner.config.num_hidden_layers)
     chosen_heads = _numbers("heads", heads, inner.config.num_attention_heads)
     where, kept = check_where(queries), dict[int, Tensor]()
+    check_there(where, tokens)
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in wanted]
     with torch.no_grad(), capture(inner, names, positions=where) as seen:
         inner.model(tokens)

@@ -21,7 +21,7 @@ from gemma2.model import Gemma2, RMSNorm
 from gemma2.research.seen import Seen, capture
 from gemma2.research.sites import chosen
 from gemma2.research.watch import model_of
-from gemma2.research.where import Where, check_where
+from gemma2.research.where import Where, check_there, check_where
 
 ADDED = ("hook_embed", "blocks.*.hook_attn_out", "blocks.*.hook_mlp_out")
 
@@ -83,6 +83,7 @@ def attribute(
         sites += ["blocks.*.attn.hook_z", "blocks.*.ln1_post.hook_inv_scale"]
     if targets is not None:
         check_targets(targets, config.vocab_size)
+    check_there(where, tokens)
     with capture(inner, sites, positions=where) as seen:
         inner.model(tokens)
     raw = inner.lm_head(seen["ln_final"], inner.model.embed_tokens)  # [b n v]

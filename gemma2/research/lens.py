@@ -23,7 +23,7 @@ from gemma2.research.fitted import FittedLens
 from gemma2.research.seen import Seen, capture
 from gemma2.research.sites import chosen
 from gemma2.research.watch import model_of
-from gemma2.research.where import Where, check_where, columns
+from gemma2.research.where import Where, check_there, check_where, columns
 
 STREAM = "blocks.*.hook_resid_post"
 VALUES = 2**26  # logits that a table holds at once
@@ -68,6 +68,7 @@ def logit_lens(
     names = sites_of_width(inner, sites)
     if fitted is not None:
         fitted.check(names, inner.config.hidden_size)
+    check_there(where, source.positions if isinstance(source, Seen) else source)
     seen = _seen(inner, source, names)
     return _each(inner, seen, names, where, fitted)
 
@@ -122,6 +123,7 @@ def lens_table(
     names = sites_of_width(inner, sites)
     if fitted is not None:
         fitted.check(names, inner.config.hidden_size)
+    check_there(where, tokens)
     seen = _seen(inner, tokens, names)
     at = columns(where, seen.positions)
     following = torch.cat((tokens[:, 1:], tokens.new_full((len(tokens), 1), -1)), dim=1).long()

@@ -88,6 +88,7 @@ def test_the_table_for_people_has_a_row_a_layer() -> None:
         ({"heads": [-1]}, "heads must be some of 0 to 7, not -1"),
         ({"heads": [True]}, "heads must be some of 0 to 7, not True"),
         ({"queries": "last"}, "positions are a number"),
+        ({"queries": [0, 30]}, "position 30 is not in the text, which has 30 tokens"),
     ],
 )
 def test_heads_that_are_not_there_are_refused(options: dict[str, Any], message: str) -> None:

@@ -102,3 +102,8 @@ def test_a_twin_of_the_output_projection_counts_and_no_hook_stays() -> None:
 def test_targets_that_cannot_be_are_refused(targets: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attribute(tiny("2b"), ids(1, 8), targets)
+
+
+def test_a_position_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="position 8 is not in the text, which has 8 tokens"):
+        attribute(tiny("2b"), ids(1, 8), positions=8)

@@ -47,7 +47,7 @@ def test_with_the_identity_it_is_the_logit_lens() -> None:
 def test_the_last_layers_jacobian_is_the_identity(jacobian: FittedLens) -> None:
     """The closed form: the last layer's output depends on nothing but itself, at the same position."""
     assert torch.equal(jacobian.weights[STREAMS[-1]], torch.eye(112, dtype=torch.float64))
-    assert (jacobian.weights[STREAMS[0]] - torch.eye(112)).abs().max() > 0.1
+    assert (jacobian.weights[STREAMS[0]] - torch.eye(112)).norm() > 0.1
 
 
 @pytest.mark.parametrize("layer", [0, 2])
@@ -103,7 +103,7 @@ def test_a_lens_is_saved_and_opened_and_nothing_is_replaced_unasked(jacobian: Fi
         assert (again.kind, again.about, list(again.weights)) == (lens.kind, lens.about, list(lens.weights))
         assert all(torch.equal(again.weights[name], lens.weights[name].float()) for name in lens.weights)
         assert again.biases.keys() == lens.biases.keys()
-        with pytest.raises(FileExistsError, match="force=True replaces it"):
+        with pytest.raises(FileExistsError, match="force=True"):
             lens.save(path)
         lens.save(path, force=True)
     with pytest.raises(FileNotFoundError, match="no such folder"):
