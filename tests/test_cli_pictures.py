@@ -75,7 +75,7 @@ def test_the_lens_page_opens_from_a_file_without_a_word_and_shows_what_is_pointe
     assert said == []
     assert found.count("<td tabindex") == 7 * len(gemma.tokenizer.encode(PROMPT))
     hover = found.split('id="said"')[1].split("<script")[0]
-    assert hover.count('class="row"') == 5 and "position 2, after layer 5 (global)" in hover
+    assert hover.count('class="row"') == 5 and "(position 2), after layer 5 (global)" in hover
     assert "next in the text: <code>·said</code>" in hover and " %</span>" in hover
 
 

@@ -28,6 +28,7 @@ STYLE = """
 #heads canvas { width: 100%; aspect-ratio: 1; image-rendering: pixelated; }
 dialog { background: var(--paper); color: var(--ink); border: 1px solid var(--line); border-radius: 8px;
   padding: 1rem 1.2rem; max-width: 96vw; max-height: 96vh; }
+dialog:focus { outline: none; }
 dialog::backdrop { background: rgba(0, 0, 0, .45); }
 dialog h2 { margin: 0; } dialog p { margin: .2rem 0 .6rem; font-size: .9rem; }
 dialog .bar { display: flex; gap: .5rem; align-items: baseline; justify-content: space-between; }
@@ -106,7 +107,7 @@ function draw(row = -1, column = -1) {
   large.width = width * scale; large.height = height * scale;
   large.style.width = width + "px"; large.style.height = height + "px";
   context.scale(scale, scale);
-  context.font = "11px ui-monospace, Menlo, Consolas, monospace";
+  context.font = Math.min(11, side) + "px ui-monospace, Menlo, Consolas, monospace";
   context.textBaseline = "middle";
   const dim = css("--dim"), ink = css("--ink"), cool = css("--cool");
   context.textAlign = "right";
@@ -243,7 +244,8 @@ head and layer.</p>
 queries that have such keys. Scores are those before the cap of {config.attn_logit_softcapping:g}; the slope of the cap
 is 1 where it changes nothing.</p>
 {rows(table[0], table[1:], numbers=range(2, 8))}
-<dialog><div class="bar"><h2 id="which"></h2><span><button id="back" aria-label="head before">←</button>
+<dialog tabindex="-1" autofocus><div class="bar"><h2 id="which"></h2>
+<span><button id="back" aria-label="head before">←</button>
 <button id="on" aria-label="next head">→</button> <button id="close">close</button></span></div>
 <p class="dim" id="about"></p><canvas id="large"></canvas><p id="cell"></p></dialog>"""
     return page(title, body, style=STYLE, script=f"const D = {script_json(data)};\n{SCRIPT}", foot=foot)

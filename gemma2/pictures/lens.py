@@ -56,7 +56,7 @@ function show(cell) {
   const r = Number(cell.parentNode.dataset.r), c = cell.cellIndex - 1, k = D.k, at = (r * D.n + c) * k;
   said.replaceChildren();
   const head = add(said, "p", "head");
-  head.append("after "); add(head, "code", "", D.text[c]); head.append(" at position " + D.at[c] + ", " + D.rows[r]);
+  add(head, "code", "", D.text[c]); head.append(" (position " + D.at[c] + "), " + D.rows[r]);
   for (let i = 0; i < k; i++) {
     const row = add(said, "div", "row"), p = D.p[at + i];
     add(row, "code", "", D.words[D.top[at + i]]);

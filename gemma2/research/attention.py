@@ -88,7 +88,7 @@ class AttentionStats:
             "> cap/2",
             "slope of cap",
         )
-        found = [head]
+        found: list[tuple[str, ...]] = [head]
         for layer, window in enumerate(self.windows):
             kind = "global" if window is None else f"local {window}"
             far = self.far[layer].nanmean()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Attribution:
     Attributes:
         names: of the parts, as sites: "hook_embed", "blocks.0.hook_attn_out", "blocks.0.hook_mlp_out", ...
         parts: [parts b n k]. They sum to `raw - rest`.
-        heads: [layers b n k h], which sum to the layer's attention but for rounding; None if they were not asked for.
+        heads: [layers b n k h], which sum to the layer's attention but for rounding; h is 0 if they were not asked for.
         raw: the raw logits, before the cap [b n k].
         rest: what the model's rounding adds: zero in float64, but for its last digits [b n k].
         logits: after the cap [b n k].
@@ -44,7 +45,7 @@ class Attribution:
 
     names: list[str]
     parts: Tensor
-    heads: Tensor | None
+    heads: Tensor
     raw: Tensor
     rest: Tensor
     logits: Tensor
@@ -94,7 +95,7 @@ def attribute(
     unit = _rows(inner, ids) * _gain(final) * seen["ln_final.hook_inv_scale"].double()[:, :, None]
     names = list(chosen(config, ADDED))
     parts = torch.stack([_dot(seen[name].double(), unit) for name in names])
-    by_head = _heads(inner, seen, unit) if heads else None
+    by_head = _heads(inner, seen, unit) if heads else raw.new_empty(config.num_hidden_layers, *raw.shape, 0)
     slope = 1 - torch.tanh(raw / config.final_logit_softcapping).square()
     return Attribution(names, parts, by_head, raw, raw - parts.sum(0), logits, slope, ids, seen.positions)
 
@@ -125,7 +126,9 @@ def _ids(targets: Sequence[int] | Tensor | None, raw: Tensor) -> Tensor:
 def _rows(model: Gemma2, ids: Tensor) -> Tensor:
     """The embedding's rows of these ids, [... d] in float64."""
     embedding = model.model.embed_tokens
-    matrix = getattr(embedding, "matrix", None)  # of a twin that holds it in a form of its own: no need to make it all
+    matrix: Any = getattr(
+        embedding, "matrix", None
+    )  # of a twin that holds it in a form of its own: no need to make it all
     return (matrix.at(ids) if hasattr(matrix, "at") else embedding.weight[ids]).double()
 
 
@@ -142,13 +145,15 @@ def _heads(model: Gemma2, seen: Seen, unit: Tensor) -> Tensor:
     """[layers b n k h]"""
     found = []
     for i, layer in enumerate(model.model.layers):
+        post: Any = layer.post_attention_layernorm
+        o_proj: Any = model.get_submodule(f"model.layers.{i}.self_attn.o_proj")
         z = seen[f"blocks.{i}.attn.hook_z"]  # [b n h c]
         scale = seen[f"blocks.{i}.ln1_post.hook_inv_scale"].double()  # [b n 1]
-        into = unit.to(z.device) * _gain(layer.post_attention_layernorm) * scale[:, :, None]
+        into = unit.to(z.device) * _gain(post) * scale[:, :, None]
         of_layer = []
         for head in range(z.shape[2]):
             alone = torch.zeros_like(z)
             alone[:, :, head] = z[:, :, head]
-            of_layer.append(_dot(layer.self_attn.o_proj(alone.flatten(2)).double(), into))
+            of_layer.append(_dot(o_proj(alone.flatten(2)).double(), into))
         found.append(torch.stack(of_layer, dim=-1).to(unit.device))
     return torch.stack(found)

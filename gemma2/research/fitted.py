@@ -79,7 +79,7 @@ def open_lens(path: str | Path) -> FittedLens:
     target = Path(path).expanduser()
     try:
         with safe_open(target, "pt") as file:
-            about = dict(file.metadata() or {})
+            about = dict(sorted((file.metadata() or {}).items()))  # a file has them in any order
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it has no __iter__)
     except FileNotFoundError:
         raise BadModelFile(f"{target}: no such file") from None

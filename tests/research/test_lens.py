@@ -13,9 +13,10 @@ from gemma2 import HybridCache
 from gemma2.research import capture, lens_table, logit_lens, replace, unembed
 from gemma2.research.edits import edit
 from gemma2.research.sites import sites
+from gemma2.research.watch import model_of
 from tests.conftest import ids, tiny
 
-TEXT = "And God said, Let there be light: and there was light."
+TEXT = "And God said, Let"
 LAST = "blocks.3.hook_resid_post"
 
 
@@ -38,7 +39,7 @@ def loaded(kind: str) -> tuple[Any, Tensor, str]:
 @torch.no_grad()
 def test_the_lens_of_the_last_layer_is_the_model_itself_to_the_bit(kind: str) -> None:
     model, tokens, last = loaded(kind)
-    inner = getattr(model, "model", model) if isinstance(model, gemma2.Gemma) else model
+    inner = model_of(model)
     plain = inner(tokens)
     found = dict(logit_lens(model, tokens, "blocks.*.hook_resid_post"))
     assert torch.equal(found[last], plain)
