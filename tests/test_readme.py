@@ -70,6 +70,11 @@ def test_the_page_for_users_of_transformers_runs_and_prints_what_it_shows(
     check_code((ROOT / "docs" / "from-transformers.md").read_text(encoding="utf-8"))
 
 
+def test_the_page_on_lenses_runs_and_prints_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_code((ROOT / "docs" / "lenses.md").read_text(encoding="utf-8"))
+
+
 def test_the_page_on_weights_runs_and_prints_what_it_shows() -> None:
     check_code((ROOT / "docs" / "weights.md").read_text(encoding="utf-8"))
 
