@@ -1,5 +1,6 @@
-"""Show where every head of MODEL looks in a text, how far back its local and global
-layers look, and how near scores come to their cap: a page of heads by layers, and a PNG."""
+"""Show where every head of MODEL looks in a text, how far back its local and
+global layers look, and how near scores come to their cap: a page of heads by
+layers, and a PNG."""
 
 from __future__ import annotations
 

@@ -126,9 +126,7 @@ def _ids(targets: Sequence[int] | Tensor | None, raw: Tensor) -> Tensor:
 def _rows(model: Gemma2, ids: Tensor) -> Tensor:
     """The embedding's rows of these ids, [... d] in float64."""
     embedding = model.model.embed_tokens
-    matrix: Any = getattr(
-        embedding, "matrix", None
-    )  # of a twin that holds it in a form of its own: no need to make it all
+    matrix: Any = getattr(embedding, "matrix", None)  # a twin that holds it in a form of its own makes these rows alone
     return (matrix.at(ids) if hasattr(matrix, "at") else embedding.weight[ids]).double()
 
 

@@ -16,10 +16,10 @@ from gemma2.research import FittedLens, capture, edit, fit_jacobian, fit_tuned, 
 from gemma2.research.jacobian import last_site
 from tests.conftest import ids, tiny
 
-MODEL = tiny("9b").double()
+MODEL = tiny("9b", num_hidden_layers=3).double()
 TEXTS = [ids(2, 12), ids(1, 9, seed=1)]
 SKIP = 3
-STREAMS = [f"blocks.{i}.hook_resid_post" for i in range(4)]
+STREAMS = [f"blocks.{i}.hook_resid_post" for i in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def jacobian() -> FittedLens:
 
 
 def test_the_lens_of_the_last_layers_own_output_is_the_models_logits(jacobian: FittedLens) -> None:
-    for model in (MODEL, tiny("9b"), tiny("9b").bfloat16()):
+    for model in (MODEL, tiny("9b", num_hidden_layers=3), tiny("9b", num_hidden_layers=3).bfloat16()):
         with torch.no_grad():
             plain = model(TEXTS[0])
         found = dict(logit_lens(model, TEXTS[0], fitted=jacobian))
@@ -38,7 +38,7 @@ def test_the_lens_of_the_last_layers_own_output_is_the_models_logits(jacobian: F
 
 def test_with_the_identity_it_is_the_logit_lens() -> None:
     eye = FittedLens("jacobian", {name: torch.eye(112) for name in STREAMS})
-    for model in (MODEL, tiny("9b").bfloat16()):
+    for model in (MODEL, tiny("9b", num_hidden_layers=3).bfloat16()):
         plain = dict(logit_lens(model, TEXTS[0]))
         for name, logits in logit_lens(model, TEXTS[0], fitted=eye):
             assert torch.equal(logits, plain[name])
@@ -50,7 +50,7 @@ def test_the_last_layers_jacobian_is_the_identity(jacobian: FittedLens) -> None:
     assert (jacobian.weights[STREAMS[0]] - torch.eye(112)).norm() > 0.1
 
 
-@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("layer", [0, 1])
 def test_the_jacobian_is_what_a_small_step_does(jacobian: FittedLens, layer: int) -> None:
     """A step along v at every counted position, in both directions, against J v, at the counted positions."""
     v = torch.randn(112, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -75,14 +75,15 @@ def test_the_jacobian_is_what_a_small_step_does(jacobian: FittedLens, layer: int
 
 def test_the_model_is_as_it_was_and_chosen_layers_are_those_of_all(jacobian: FittedLens) -> None:
     rows: list[int] = []
-    some = fit_jacobian(MODEL, TEXTS, layers=[2], skip=SKIP, progress=rows.append)
-    assert list(some.weights) == ["blocks.2.hook_resid_post"] and rows == list(range(1, 225))
-    assert (some.weights[STREAMS[2]] - jacobian.weights[STREAMS[2]]).abs().max() < 1e-12
+    some = fit_jacobian(MODEL, TEXTS, layers=[1], skip=SKIP, progress=rows.append)
+    assert list(some.weights) == [STREAMS[1]] and rows == list(range(1, 225))
+    assert (some.weights[STREAMS[1]] - jacobian.weights[STREAMS[1]]).abs().max() < 1e-12
     assert some.about == {"texts": "3", "positions": "24", "skipped": "3"}
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in MODEL.modules())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in MODEL.parameters())
 
 
+@pytest.mark.long
 def test_a_packed_fast_model_has_the_jacobian_of_its_values() -> None:
     path = "pocket:pocket-q8_0.gguf"
     options: dict[str, Any] = {"weights": "packed", "fast": True}
@@ -157,14 +158,17 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     [
         ({"texts": []}, "there is no text"),
         ({"skip": 9}, "text 1 has 9 tokens, and its first 9 are skipped"),
-        ({"layers": [4]}, "layers must be some of 0 to 3, not 4"),
-        ({"layers": []}, "layers must be some of 0 to 3, not none"),
+        ({"layers": [4]}, "layers must be some of 0 to 2, not 4"),
+        ({"layers": []}, "layers must be some of 0 to 2, not none"),
         ({"skip": -1}, "skip must be a non-negative integer"),
     ],
 )
 def test_texts_and_layers_that_cannot_be_fitted_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit_jacobian(MODEL, **{"texts": TEXTS, **options})
+
+
+STREAM = "blocks.3.hook_resid_post"  # of the pocket model
 
 
 def divergence(model: Any, tokens: Tensor, name: str, fitted: FittedLens | None) -> float:
@@ -182,10 +186,10 @@ def test_a_tuned_lens_comes_nearer_to_the_model_than_the_logit_lens(pocket: gemm
     lens = fit_tuned(pocket, batches, layers=[3, 5], steps=12, progress=lambda step, loss: losses.append(loss))
     again = fit_tuned(pocket, batches, layers=[3, 5], steps=12)
     assert all(torch.equal(lens.weights[name], again.weights[name]) for name in lens.weights)
-    before, after = (divergence(pocket.model, batches[0], STREAMS[3], fitted) for fitted in (None, lens))
+    before, after = (divergence(pocket.model, batches[0], STREAM, fitted) for fitted in (None, lens))
     assert after < before / 2 and losses[-1] < losses[0] / 2 and len(losses) == 12
     assert divergence(pocket.model, batches[0], "blocks.5.hook_resid_post", lens) == 0
-    assert lens.weights[STREAMS[3]].dtype == torch.float32 and lens.kind == "tuned"
+    assert lens.weights[STREAM].dtype == torch.float32 and lens.kind == "tuned"
     assert all(parameter.grad is None for parameter in pocket.model.parameters())
 
 
@@ -193,7 +197,7 @@ def test_a_tuned_lens_comes_nearer_to_the_model_than_the_logit_lens(pocket: gemm
     ("options", "message"),
     [
         ({"texts": []}, "there is no text"),
-        ({"layers": [3]}, "the last layer alone has nothing to learn"),
+        ({"layers": [2]}, "the last layer alone has nothing to learn"),
         ({"steps": 0}, "steps must be a positive integer"),
         ({"rate": 0}, "rate must be a number above 0"),
         ({"positions": 0}, "positions must be a positive integer"),

@@ -66,11 +66,11 @@ def test_without_its_cap_a_lens_would_say_something_else() -> None:
 @torch.no_grad()
 def test_a_lens_at_any_site_is_the_model_with_that_value_in_the_last_ones_place() -> None:
     """For every site of the stream's width, held against an edit of the last layer's output."""
-    model, tokens = tiny("9b").double(), ids(2, 20)
+    model, tokens = tiny("9b", num_hidden_layers=2).double(), ids(2, 20)
     names = [name for name, site in sites(model.config).items() if site.shape == "b t d"]
     with capture(model, names) as seen:
         model(tokens)
-    last = "blocks.3.hook_resid_post"
+    last = "blocks.1.hook_resid_post"
     for name, logits in logit_lens(model, tokens, names):
         with edit(model, {"ln_final" if name == "ln_final" else last: replace(seen[name])}):
             assert (model(tokens) - logits).abs().max() < 1e-9, name
