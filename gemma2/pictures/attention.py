@@ -40,8 +40,10 @@ SCRIPT = """
 const bytes = Uint8Array.from(atob(D.maps), c => c.charCodeAt(0)), rows = D.rows.length, cols = D.keys.length;
 const grid = document.getElementById("heads"), dialog = document.querySelector("dialog");
 const large = document.getElementById("large"), cell = document.getElementById("cell");
+const before = r => r * D.extra + r * (r + 1) / 2;  // a row has the columns that its token sees, and no others
 const weight = (l, h, r, c) => {
-  const i = 2 * (((l * D.heads + h) * rows + r) * cols + c);
+  if (c > r + D.extra) return 0;
+  const i = 2 * ((l * D.heads + h) * before(rows) + before(r) + c);
   return (bytes[i] + 256 * bytes[i + 1]) / 65535;
 };
 const percent = p => p >= .9995 ? "100 %" : p >= .0005 ? (100 * p).toFixed(1) + " %" : p > 0 ? "< 0.1 %" : "0";
@@ -188,6 +190,11 @@ class Maps:
     places: list[int]
     extra: int
 
+    def sees(self) -> Tensor:
+        """Which columns each query has before it: bool [n m]. The rest is zero, and is not written."""
+        n, m = self.weights.shape[2:]
+        return torch.ones(n, m, dtype=torch.bool).tril(self.extra)
+
 
 def shown_maps(found: Mapping[int, Tensor], length: int) -> Maps:
     """The maps of `attention_maps`, with the last n positions as queries. Where the text is longer, keys before them
@@ -230,7 +237,7 @@ def attention_page(
         "extra": maps.extra,
         "windows": [window or 0 for window in stats.windows],
         "stats": [_lines(stats, layer) for layer in range(len(stats.windows))],
-        "maps": packed(maps.weights),
+        "maps": packed(maps.weights[..., maps.sees()]),
     }
     table = stats.rows()
     body = f"""<p>Each square is one head: a row is a token that looks, a column a token that it looks at, and colour

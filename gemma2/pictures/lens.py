@@ -14,6 +14,7 @@ from gemma2.research.lens import LensTable
 from gemma2.tokenizer import Tokenizer
 
 DRAWN = 24  # positions in a PNG: more cannot be read
+TALL = 12  # layers, from which on the text stands below them too
 STRENGTH = 0.62  # of a cell's colour at probability 1: the text on it stays readable in light and dark
 
 STYLE = """
@@ -81,7 +82,10 @@ table.addEventListener("pointerover", event => { const cell = cellOf(event); if 
 table.addEventListener("pointerleave", hide);
 table.addEventListener("focusin", event => { const cell = cellOf(event); if (cell) show(cell); });
 table.addEventListener("focusout", hide);
-addEventListener("scroll", hide, true);
+addEventListener("scroll", () => {
+  const cell = document.activeElement.closest("table.lens td:focus-visible");
+  if (cell) show(cell); else hide();
+}, true);
 addEventListener("keydown", event => {
   const cell = document.activeElement.closest("table.lens td"), step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
   if (event.key === "Escape") hide();
@@ -130,6 +134,8 @@ def lens_page(
     lines = [_text_line(at, ids, words)]
     for r in reversed(range(len(table.names))):
         lines.append(_line(table, r, config, words))
+    if len(table.names) > TALL:
+        lines.append(lines[0])
     body = f"""<p>{explained(lens, config, table.names[-1])}</p>
 <p class="dim">{html.escape(shown(len(ids), at))} Colour is the probability of the token in the cell: 0
 <span class="key"></span> 1. <span class="hitkey">A line below</span> marks a token that is the next one in the text.

@@ -42,7 +42,7 @@ def fit_jacobian(
         model: a `Gemma2`, a `Gemma`, or one of them in a wrapper. The more exact its dtype, the better.
         texts: token ids [b t], or a list of them; all longer than `skip`.
         layers: default all.
-        skip: leave so many first positions of each text out, as sources and as targets.
+        skip: leave so many first positions t of each text out.
         progress: called with the number of rows that are done, of all texts.
     Raises:
         ValueError: no text, one that is too short, a layer that is not there.
@@ -105,4 +105,4 @@ def _graph(model: Gemma2, tokens: Tensor, names: list[str], skip: int) -> tuple[
     keep = watching(model, lambda name, value: outputs.append(value), last_site(model))
     with torch.enable_grad(), edit(model, dict.fromkeys(names, add_zero)), keep:
         model.model(tokens)
-        return ops.upcast(outputs[0][:, skip:]).sum(dim=(0, 1)), leaves
+        return ops.upcast(outputs[0]).sum(dim=(0, 1)), leaves
