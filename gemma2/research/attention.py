@@ -130,7 +130,7 @@ def attention_stats(
     with torch.no_grad(), watching(inner, counts.see, ["blocks.*.attn.hook_scores_raw", "blocks.*.attn.hook_pattern"]):
         inner.model(tokens, at)
     windows = tuple(config.window(layer) for layer in range(config.num_hidden_layers))
-    return AttentionStats(windows, beyond, **{name: torch.stack(found) for name, found in counts.found.items()})
+    return AttentionStats(windows, beyond, **counts.stacked())
 
 
 class _Counts:
@@ -142,27 +142,35 @@ class _Counts:
         self.found: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def see(self, name: str, value: Tensor) -> None:
+        """Count a value [b h t s], one head at a time: what is between needs memory for one."""
         at = self.positions.to(value.device)
-        back = at[:, None, :, None] - at[:, None, None, :]  # [b 1 t s]
-        asks = (at >= 1)[:, None, :, None]
-        count = asks.sum()
-        value = ops.upcast(value)
+        asks = (at >= 1)[:, :, None]  # [b t 1]
+        back = at[:, :, None] - at[:, None, :]  # [b t s]
         if name.endswith("hook_pattern"):
-            value = value * asks  # [b h t s]
-            self._keep("distance", (value * back).sum(dim=(0, 2, 3)) / count)
-            self._keep("bos", (value * (at == 0)[:, None, None]).sum(dim=(0, 2, 3)) / count)
-            has_far = (at > self.beyond)[:, None, :, None]
-            self._keep("far", (value * (has_far & (back > self.beyond))).sum(dim=(0, 2, 3)) / has_far.sum())
-            return
-        cap = self.config.attn_logit_softcapping
-        seen = ops.visible(at, at, self.config.window(int(name.split(".")[1]))) & asks
-        size, pairs = value.abs() * seen, seen.sum()
-        self._keep("largest", size.amax(dim=(0, 2, 3)))
-        self._keep("near", (size > NEAR * cap).sum(dim=(0, 2, 3)) / pairs)
-        self._keep("slope", ((1 - torch.tanh(value / cap).square()) * seen).sum(dim=(0, 2, 3)) / pairs)
+            far = (at > self.beyond)[:, :, None] & (back > self.beyond)
+            count, far_count = asks.sum(), (at > self.beyond).sum()
+            for head in value.unbind(dim=1):
+                weights = ops.upcast(head) * asks
+                self._add("distance", (weights * back).sum() / count)
+                self._add("bos", (weights * (at == 0)[:, None]).sum() / count)
+                self._add("far", (weights * far).sum() / far_count)
+        else:
+            cap = self.config.attn_logit_softcapping
+            window = self.config.window(int(name.split(".")[1]))
+            seen = ops.visible(at, at, window)[:, 0] & asks
+            for head in value.unbind(dim=1):
+                scores = ops.upcast(head)[seen]
+                self._add("largest", scores.abs().max())
+                self._add("near", (scores.abs() > NEAR * cap).sum() / scores.numel())
+                self._add("slope", (1 - torch.tanh(scores / cap).square()).mean())
 
-    def _keep(self, name: str, value: Tensor) -> None:
-        self.found[name].append(value.cpu())
+    def _add(self, name: str, value: Tensor) -> None:
+        self.found[name].append(value)
+
+    def stacked(self) -> dict[str, Tensor]:
+        """What was counted, each [layers h], on the CPU."""
+        heads = self.config.num_attention_heads
+        return {name: torch.stack([one.cpu() for one in found]).view(-1, heads) for name, found in self.found.items()}
 
 
 def _numbers(what: str, given: Iterable[int] | int | None, count: int) -> list[int]:

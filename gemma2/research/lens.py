@@ -50,7 +50,8 @@ def logit_lens(
 
     At the last layer's `hook_resid_post` the logits are the model's own: equal in every bit to `model(tokens)`, and to
     `model(tokens, last=n)` where the positions are the last n. Other choices of positions may differ by rounding, since
-    a product of other rows may be summed in another order.
+    a product of other rows may be summed in another order. So may fast twins in a pass that wants gradients: compare
+    under `torch.no_grad()`.
 
     Args:
         model: a `Gemma2`, a `Gemma`, or one of them in a wrapper.
