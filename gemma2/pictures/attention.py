@@ -96,7 +96,7 @@ function enlarge(l, h) {
   document.getElementById("about").textContent = D.stats[l][h];
   cell.textContent = "Point at a cell.";
   draw();
-  if (!dialog.open) dialog.showModal();
+  if (!dialog.open) { dialog.showModal(); dialog.focus(); }
 }
 function draw(row = -1, column = -1) {
   const [l, h] = open, context = large.getContext("2d"), scale = devicePixelRatio || 1;
@@ -251,7 +251,7 @@ head and layer.</p>
 queries that have such keys. Scores are those before the cap of {config.attn_logit_softcapping:g}; the slope of the cap
 is 1 where it changes nothing.</p>
 {rows(table[0], table[1:], numbers=range(2, 8))}
-<dialog tabindex="-1" autofocus><div class="bar"><h2 id="which"></h2>
+<dialog tabindex="-1"><div class="bar"><h2 id="which"></h2>
 <span><button id="back" aria-label="head before">←</button>
 <button id="on" aria-label="next head">→</button> <button id="close">close</button></span></div>
 <p class="dim" id="about"></p><canvas id="large"></canvas><p id="cell"></p></dialog>"""

@@ -24,8 +24,8 @@ def loaded(kind: str) -> tuple[Any, Tensor, str]:
     """A model of a kind, tokens for it and the site of its last layer."""
     if kind.startswith("tiny"):
         return tiny("27b").to(getattr(torch, kind.split()[1])), ids(2, 24), LAST
-    if kind == "packed":
-        options: dict[str, Any] = {"weights": "packed", "fast": True}
+    if kind.startswith("packed"):
+        options: dict[str, Any] = {"weights": "packed", "fast": True, "dtype": kind.split()[1]}
         gemma = gemma2.load("pocket:pocket-q8_0.gguf", device="cpu", **options)
     else:
         gemma = gemma2.load("pocket", dtype=kind.split()[1], device="cpu", fast=kind.startswith("fast"))
@@ -34,7 +34,7 @@ def loaded(kind: str) -> tuple[Any, Tensor, str]:
 
 @pytest.mark.parametrize(
     "kind",
-    ["tiny float32", "tiny bfloat16", "plain float32", "plain bfloat16", "fast float32", "fast bfloat16", "packed"],
+    [f"{kind} {dtype}" for kind in ("tiny", "plain", "fast", "packed") for dtype in ("float32", "bfloat16")],
 )
 @torch.no_grad()
 def test_the_lens_of_the_last_layer_is_the_model_itself_to_the_bit(kind: str) -> None:
