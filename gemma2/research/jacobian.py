@@ -50,9 +50,7 @@ def fit_jacobian(
     inner = model_of(model)
     config, skip = inner.config, check_count("skip", skip)
     names = layer_sites(inner, layers)
-    batches = [as_batch(text) for text in texts]
-    if not batches:
-        raise ValueError("there is no text to fit the lens on")
+    batches = as_batches(texts)
     for number, batch in enumerate(batches):
         if batch.shape[1] <= skip:
             raise ValueError(f"text {number} has {batch.shape[1]} tokens, and its first {skip} are skipped: give more")
@@ -87,9 +85,14 @@ def last_site(model: Gemma2) -> str:
     return f"blocks.{model.config.num_hidden_layers - 1}.hook_resid_post"
 
 
-def as_batch(text: Tensor | Sequence[int]) -> Tensor:
-    """Token ids [b t], of a list of ids too."""
-    return text if isinstance(text, Tensor) else torch.tensor([list(text)], device="cpu")
+def as_batches(texts: Iterable[Tensor | Sequence[int]]) -> list[Tensor]:
+    """Token ids [b t] of each text, of lists of ids too. Raises ValueError for none, and where gradients cannot be."""
+    batches = [text if isinstance(text, Tensor) else torch.tensor([list(text)], device="cpu") for text in texts]
+    if not batches:
+        raise ValueError("there is no text to fit the lens on")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("a lens is fitted with gradients, which torch.inference_mode() leaves out: call this outside")
+    return batches
 
 
 def _graph(model: Gemma2, tokens: Tensor, names: list[str], skip: int) -> tuple[Tensor, dict[str, Tensor]]:

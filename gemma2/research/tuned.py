@@ -14,7 +14,7 @@ from gemma2 import ops
 from gemma2.checks import check_count, check_number
 from gemma2.model import Gemma2
 from gemma2.research.fitted import FittedLens
-from gemma2.research.jacobian import as_batch, last_site, layer_sites
+from gemma2.research.jacobian import as_batches, last_site, layer_sites
 from gemma2.research.lens import unembed
 from gemma2.research.seen import capture
 from gemma2.research.watch import model_of
@@ -54,9 +54,7 @@ def fit_tuned(
     check_count("steps", steps, 1)
     check_count("positions", positions, 1)
     check_number("rate", rate, "above 0", lambda x: 0 < x < float("inf"))
-    batches = [as_batch(text) for text in texts]
-    if not batches:
-        raise ValueError("there is no text to fit the lens on")
+    batches = as_batches(texts)
     d, device = inner.config.hidden_size, inner.device
     with torch.enable_grad():
         turns = {name: torch.zeros(d, d, device=device, requires_grad=True) for name in names}

@@ -171,6 +171,15 @@ def test_texts_and_layers_that_cannot_be_fitted_are_refused(options: dict[str, A
 STREAM = "blocks.3.hook_resid_post"  # of the pocket model
 
 
+def test_inference_mode_is_refused_and_no_grad_is_not() -> None:
+    for fit in (fit_jacobian, fit_tuned):
+        with torch.inference_mode(), pytest.raises(ValueError, match=r"torch.inference_mode\(\) leaves out"):
+            fit(MODEL, TEXTS)
+    with torch.no_grad():
+        lens = fit_tuned(MODEL, TEXTS, layers=[0], steps=1)
+    assert not torch.equal(lens.weights[STREAMS[0]], torch.eye(112))
+
+
 def divergence(model: Any, tokens: Tensor, name: str, fitted: FittedLens | None) -> float:
     """Of the lens's prediction from the model's, in nats."""
     with torch.no_grad():
