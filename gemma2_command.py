@@ -24,6 +24,8 @@ COMMANDS = {
     "parity": "find where another implementation differs",
     "bench": "time a model beside other implementations",
     "trace": "write what a model computes at named sites to a file",
+    "lens": "show what a model would say after each layer",
+    "attention": "show where each head of a model looks",
     "verify": "check batch, cache, compile, device and save against one plain pass",
 }
 

@@ -52,3 +52,13 @@ def columns(where: Where, positions: Tensor) -> Tensor:
     if len(set(counts)) > 1:
         raise ValueError(f"positions {where!r} are {counts} tokens in the rows of the batch: they must be equally many")
     return meant.nonzero()[:, 1].view(len(positions), counts[0])
+
+
+def check_there(where: Where, tokens: Tensor) -> None:
+    """Raises ValueError for positions that a text does not have. `tokens` are its ids [b t], or positions."""
+    t = tokens.shape[-1]
+    at = torch.arange(t, device="cpu")[None]
+    several = () if where is None or isinstance(where, slice) else (where,) if isinstance(where, int) else where
+    for one in several or (where,):
+        if not bool(marked(one, at).any()):
+            raise ValueError(f"position {one} is not in the text, which has {t} tokens")

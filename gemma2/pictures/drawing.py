@@ -1,0 +1,40 @@
+"""What the PNG pictures share: a figure without a screen, and text that matplotlib takes as it is."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from gemma2.atomic import check_target, replacing
+
+LONGEST = 9  # characters of a token in a picture
+DOTS = 110  # per inch
+
+
+def check_drawing() -> None:
+    """Raises ImportError, with the cure, where matplotlib is missing."""
+    figure(1, 1)
+
+
+def figure(width: float, height: float) -> Any:
+    """A figure of so many inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("the picture needs matplotlib: pip install matplotlib; or --no-png leaves it out") from None
+    return Figure(figsize=(width, height), layout="constrained", dpi=DOTS)
+
+
+def short(text: str) -> str:
+    """A readable token, cut to what a cell can hold. What cannot be printed is spelled out."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
+
+
+def save(drawn: Any, path: Path, *, force: bool = False) -> None:
+    """Write a PNG, whole or not at all. Raises OSError; FileExistsError unless `force`."""
+    check_target(path, force=force)
+    with replacing(path) as (partial,), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # scripts that the font lacks are drawn as boxes
+        drawn.savefig(partial, format="png")
