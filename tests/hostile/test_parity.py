@@ -61,7 +61,7 @@ ARGUMENTS: list[tuple[list[str], str]] = [
     (["--against", "self", "--from", "jax"], "--from says where --explain begins: give --explain PROFILE too"),
     (["--against", "self", "--explain", "jax", "--html", "x", "--all"], "leave out --html, --all"),
     (["--against", "self", "--dtype", "int4"], "int4"),
-    (["--against", "self", "--sites", "blocks.9.*"], "no site is called 'blocks.9.*'; there are hook_embed, "),
+    (["--against", "self", "--sites", "blocks.9.*"], "no site is called 'blocks.9.*': this model has layers 0 to "),
     (["--against", "self", "--ids", "2,4096"], "token id 4096 at 1 is outside the vocabulary [0, 4096)"),
     (["--against", "self", "--ids", "2,-1"], "token id -1 at 1 is outside the vocabulary [0, 4096)"),
     (["--against", "self", "--ids", "9" * 20], f"token id {'9' * 20} at 0 is outside the vocabulary [0, 4096)"),
