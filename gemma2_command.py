@@ -24,6 +24,7 @@ COMMANDS = {
     "parity": "find where another implementation differs",
     "bench": "time a model beside other implementations",
     "trace": "write what a model computes at named sites to a file",
+    "explain": "write a page that shows the whole forward pass of a text",
     "verify": "check batch, cache, compile, device and save against one plain pass",
 }
 

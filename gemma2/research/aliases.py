@@ -36,11 +36,13 @@ OUTSIDE = {
 MODULES = {
     "": "hook_resid_post",
     "input_layernorm": "ln1",
+    "self_attn": "attn.hook_out",
     "self_attn.attend": "attn.hook_z",
     "post_attention_layernorm": "hook_attn_out",
     "pre_feedforward_layernorm": "ln2",
     "mlp.gate_proj": "mlp.hook_pre",
     "mlp.up_proj": "mlp.hook_pre_linear",
+    "mlp": "mlp.hook_out",
     "post_feedforward_layernorm": "hook_mlp_out",
 }
 PATHS = {"model.embed_tokens": "hook_embed", "model.norm": "ln_final", "model": "ln_final", "lm_head": "logits_raw"}

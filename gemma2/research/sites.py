@@ -103,6 +103,7 @@ TABLE = (
         "attention weights: softmax of the scores",
     ),
     Site("blocks.{i}.attn.hook_z", "self_attn.attend.hook_z", "b t h c", "each head's weighted sum of values"),
+    Site("blocks.{i}.attn.hook_out", "self_attn", "b t d", "attention's output, before its norm"),
     Site(
         "blocks.{i}.ln1_post.hook_inv_scale",
         "post_attention_layernorm.hook_inv_scale",
@@ -133,6 +134,7 @@ TABLE = (
     Site("blocks.{i}.mlp.hook_pre", "mlp.gate_proj", "b t f", "the gate before GELU"),
     Site("blocks.{i}.mlp.hook_pre_linear", "mlp.up_proj", "b t f", "what GELU of the gate is multiplied by"),
     Site("blocks.{i}.mlp.hook_post", "mlp.hook_post", "b t f", "their product: GELU(gate) x hook_pre_linear"),
+    Site("blocks.{i}.mlp.hook_out", "mlp", "b t d", "the MLP's output, before its norm"),
     Site(
         "blocks.{i}.ln2_post.hook_inv_scale",
         "post_feedforward_layernorm.hook_inv_scale",
