@@ -19,6 +19,7 @@ import gemma2
 from gemma2 import model as model_file
 from gemma2 import ops, tokenizer
 from gemma2.cli import main
+from gemma2.load import POCKET
 from gemma2.pictures.explain import explain
 from gemma2.pictures.explain.panels import AFTER, BEFORE, IN_LAYER, Panel, in_layer
 from gemma2.pictures.explain.run import ENDS
@@ -126,7 +127,7 @@ def test_masks_shares_and_nearness_to_the_cap_are_those_of_the_pass(window: gemm
         assert torch.equal(keys, visible)
         assert mine["seen"] == pytest.approx(float(visible.sum()) / (60 * 61 / 2))
         raw = seen[f"blocks.{layer}.attn.hook_scores_raw"][0][:, visible]
-        assert abs(mine["most"]) == float(raw.abs().max()) > 50  # so the cap bites
+        assert abs(mine["most"]) == float(raw.abs().max()) > 40  # so the cap bites
         head, query, key = mine["at"]
         assert float(seen[f"blocks.{layer}.attn.hook_scores_raw"][0, head, query, key]) == mine["most"]
         assert visible[query, key]
@@ -192,16 +193,36 @@ def test_nothing_is_fetched(pocket: gemma2.Gemma) -> None:
     assert set(re.findall(r"https?://[^\"' ]+", page)) <= {"http://www.w3.org/2000/svg"}
 
 
-def test_a_model_with_faster_parts_and_packed_weights_is_shown_by_its_plain_twin(pocket: gemma2.Gemma) -> None:
-    from gemma2.load import POCKET
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "bfloat16", "fast": True},
+        {"source": POCKET / "pocket-q8_0.gguf", "weights": "packed"},
+        pytest.param({"source": POCKET / "pocket-q8_0.gguf", "weights": "packed", "fast": True}, marks=pytest.mark.long),
+    ],
+    ids=["fast", "packed", "packed and fast"],
+)
+def test_faster_parts_and_packed_weights_are_shown_as_they_compute_and_the_model_stays_as_it_is(
+    options: dict[str, Any],
+) -> None:
+    gemma = gemma2.load(**options, device="cpu")
+    parts = dict(gemma.model.named_modules())
+    data = data_of(explain(gemma, TEXT))
+    assert dict(gemma.model.named_modules()) == parts
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in gemma.model.modules())
+    seen, ids = captured(gemma, TEXT)
+    for name in ("hook_embed", "blocks.1.hook_resid_post", "ln_final"):
+        assert torch.equal(array(data["sites"][name]["v"]), seen[name][0, :, :64].float().flatten())
+    assert data["next"]["ids"] == seen["logits"][0].double().topk(10).indices.tolist()
+    rows = array(data["sites"]["rows"]["v"]).view(len(ids), -1)
+    assert torch.equal(rows * data["scale"], array(data["sites"]["hook_embed"]["v"]).view(len(ids), -1))
 
-    fast = gemma2.load(POCKET / "pocket-q8_0.gguf", weights="packed", fast=True, device="cpu")
-    exact = gemma2.load(POCKET / "pocket-q8_0.gguf", weights="packed", device="cpu")
-    parts = dict(fast.model.named_modules())
-    mine, theirs = data_of(explain(fast, TEXT)), data_of(explain(exact, TEXT))
-    assert mine["sites"] == theirs["sites"] and mine["next"] == theirs["next"]
-    assert dict(fast.model.named_modules()) == parts
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in fast.model.modules())
+
+def test_an_error_inside_the_pass_leaves_no_hook(pocket: gemma2.Gemma, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemma2.pictures.explain.run._scores", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        explain(pocket, TEXT)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in pocket.model.modules())
 
 
 def test_a_text_of_nothing_is_the_bos_alone(pocket: gemma2.Gemma) -> None:

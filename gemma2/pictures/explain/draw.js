@@ -124,10 +124,11 @@ function legend(most) {
 function strips(parts, own = false) {
   const all = Math.max(...parts.map((part) => largest(part.values)));
   const box = make("div", { class: "strips" });
-  for (const { label, values, note } of parts) {
+  for (const { label, values, note, from = 0 } of parts) {  // from: the value without colour
+    const most = own ? largest(values.map((x) => x - from)) : all;
     const cells = grid({
-      rows: 1, columns: values.length, most: own ? largest(values) : all, height: "26px",
-      value: (r, c) => values[c], tell: (r, c) => `${label}, number ${c}: ${format(values[c])}`,
+      rows: 1, columns: values.length, most, height: "26px",
+      value: (r, c) => values[c] - from, tell: (r, c) => `${label}, number ${c}: ${format(values[c])}`,
     });
     box.append(make("div", {}, label), cells, make("div", { class: "note" }, note || ""));
   }
@@ -165,7 +166,10 @@ function columns(series, label = (i) => D.tokens[i].text, count = N, chosen = (i
     }
     const told = () => `${label(i)}: ${series.map(([name, , value]) => `${name} ${format(value(i))}`).join(", ")}`;
     const mark = chosen(i) ? "on" : "";
-    box.append(make("button", { class: mark, tabindex: -1, onclick: () => pick(i), onmousemove: (event) => point(event, told()), onmouseleave: (event) => point(event, "") }, bars, make("span", { class: "token" }, label(i))));
+    const value = series.length === 1 && count <= 24 ? [make("small", {}, format(series[0][2](i), 3))] : [];
+    box.append(make("button", {
+      class: mark, tabindex: -1, onclick: () => pick(i), onmousemove: (event) => point(event, told()), onmouseleave: (event) => point(event, ""),
+    }, bars, make("span", { class: "token" }, label(i)), ...value));
   }
   return box;
 }

@@ -109,14 +109,14 @@ def _section(panel: Panel, config: Gemma2Config, t: int, words: dict[str, str]) 
     letters = f' <span class="dim">({site.shape})</span>' if site else ""
     module = site.module if site else panel.module
     file = "tokenizer.py" if panel.owner == "Tokenizer" else "model.py"
-    named = f"site <code>{name}</code>{shape}{letters}" if site else '<span class="dim">no site of its own</span>'
-    place = f" · module <code>{html.escape(module)}</code>" if module else ""
+    named = [f"site <code>{name}</code>{shape}{letters}"] if site else []
+    named += [f"module <code>{html.escape(module)}</code>"] if module else []
     code = f"{file}, class <code>{panel.owner}</code>: <code>{html.escape(panel.line)}</code>"
     beside = html.escape(json.dumps(panel.beside))
     return (
         f'<section class="panel" id="{name}" data-draws="{panel.draws}" data-beside="{beside}" tabindex="-1">\n'
         f"<h3>{html.escape(panel.title)}</h3>\n<p>{html.escape(panel.says.format(**words))}</p>\n"
-        f'<div class="draw"></div>\n<p class="where">{named}{place}<br>{code}</p>\n</section>'
+        f'<div class="draw"></div>\n<p class="where">{" · ".join(named)}{"<br>" if named else ""}{code}</p>\n</section>'
     )
 
 
@@ -129,7 +129,8 @@ def _way(panels: Sequence[Panel]) -> str:
         f'<li class="{mark}"><a href="#{html.escape(step.name)}">{html.escape(text)}</a></li>'
         for mark, step, text in zip(marks, steps, short, strict=True)
     )
-    return f'<ol class="way">{cells}</ol>'
+    note = "In colour: what most models do without. With a strong border: the residual stream is changed."
+    return f'<ol class="way">{cells}</ol><p class="keyed">{note}</p>'
 
 
 def _summary(run: Run, layer: int, key: str, tokenizer: Tokenizer) -> str:

@@ -2,6 +2,11 @@
 const layerOf = (name) => name.split(".")[1];
 const headsOf = (name) => D.sites[name].heads;
 
+function placed(position) {
+  const found = D.tokens.find((one) => one.position === position);
+  return found ? `${found.text} at position ${position}` : `position ${position}`;
+}
+
 function scored(name) {  // value of a head's score of a drawn query and a drawn key, NaN where the mask hides it
   const site = D.sites[name], values = numbers(site.v), found = D.scores[layerOf(name)];
   return (head, q, k) => {
@@ -64,7 +69,7 @@ const draws = {
   },
   scale(box, name) {
     const inverse = numbers(D.sites[name].v);
-    box.append(columns([["rms", "stream-bar", (i) => 1 / inverse[i]]]), first([inverse[state.token]], ", 1 / rms"),
+    box.append(columns([["rms", "stream-bar", (i) => 1 / inverse[i]]]), make("p", { class: "keyed" }, "The root mean square (rms) of each token's vector, which is multiplied by 1 / rms."), first([inverse[state.token]], ", 1 / rms"),
       facts(["rms before", format(1 / inverse[state.token])], ["multiplied by", format(inverse[state.token])]));
   },
   normalized(box, name, [source, scale]) {
@@ -78,22 +83,22 @@ const draws = {
     const before = D.sites[source], after = D.sites[name];
     box.append(strips([
       { label: "normalized", values: of(before), note: `length ${format(lengthOf(before), 3)}` },
-      { label: "gain, 1 + w", values: numbers(after.gain), note: `${format(after.least, 3)} to ${format(after.most, 3)}` },
+      { label: "gain, 1 + w", values: numbers(after.gain), from: 1, note: `${format(after.least, 3)} to ${format(after.most, 3)}` },
       { label: "result", values: of(after), note: `length ${format(lengthOf(after), 3)}` },
-    ], true), first(of(after)), facts(["gain: mean", format(after.mean)], ["least", format(after.least)], ["largest", format(after.most)], ["largest results", top(after)]));
+    ], true), make("p", { class: "keyed" }, "The gain is ", make("span", { class: "warm" }, "above 1"), " or ", make("span", { class: "cool" }, "below 1"), "; each row has colours of its own."), first(of(after)), facts(["gain: mean", format(after.mean)], ["least", format(after.least)], ["largest", format(after.most)], ["largest results", top(after)]));
   },
   heads(box, name) {
     const site = D.sites[name], w = site.width, count = site.heads, values = numbers(site.v).subarray(state.token * count * w);
-    const shared = name.endsWith("hook_k") || name.endsWith("hook_v");
+    const called = name.endsWith("hook_k") ? "key head" : name.endsWith("hook_v") ? "value head" : "head", shared = called !== "head";
     const head = shared ? Math.floor(Math.min(state.head, count * D.group - 1) / D.group) : Math.min(state.head, count - 1);
     const readers = (h) => Array.from({ length: D.group }, (_, k) => h * D.group + k).join(", ");
     const labels = make("div", { class: "labels" });
-    for (let h = 0; h < count; h++) labels.append(make("button", { class: h === head ? "on" : "", tabindex: -1, onclick: () => pick(shared ? h * D.group : h) }, shared ? `key head ${h}, for heads ${readers(h)}` : `head ${h}`));
+    for (let h = 0; h < count; h++) labels.append(make("button", { class: h === head ? "on" : "", tabindex: -1, onclick: () => pick(shared ? h * D.group : h) }, shared ? `${called} ${h}, for heads ${readers(h)}` : `head ${h}`));
     const most = largest(values.subarray(0, count * w));
-    const cells = grid({ rows: count, columns: w, most, height: `${count * 20}px`, marked: head, value: (r, c) => values[r * w + c], choose: (r) => pick(shared ? r * D.group : r), tell: (r, c) => `head ${r}, number ${c}: ${format(values[r * w + c])}` });
+    const cells = grid({ rows: count, columns: w, most, height: `${count * 20}px`, marked: head, value: (r, c) => values[r * w + c], choose: (r) => pick(shared ? r * D.group : r), tell: (r, c) => `${called} ${r}, number ${c}: ${format(values[r * w + c])}` });
     const stacked = make("div", { class: "stacked" }, labels, cells);
     stacked.style.setProperty("--high", "20px");
-    box.append(make("figure", {}, stacked, make("figcaption", {}, "The chosen token's heads below each other, ", `the first ${w} numbers of each, `, ...legend(most), ".")), first(values.subarray(head * w, head * w + w), `, head ${head}`));
+    box.append(make("figure", {}, stacked, make("figcaption", {}, "The chosen token's heads below each other, ", `the first ${w} numbers of each, `, ...legend(most), ".")), first(values.subarray(head * w, head * w + w), `, ${called} ${head}`));
   },
   rotation(box, name) {
     const site = D.sites[name], shared = name.endsWith("_k");
@@ -109,7 +114,7 @@ const draws = {
       row.append(make("div", {}, dial, make("small", {}, `numbers ${pair}, ${pair + site.half}`), make("small", {}, `turned by ${format(turn > 359.95 ? 0 : turn, 3)}°`)));
     });
     const wide = numbers(D.sites[name].v).subarray((state.token * site.heads + head) * site.width);
-    box.append(make("figure", {}, row, make("figcaption", {}, `Some pairs of ${shared ? "key head" : "head"} ${head}, before (dotted) and after. The token stands at position ${D.tokens[state.token].position}; full turns are left out of the angles, and the length stays.`)), first(wide.subarray(0, site.width), `, head ${head}`));
+    box.append(make("figure", {}, row, make("figcaption", {}, `Some pairs of ${shared ? "key head" : "head"} ${head}, before (dotted) and after. The token stands at position ${D.tokens[state.token].position}; full turns are left out of the angles, and the length stays.`)), first(wide.subarray(0, site.width), `, ${shared ? "key head" : "head"} ${head}`));
   },
   scores(box, name) {
     const head = Math.min(state.head, headsOf(name) - 1), value = scored(name);
@@ -131,7 +136,7 @@ const draws = {
     box.append(make("figure", {}, plot({ curve: bent, low: -found.reach, high: found.reach, bottom: -1.1 * cap, up: 1.1 * cap, across: [-cap, cap], bins: { low: -found.reach, high: found.reach, counts: found.bins }, dots, x: "raw score", y: "after the cap" }),
       make("figcaption", {}, "The curve bends scores between the two dashed lines, the cap. Dots are the scores of ", token(state.token), ` in head ${head}; the ring is the largest score of the layer. Below, on a logarithmic scale, how many scores of all heads and tokens are where.`)),
     facts(["largest score", format(found.most)], ["it becomes", format(bent(found.most))], ["nearness to the cap", percent(Math.abs(found.most) / cap)], ["slope there", format(slope, 3)], ["scores beyond half the cap", found.half ? percent(found.half) : "none"]),
-    make("p", { class: "dim" }, `The largest is in head ${h}: position ${q} looks at position ${k}.`));
+    make("p", { class: "dim" }, `The largest score is in head ${h}, where ${placed(q)} looks at ${placed(k)}.`));
   },
   mask(box, name) {
     const found = D.scores[layerOf(name)], t = D.length, step = Math.ceil(t / 384), n = Math.ceil(t / step), at = D.tokens[state.token].position;

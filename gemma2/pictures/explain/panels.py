@@ -40,12 +40,8 @@ ADDED = "return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforwar
 
 def _norm(name: str, source: str, output: str, title: str, why: str) -> list[Panel]:
     """A norm's three sites: its scale, the normalized vector, and that times the gain."""
-    scale = (
-        "The norm first measures each token's vector: its root mean square (rms). The whole vector is then multiplied "
-        "by 1 / rms, so that only its direction counts."
-    )
     return [
-        Panel(f"{name}.hook_inv_scale", f"{title}: the scale", f"{why} {scale}", "RMSNorm", INVERSE, "scale"),
+        Panel(f"{name}.hook_inv_scale", f"{title}: the scale", why, "RMSNorm", INVERSE, "scale"),
         Panel(
             f"{name}.hook_normalized",
             f"{title}: normalized",
@@ -114,7 +110,8 @@ IN_LAYER = [
         f"{BLOCK}.hook_resid_pre",
         f"{BLOCK}.ln1",
         "Norm before attention",
-        "Attention does not read the stream itself, but a normalized copy.",
+        "Attention reads a normalized copy of the stream. The norm measures each token's vector by its root mean "
+        "square (rms), and multiplies all of the vector by 1 / rms: only its direction counts.",
     ),
     Panel(
         f"{BLOCK}.attn.hook_q",
@@ -246,7 +243,7 @@ IN_LAYER = [
         f"{BLOCK}.hook_resid_mid",
         f"{BLOCK}.ln2",
         "Norm before the MLP",
-        "The second half of the layer reads a normalized copy too, and each token is now worked on alone.",
+        "The second half of the layer reads a normalized copy too. From here on each token is worked on alone.",
     ),
     Panel(
         f"{BLOCK}.mlp.hook_pre",

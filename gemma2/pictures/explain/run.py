@@ -10,9 +10,8 @@ from torch import Tensor
 
 from gemma2.model import Gemma2
 from gemma2.research import Seen, capture, watching
-from gemma2.research.sites import chosen
+from gemma2.research.sites import sites
 from gemma2.research.watch import check_shown
-from gemma2.twins import sharing
 
 ENDS = 24  # of a text longer than twice this, so many tokens of each end are drawn
 BINS = 48  # of a histogram
@@ -57,12 +56,9 @@ class Run:
 
 
 def compute(model: Gemma2, ids: list[int]) -> Run:
-    """Run the model once over `ids`, by its plain twin where faster parts hide a site."""
+    """Run the model once over `ids`. Raises ValueError where a twin hides a site."""
     t = len(ids)
-    try:
-        check_shown(model, chosen(model.config))
-    except ValueError:
-        model = sharing(model)
+    check_shown(model, sites(model.config))
     drawn = list(range(t)) if t <= 2 * ENDS else [*range(ENDS), *range(t - ENDS, t)]
     tokens = torch.tensor([ids], device=model.device)
     scores, raw, cap = dict[int, Scores](), dict[int, Tensor](), model.config.attn_logit_softcapping
