@@ -95,21 +95,30 @@ def test_the_page_works_from_a_file_and_every_site_of_the_chosen_layers_has_a_pa
     assert [int(one) for one in rows[::5]] == best.indices.tolist()
     assert [float(one) for one in rows[3::5]] == pytest.approx(best.values.tolist(), rel=6e-3)
     assert dom.count("<details ") == pocket.config.num_hidden_layers - 2
-    assert len(re.findall(r'<li><a href="#', dom)) >= len(panels)
+    assert set(panels) <= set(re.findall(r'<a [^>]*href="#([^"]+)"', dom.split("<main>")[0]))  # the side's navigation
 
 
 @needs_browser
-def test_a_long_text_says_what_is_drawn_and_the_mask_is_of_all_tokens(window: gemma2.Gemma, tmp_path: Path) -> None:
+def test_a_long_text_says_what_is_drawn_the_mask_is_of_all_tokens_and_keys_choose_a_token_and_a_head(
+    window: gemma2.Gemma, tmp_path: Path
+) -> None:
     ids = list(range(100, 160))
     file = tmp_path / "page.html"
-    file.write_text(explain(window, ids, [2, 3]), encoding="utf-8")
+    pressed = "".join(f'dispatchEvent(new KeyboardEvent("keydown", {{key: "{key}"}}));' for key in ("ArrowLeft", "]"))
+    page = explain(window, ids, [2, 3])
+    file.write_text(page.replace("</body>", f"<script>{pressed}</script></body>"), encoding="utf-8")
     dom, said = opened(file, tmp_path / "browser")
     assert said == []
     assert f"The text has 60 tokens. The first and the last {ENDS} are drawn; the 12 between them" in dom
     panels = panels_of(dom)
-    assert "sees 16 keys: positions 44 to 59" in re.sub("<.*?>", "", panels["blocks.2.mask"])
-    assert "sees 60 keys: positions 0 to 59" in re.sub("<.*?>", "", panels["blocks.3.mask"])
+    assert "sees 16 keys: positions 43 to 58" in re.sub("<.*?>", "", panels["blocks.2.mask"])
+    assert "sees 59 keys: positions 0 to 58" in re.sub("<.*?>", "", panels["blocks.3.mask"])
     assert "12 more" in panels["tokens"]
+    with torch.no_grad(), capture(window.model, "blocks.3.attn.hook_z") as seen:
+        window.model(torch.tensor([ids]))
+    assert shown(panels["blocks.3.attn.hook_z"]) == pytest.approx(
+        seen["blocks.3.attn.hook_z"][0, 58, 1, :6].tolist(), rel=6e-4
+    )
 
 
 def test_masks_shares_and_nearness_to_the_cap_are_those_of_the_pass(window: gemma2.Gemma) -> None:
@@ -198,9 +207,11 @@ def test_nothing_is_fetched(pocket: gemma2.Gemma) -> None:
     [
         {"dtype": "bfloat16", "fast": True},
         {"source": POCKET / "pocket-q8_0.gguf", "weights": "packed"},
-        pytest.param({"source": POCKET / "pocket-q8_0.gguf", "weights": "packed", "fast": True}, marks=pytest.mark.long),
+        pytest.param(
+            {"source": POCKET / "pocket-q8_0.gguf", "weights": "packed", "fast": True}, marks=pytest.mark.long
+        ),
     ],
-    ids=["fast", "packed", "packed and fast"],
+    ids=["fast", "int8", "packed and fast"],
 )
 def test_faster_parts_and_packed_weights_are_shown_as_they_compute_and_the_model_stays_as_it_is(
     options: dict[str, Any],

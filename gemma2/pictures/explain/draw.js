@@ -1,6 +1,7 @@
 // What drawings are made of: numbers, elements, grids of coloured cells, columns, curves.
 const D = JSON.parse(document.getElementById("data").textContent);
 const N = D.tokens.length;
+const GAP = D.tokens.findIndex((one, i) => i && one.position > D.tokens[i - 1].position + 1); // first after those left out
 const state = { token: N - 1, head: 0 };
 const SVG = "http://www.w3.org/2000/svg";
 const unpacked = new Map();
@@ -61,7 +62,7 @@ function grid({ rows, columns, value, most, paint = null, width = "100%", height
   for (let r = 0, at = 0; r < rows; r++) {
     for (let c = 0; c < columns; c++, at += 4) {
       const x = value(r, c), part = Math.min(1, Math.abs(x) / (most || 1));
-      image.data.set(Number.isNaN(x) ? [...hidden, 110] : [...(x < 0 ? cool : warm), 255 * Math.pow(part, 0.7)], at);
+      image.data.set(Number.isNaN(x) ? [...hidden, 170] : [...(x < 0 ? cool : warm), 255 * Math.pow(part, 0.7)], at);
     }
   }
   brush.putImageData(image, 0, 0);
@@ -75,6 +76,8 @@ function grid({ rows, columns, value, most, paint = null, width = "100%", height
     mark.style.height = `${100 / rows}%`;
     box.append(mark);
   }
+  if (GAP > 0 && rows === N) box.append(cut("top"));
+  if (GAP > 0 && columns === N && rows === N) box.append(cut("left"));
   const place = (event) => {
     const frame = canvas.getBoundingClientRect();
     const r = Math.floor((rows * (event.clientY - frame.top)) / frame.height);
@@ -85,6 +88,12 @@ function grid({ rows, columns, value, most, paint = null, width = "100%", height
   box.addEventListener("mouseleave", (event) => point(event, ""));
   if (choose) box.addEventListener("click", (event) => choose(...place(event)));
   return box;
+}
+
+function cut(side) {  // the line where tokens are left out
+  const line = make("i", { class: `cutting ${side}` });
+  line.style[side] = `${(100 * GAP) / N}%`;
+  return line;
 }
 
 function largest(values) {
@@ -156,7 +165,7 @@ const top = (site) => site.place[state.token].map((at, k) => `${at}: ${format(nu
 function columns(series, label = (i) => D.tokens[i].text, count = N, chosen = (i) => i === state.token, pick = (i) => choose(i)) {
   let most = 0;
   for (const [, , value] of series) for (let i = 0; i < count; i++) most = Math.max(most, value(i));
-  const box = make("div", { class: count > 24 ? "columns-of dense" : "columns-of" });
+  const box = make("div", { class: count > 20 ? "columns-of dense" : "columns-of" });
   for (let i = 0; i < count; i++) {
     const bars = make("div", { class: "bars" });
     for (const [name, kind, value] of series) {
@@ -165,8 +174,8 @@ function columns(series, label = (i) => D.tokens[i].text, count = N, chosen = (i
       bars.append(bar);
     }
     const told = () => `${label(i)}: ${series.map(([name, , value]) => `${name} ${format(value(i))}`).join(", ")}`;
-    const mark = chosen(i) ? "on" : "";
-    const value = series.length === 1 && count <= 24 ? [make("small", {}, format(series[0][2](i), 3))] : [];
+    const mark = `${chosen(i) ? "on" : ""} ${GAP > 0 && i === GAP && count === N ? "after-gap" : ""}`;
+    const value = series.length === 1 && count <= 20 ? [make("small", {}, format(series[0][2](i), 3))] : [];
     box.append(make("button", {
       class: mark, tabindex: -1, onclick: () => pick(i), onmousemove: (event) => point(event, told()), onmouseleave: (event) => point(event, ""),
     }, bars, make("span", { class: "token" }, label(i)), ...value));
@@ -176,7 +185,7 @@ function columns(series, label = (i) => D.tokens[i].text, count = N, chosen = (i
 
 // A plot of a curve over a histogram, in real units.
 function plot({ curve, low, high, bottom, up, bins, dots = [], lines = [], across = [], x = "", y = "" }) {
-  const [w, h, left, base] = [640, 300, 46, 262];
+  const [w, h, left, base] = curve ? [640, 300, 46, 262] : [640, 170, 46, 132];
   const px = (v) => left + ((v - low) / (high - low)) * (w - left - 10);
   const py = (v) => base - ((v - bottom) / (up - bottom)) * (base - 12);
   const root = make("svg:svg", { viewBox: `0 0 ${w} ${h}`, class: "plot", role: "img", "aria-label": `${y} against ${x}` });

@@ -26,7 +26,8 @@ TITLE = 60  # characters of the text in it
 FIRST = 4  # values of a site in the tables of the other layers
 HINT = """<p class="keys dim">Choose a token above, or with <kbd>←</kbd> <kbd>→</kbd>: every panel then shows it.
 <kbd>j</kbd> and <kbd>k</kbd> go to the next and the previous panel, <kbd>[</kbd> and <kbd>]</kbd> to another head.
-Point at a cell to read its value.</p>"""
+Point at a cell to read its value.</p>
+<noscript><p>The drawings need JavaScript, which is off here.</p></noscript>"""
 
 
 def title(ids: Sequence[int], tokenizer: Tokenizer) -> str:
@@ -41,9 +42,8 @@ def body(run: Run, full: Mapping[int, Sequence[Panel]], data: dict[str, Any], to
     parts, links = list[str](), list[str]()
     for heading, layer, panels in _chapters(config, full):
         key = f"at-{len(links)}"
-        listed = "".join(f'<li><a href="#{html.escape(one.name)}">{html.escape(one.title)}</a></li>' for one in panels)
         kind = "" if layer < 0 else _kind(config, layer)
-        links.append(f'<li class="{kind}"><a href="#{key}">{html.escape(heading)}</a><ol>{listed}</ol></li>')
+        links.append(f'<li class="{kind}"><a href="#{key}">{html.escape(heading)}</a><ol>{_listed(panels)}</ol></li>')
         if not panels:
             parts.append(_summary(run, layer, key, tokenizer))
             continue
@@ -69,6 +69,19 @@ def _chapters(config: Gemma2Config, full: Mapping[int, Sequence[Panel]]) -> list
     layers = range(config.num_hidden_layers)
     middle = [(f"Layer {layer}, {_kind(config, layer)}", layer, full.get(layer, ())) for layer in layers]
     return [("The text goes in", -1, BEFORE), *middle, ("The prediction comes out", -1, AFTER)]
+
+
+def _listed(panels: Sequence[Panel]) -> str:
+    """The links to a chapter's panels. Of those with the same beginning, as `Norm after attention: ...`, the later ones
+    are indented and say the rest alone."""
+    links, before = list[str](), ""
+    for panel in panels:
+        begin, _, rest = panel.title.partition(": ")
+        within = bool(rest) and begin == before
+        mark, text = ('class="within" ', rest) if within else ("", panel.title)
+        links.append(f'<li><a {mark}href="#{html.escape(panel.name)}">{html.escape(text)}</a></li>')
+        before = begin
+    return "".join(links)
 
 
 def _kind(config: Gemma2Config, layer: int) -> str:
@@ -143,7 +156,7 @@ def _summary(run: Run, layer: int, key: str, tokenizer: Tokenizer) -> str:
     line = (
         f"stream {lengths[0]:.4g} → {lengths[3]:.4g}, attention adds {lengths[1]:.4g}, the MLP {lengths[2]:.4g}; "
         f"{scores.seen:.0%} of keys seen; largest score {scores.most:.3g}, {_near(scores, config)} of the cap"
-    )
+    ).replace(" -", " \N{MINUS SIGN}")
     last = in_html(readable(tokenizer, run.ids[run.drawn[-1]]))
     cells = []
     for name, site in sites(config).items():

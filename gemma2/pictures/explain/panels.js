@@ -34,7 +34,7 @@ function heads(name, options) {  // one head large, all of them small
   for (let h = 0; h < count; h++) {
     small.append(make("button", { class: h === head ? "on" : "", "aria-pressed": h === head, onclick: () => pick(h) }, one(h, 76, { tell: tell(h) }), `head ${h}`));
   }
-  const colours = options.plain ? [`darkest at ${format(most, 3)}`] : legend(most);
+  const colours = options.plain ? [`full colour at ${format(most, 3)}`] : legend(most);
   return make("figure", {}, make("div", { class: "attention" }, large, small), make("figcaption", {}, `Head ${head}: rows are the tokens that look (queries), columns those that are looked at (keys); `, ...colours, options.masked ? "; grey is hidden by the mask." : "."));
 }
 
@@ -154,7 +154,7 @@ const draws = {
         bar.style.width = `${(100 * size) / most}%`;
         ruler.append(make("span", {}, `${what} ${size.toLocaleString("en")}`), make("div", {}, bar));
       }
-      words.append(ruler, make("p", {}, t > found.window ? `Keys further back than ${found.window.toLocaleString("en")} positions are grey: a global layer would see them.` : "This text fits into the window, so here the layer hides nothing that a global layer would show."));
+      words.append(ruler, make("p", {}, t > found.window ? `Grey keys are ${found.window.toLocaleString("en")} or more positions back: a global layer would see them.` : "This text fits into the window, so here the layer hides nothing that a global layer would show."));
     }
     words.append(facts(["keys seen, of those that are not later", percent(found.seen)]));
     box.append(make("figure", { class: "beside" }, make("div", {}, cells, make("figcaption", {}, `rows look, columns are looked at; all ${t.toLocaleString("en")} positions`)), words));
@@ -236,7 +236,7 @@ function render(panel) {
 let waiting = 0;
 function refresh() {  // what is in view at once, the rest when there is time
   const strip = document.querySelector(".strip");
-  strip.replaceChildren(...D.tokens.map((one, i) => make("button", { class: i === state.token ? "on" : "", "aria-pressed": i === state.token, title: `position ${one.position}, id ${one.id}`, onclick: () => choose(i) }, token(i))));
+  strip.replaceChildren(...D.tokens.map((one, i) => make("button", { class: `${i === state.token ? "on" : ""} ${i === GAP ? "after-gap" : ""}`, "aria-pressed": i === state.token, title: `position ${one.position}, id ${one.id}`, onclick: () => choose(i) }, token(i))));
   const chosen = strip.children[state.token];
   strip.scrollLeft = chosen.offsetLeft - strip.clientWidth / 2;
   for (const panel of panels) panel.stale = true;
@@ -260,7 +260,8 @@ function pick(h) { const most = Math.max(1, ...Object.values(D.sites).map((site)
 
 let current = 0;
 function go(step) {
-  const to = panels[Math.max(0, Math.min(panels.length - 1, current + step))].element;
+  current = Math.max(0, Math.min(panels.length - 1, current + step));
+  const to = panels[current].element;
   to.scrollIntoView({ block: "start" });
   to.focus({ preventScroll: true });
 }
