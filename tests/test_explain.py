@@ -41,7 +41,8 @@ def window(pocket: gemma2.Gemma) -> gemma2.Gemma:
 def data_of(page: str) -> dict[str, Any]:
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
     assert found
-    return json.loads(found[1])  # type: ignore[no-any-return]
+    data: dict[str, Any] = json.loads(found[1])
+    return data
 
 
 def array(text: str) -> Tensor:
@@ -89,7 +90,7 @@ def test_the_page_works_from_a_file_and_every_site_of_the_chosen_layers_has_a_pa
         assert len(numbers) == min(6, row.numel())
         assert numbers == pytest.approx(row.flatten()[: len(numbers)].tolist(), rel=6e-4), name
     assert "<b>bold</b>" not in dom and "<script>alert" not in dom
-    assert html.escape("<script>alert(1)</script>", quote=False) in re.search(r"<title>(.*?)</title>", dom)[1]
+    assert html.escape("<script>alert(1)</script>", quote=False) in dom.split("</title>")[0]
     best = seen["logits"][0, -1].softmax(-1).topk(10)
     rows = re.findall(r'<td class="number">(.*?)</td>', panels["next"])
     assert [int(one) for one in rows[::5]] == best.indices.tolist()
@@ -171,8 +172,7 @@ def test_arrays_in_the_page_are_the_captured_values_to_the_bit(pocket: gemma2.Ge
 def test_the_gains_and_the_turned_pairs_are_the_models(pocket: gemma2.Gemma) -> None:
     seen, ids = captured(pocket, TEXT)
     held = data_of(explain(pocket, TEXT))["sites"]
-    norm = pocket.model.model.layers[1].post_attention_layernorm
-    gain = 1 + norm.weight.detach()
+    gain = 1 + pocket.model.get_parameter("model.layers.1.post_attention_layernorm.weight").detach()
     assert torch.equal(array(held["blocks.1.hook_attn_out"]["gain"]), gain[:64])
     assert held["blocks.1.hook_attn_out"]["most"] == float(gain.max())
     turned = held["blocks.1.attn.hook_rot_k"]
@@ -194,6 +194,16 @@ def test_every_site_has_words_and_every_quoted_line_stands_in_its_class() -> Non
         assert panel.line and panel.line in inspect.getsource(owner), panel.name
     placed = {panel.name for panel in in_layer(3)}
     assert all(one in placed for panel in in_layer(3) for one in panel.beside)
+
+
+def test_a_piece_of_the_vocabulary_that_is_html_stays_text(
+    pocket: gemma2.Gemma, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in ("data", "markup"):
+        monkeypatch.setattr(f"gemma2.pictures.explain.{file}.readable", lambda *_: "</script><b>x</b>")
+    page = explain(pocket, "In", name="<b>model</b>", foot="<b>foot</b>")
+    assert data_of(page)["tokens"][0]["text"] == "</script><b>x</b>"
+    assert "<b>x</b>" not in page and "<b>model</b>" not in page and "<b>foot</b>" not in page
 
 
 def test_nothing_is_fetched(pocket: gemma2.Gemma) -> None:

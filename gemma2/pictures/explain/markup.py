@@ -33,6 +33,8 @@ Point at a cell to read its value.</p>
 def title(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     """The page's title: the text that was read, cut where it is long."""
     text = " ".join(tokenizer.decode(list(ids)).split())
+    if not text:
+        return "Gemma 2 reads an empty text"
     return f"Gemma 2 reads “{text[:TITLE] + '…' if len(text) > TITLE else text}”"
 
 

@@ -135,7 +135,7 @@ const draws = {
     const [h, q, k] = found.at;
     box.append(make("figure", {}, plot({ curve: bent, low: -found.reach, high: found.reach, bottom: -1.1 * cap, up: 1.1 * cap, across: [-cap, cap], bins: { low: -found.reach, high: found.reach, counts: found.bins }, dots, x: "raw score", y: "after the cap" }),
       make("figcaption", {}, "The curve bends scores between the two dashed lines, the cap. Dots are the scores of ", token(state.token), ` in head ${head}; the ring is the largest score of the layer. Below, on a logarithmic scale, how many scores of all heads and tokens are where.`)),
-    facts(["largest score", format(found.most)], ["it becomes", format(bent(found.most))], ["nearness to the cap", percent(Math.abs(found.most) / cap)], ["slope there", format(slope, 3)], ["scores beyond half the cap", found.half ? percent(found.half) : "none"]),
+    facts(["largest score", format(found.most)], ["it becomes", format(bent(found.most))], ["nearness to the cap", percent(Math.abs(found.most) / cap)], ["slope there", format(slope, 3)], ["mean size of a score", format(found.mean, 3)], ["scores beyond half the cap", found.half ? percent(found.half) : "none"]),
     make("p", { class: "dim" }, `The largest score is in head ${h}, where ${placed(q)} looks at ${placed(k)}.`));
   },
   mask(box, name) {
