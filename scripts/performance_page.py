@@ -61,6 +61,8 @@ TAIL = """## How it is measured
   gemma_pytorch runs as its `generate` calls it.
 """
 
+POINTS = 3  # of a line in the chart: two say no more than the table
+
 
 def read(path: Path) -> Record:
     """A record of `gemma2 bench --json`. Exits with a line where it is none."""
@@ -99,6 +101,9 @@ def section(record: Record) -> Iterator[str]:
         f"{machine['system']}, Python {machine['python']}, gemma2 {record['gemma2']}, {versions(record)}"
         + (f"; load of the machine before and after: {', '.join(load)}." if load else ".")
     )
+    if record.get("remark"):  # written into the record by whoever watched the run
+        yield ""
+        yield record["remark"]
     yield ""
     yield from table(
         ("limit of the machine", "in this run"),
@@ -178,7 +183,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def draw(records: Sequence[Record], target: Path) -> None:
-    """The chart: a bar for the decode rate of every system in every run, and lines against context and batch."""
+    """The chart: a bar for the decode rate of every system in every run that has several implementations, and lines
+    against context and batch."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -187,13 +193,14 @@ def draw(records: Sequence[Record], target: Path) -> None:
 
     bars: list[tuple[str, Spread, bool]] = []
     for record in records:
-        rows = decode_rows(record, record["decode"][0]) if record["decode"] else []
+        beside = any(row["kind"] != record["systems"][0]["kind"] for row in record["systems"])
+        rows = decode_rows(record, record["decode"][0]) if record["decode"] and beside else []
         bars += [(f"{row.system}  ({record['name']})", row.rate, n == 0) for n, row in enumerate(rows)]
     lines = [
         (record, varied, fixed)
         for varied, fixed in (("context", "batch"), ("batch", "context"))
         for record in records
-        if len(swept(record, varied, fixed)) > 1
+        if len(swept(record, varied, fixed)) >= POINTS
     ]
     height = 1.2 + 0.28 * len(bars)
     figure, axes = pyplot.subplots(

@@ -19,7 +19,7 @@ from tests.parity.test_judge import written
 
 IDS = "2,17,5,99,1024,7,300,12,45,2000,8"
 BFLOAT16 = "self:dtype=bfloat16,numerics=gemma_pytorch"
-SHOWN = "sites  60 of 60 compared"
+SHOWN = "sites  64 of 64 compared"
 Capture = pytest.CaptureFixture[str]
 
 
@@ -60,7 +60,7 @@ def test_transformers_is_equal_to_the_bit_with_no_option_but_its_name(capsys: Ca
     printed = lines(capsys, "pocket", "--against", "transformers")
     assert printed[0] == "MODEL  pocket"
     assert re.fullmatch(r"REF    transformers [\d.]+ eager, computed in bfloat16", printed[1])
-    assert printed[2:4] == ["text   62 token ids of Genesis 1 (default text)", "sites  106 of 168 compared"]
+    assert printed[2:4] == ["text   62 token ids of Genesis 1 (default text)", "sites  106 of 180 compared"]
     assert printed[-1] == "verdict: equal to the bit (106 of 106 sites equal ours in every bit)"
     cases = {line[:29].strip(): line[31:37] for line in printed if re.search(r"  (agrees|differs|not run)  ", line)}
     assert len(cases) == 9 and set(cases.values()) == {"agrees"}, "transformers can do every case"
@@ -76,7 +76,7 @@ def test_a_row_a_site_the_predictions_the_cases_and_the_verdict_are_printed(smal
     assert shown == ["hook_embed", "blocks.0.hook_resid_post", "blocks.1.hook_resid_post", "ln_final", "logits"]
     assert printed[6].endswith("equal bits")
     assert re.fullmatch(r"logits +\S+ +\d\.\d\de-\d\d +\d\.\d\de-\d\d +\d\.\d{8} +0?\.?\d+", printed[10])
-    assert printed[11] == "... 55 more sites, none of which differs (--all shows them)"
+    assert printed[11] == "... 59 more sites, none of which differs (--all shows them)"
     legend = [re.split("  +", line)[0] for line in printed[13:17]]
     assert legend == ["max abs, relative, cosine", "ours", "error / rounding", "equal bits"]
     assert re.fullmatch(
@@ -90,9 +90,9 @@ def test_a_row_a_site_the_predictions_the_cases_and_the_verdict_are_printed(smal
 
 def test_all_prints_every_site(small: Path, capsys: Capture) -> None:
     printed = lines(capsys, small, "--against", "self", "--ids", IDS, "--all", "--no-cases")
-    assert sum(line.endswith("equal bits") for line in printed) == 2 * 27 + 6
+    assert sum(line.endswith("equal bits") for line in printed) == 2 * 29 + 6
     assert not any(re.search("agrees|differs|not run", line) for line in printed)
-    assert printed[-1] == "verdict: equal to the bit (60 of 60 sites equal ours in every bit)"
+    assert printed[-1] == "verdict: equal to the bit (64 of 64 sites equal ours in every bit)"
 
 
 def test_a_difference_is_named_by_its_site_and_is_exit_code_one(small: Path, other: Path, capsys: Capture) -> None:
@@ -108,7 +108,7 @@ def test_json_is_strict_and_has_what_is_printed(small: Path, other: Path, capsys
     assert (found["verdict"], found["first"], found["tokens"]) == ("rounding", None, 11)
     assert (found["model"], found["text"]) == (str(small), "given by --ids")
     assert found["dtype"] == "bfloat16" and found["numerics"] is None
-    assert len(found["rows"]) == 60 and found["rows"][0]["site"] == "hook_embed" and len(found["cases"]) == 9
+    assert len(found["rows"]) == 64 and found["rows"][0]["site"] == "hook_embed" and len(found["cases"]) == 9
     assert {"kl_mean", "flips", "margin"} <= found["logits"].keys()
     wrong = strict("\n".join(lines(capsys, small, "--against", f"self:model={other}", "--ids", IDS, "--json", code=1)))
     assert (wrong["verdict"], wrong["first"]) == ("difference", "blocks.0.mlp.hook_pre_linear")
@@ -128,7 +128,7 @@ def test_a_profile_makes_what_is_documented_equal_and_says_so(small: Path, capsy
     printed = lines(capsys, small, "--against", BFLOAT16, "--ids", IDS, "--numerics", "gemma_pytorch")
     assert printed[2] == "text      11 token ids given by --ids"
     assert printed[3] == "numerics  MODEL is rounded as gemma_pytorch"
-    assert printed[-1] == "verdict: equal to the bit (60 of 60 sites equal ours in every bit)"
+    assert printed[-1] == "verdict: equal to the bit (64 of 64 sites equal ours in every bit)"
 
 
 def test_a_difference_that_a_profile_documents_is_said_to_be_one(capsys: Capture) -> None:
@@ -146,7 +146,7 @@ def test_explain_prints_what_each_change_closes_and_what_remains(small: Path, ca
     assert printed[0].split() == ["change", "distance", "closes", "equal", "sites"]
     assert printed[1].startswith("(start)") and len(printed) == 1 + 5 + 2
     (turned,) = [line for line in printed if line.startswith("gemma_pytorch rope_mul=float32 ")]
-    assert re.search(r" \d\.\d{3}e[+-]\d\d +-?[\d.]+% +\d+ of 60  rotation is computed in float32", turned)
+    assert re.search(r" \d\.\d{3}e[+-]\d\d +-?[\d.]+% +\d+ of 64  rotation is computed in float32", turned)
     assert printed[-1] == "remains: 0.00% of the distance at the start"
     assert lines(capsys, *argv, "transformers")[-1] == "remains: 100.00% of the distance at the start", (
         "it has no changes"
@@ -173,7 +173,7 @@ def test_a_trace_is_held_against_its_own_ids(small: Path, tmp_path: Path, capsys
         "ragged against solo",
     ]
     assert all(f"{trace}: a trace is a record: " in line for line in reasons)
-    assert printed[-1] == "verdict: equal to the bit (60 of 60 sites equal ours in every bit)"
+    assert printed[-1] == "verdict: equal to the bit (64 of 64 sites equal ours in every bit)"
 
 
 def test_the_page_is_whole_stands_alone_and_replaces_an_older_one(
@@ -188,7 +188,7 @@ def test_the_page_is_whole_stands_alone_and_replaces_an_older_one(
     assert f"MODEL is {small}. REF is gemma2 " in text and "Text: 11 token ids given by --ids." in text
     assert text.count("<svg") == text.count("</svg>") == 1, "one chart"
     assert 'class="difference">difference</strong>, first at <code>blocks.0.mlp.hook_pre_linear</code>' in text
-    assert text.count("<tr class=differs>") >= 1 and text.count("<tr") == 1 + 9 + 1 + 60
+    assert text.count("<tr class=differs>") >= 1 and text.count("<tr") == 1 + 9 + 1 + 64
     assert "begins with &lt;bos&gt;" in text, "escaped"
     assert not re.search(r'(src|href)="?https?:', text), "nothing is fetched"
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]

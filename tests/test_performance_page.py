@@ -110,6 +110,8 @@ def test_a_run_without_a_sweep_or_a_peer_has_no_table_for_them(record: dict[str,
 
 def test_the_chart_names_every_system(record: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
+    first, *_ = record["decode"]
+    record["decode"] += [{**first, "context": 4096, "filled": 4096}, {**first, "batch": 8}]  # three points each
     performance_page.draw([record], tmp_path / "chart.svg")
     chart = (tmp_path / "chart.svg").read_text(encoding="utf-8")
     assert chart.lstrip().startswith("<?xml") and chart.count("other") >= 3
@@ -117,6 +119,11 @@ def test_the_chart_names_every_system(record: dict[str, Any], tmp_path: Path) ->
         assert text in chart
     performance_page.draw([record], tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "chart.svg").read_bytes()
+
+
+def test_a_remark_in_a_record_stands_above_its_figures(record: dict[str, Any]) -> None:
+    page = performance_page.page([{**record, "remark": "The machine was busy."}])
+    assert page.index("The machine was busy.") < page.index("| limit of the machine")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"gemma2 bench": 0}'])

@@ -75,10 +75,23 @@ def can_compile() -> bool:
 
 
 def compiled(function: F) -> F:
-    """`function` compiled by Inductor, for products on a CPU. Every shape has a graph of its own."""
+    """`function` compiled by Inductor, for products on a CPU. Every shape has a graph of its own.
+
+    It stays compiled while everything else is forced to run eagerly, as for hooks: there are none inside it, and its
+    expressions take a hundred times as long one by one.
+    """
     known = "recompile_limit" in inspect.signature(torch.compile).parameters
     limit: dict[str, Any] = {"recompile_limit": MOST_GRAPHS} if known else {}
-    return cast(F, torch.compile(function, fullgraph=True, dynamic=False, options=OPTIONS, **limit))
+    made = torch.compile(function, fullgraph=True, dynamic=False, options=OPTIONS, **limit)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch._dynamo.eval_frame._stance.stance != "force_eager":
+            return made(*args, **kwargs)
+        with torch.compiler.set_stance("default"):
+            return made(*args, **kwargs)
+
+    return cast(F, call)
 
 
 def kernel(function: F) -> F:

@@ -389,7 +389,7 @@ def test_the_verdict_is_equal_rounding_or_a_difference(opened: Checkpoint) -> No
     for spec, verdict in expected.items():
         found = judge(open_reference(spec, opened.path), opened, ROW)
         assert (found.verdict, found.first) == (verdict, None)
-        assert len(found.rows) == 2 * 27 + 6 and found.logits is not None and found.logits.positions == 48
+        assert len(found.rows) == 2 * 29 + 6 and found.logits is not None and found.logits.positions == 48
     broken = judge(Injected(opened, scaled_by_width), opened, ROW)
     assert (broken.verdict, broken.first) == (DIFFERENCE, "blocks.0.attn.hook_scores_raw")
     fed = judge(SeenPadding(opened, torch.float32), opened, ROW)
@@ -456,7 +456,7 @@ def test_each_change_closes_some_of_the_gap_and_nothing_remains(opened: Checkpoi
     assert [step.change for step in steps] == ["", *names]
     assert steps[0].distance > 0 and steps[-1].distance == 0
     assert sum(step.closed for step in steps) == pytest.approx(1)
-    assert steps[-1].bitwise == steps[-1].sites == 2 * 27 + 6 > steps[0].bitwise
+    assert steps[-1].bitwise == steps[-1].sites == 2 * 29 + 6 > steps[0].bitwise
     assert all(step.about for step in steps[1:])
 
 

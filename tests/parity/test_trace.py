@@ -187,7 +187,7 @@ def test_the_size_is_known_before_anything_is_computed(
     row = ",".join(["5"] * 1024)
     assert main(["trace", "pocket", "--ids", row, "-o", str(tmp_path / "t"), "--device", "cpu"]) == 1
     out, err = capsys.readouterr()
-    assert "168 sites of 1024 tokens, " in out and "GB are needed there, and 0.001 GB are free" in err
+    assert "180 sites of 1024 tokens, " in out and "GB are needed there, and 0.001 GB are free" in err
     assert not os.listdir(tmp_path)
 
 

@@ -182,13 +182,6 @@ def test_a_name_that_is_none_is_refused_and_says_which_names_are_near(wrong: str
         chosen(tiny().config, [wrong])
 
 
-def test_the_code_of_the_page_prints_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    code, shown = page.split("```python\n")[1].split("```")[0], page.rsplit("```text\n")[-1].split("```")[0]
-    exec(compile(code, "docs/sites.md", "exec"), {})
-    assert capsys.readouterr().out == shown
-
-
 def test_the_page_of_sites_shows_the_table_as_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trace", "--list"]) == 0
     assert f"```text\n{capsys.readouterr().out}```" in PAGE.read_text(encoding="utf-8")
