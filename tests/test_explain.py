@@ -239,6 +239,14 @@ def test_faster_parts_and_packed_weights_are_shown_as_they_compute_and_the_model
     assert torch.equal(rows * data["scale"], array(data["sites"]["hook_embed"]["v"]).view(len(ids), -1))
 
 
+def test_a_value_that_is_not_finite_is_named(pocket: gemma2.Gemma) -> None:
+    gemma = gemma2.Gemma(tiny(vocab_size=4096), pocket.tokenizer)
+    with torch.no_grad():
+        gemma.model.get_parameter("model.layers.1.mlp.up_proj.weight")[0, 0] = torch.nan
+    with pytest.raises(gemma2.NonFiniteError, match=r"^blocks\.1\.mlp\.hook_pre_linear was computed as NaN"):
+        explain(gemma, TEXT)
+
+
 def test_an_error_inside_the_pass_leaves_no_hook(pocket: gemma2.Gemma, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gemma2.pictures.explain.run._scores", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -325,7 +325,7 @@ AFTER = [
         "next",
         "The next token",
         "Softmax turns the {v} logits into probabilities. These are the ten likeliest tokens to come after the chosen "
-        "one, and what they would be without the final cap.",
+        "one, and how likely each would be without the final cap.",
         "Gemma2",
         "return self.softcap(self.lm_head(hidden, self.model.embed_tokens))",
         "next",

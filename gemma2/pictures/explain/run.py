@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gemma2.errors import NonFiniteError
 from gemma2.model import Gemma2
 from gemma2.research import Seen, capture, watching
 from gemma2.research.sites import sites
@@ -56,7 +57,7 @@ class Run:
 
 
 def compute(model: Gemma2, ids: list[int]) -> Run:
-    """Run the model once over `ids`. Raises ValueError where a twin hides a site."""
+    """Run the model once over `ids`. Raises ValueError where a twin hides a site, NonFiniteError for NaN."""
     t = len(ids)
     check_shown(model, sites(model.config))
     drawn = list(range(t)) if t <= 2 * ENDS else [*range(ENDS), *range(t - ENDS, t)]
@@ -77,6 +78,9 @@ def compute(model: Gemma2, ids: list[int]) -> Run:
         embedded = unscaled(tokens[:, drawn])[0].cpu()
         with watching(model, see, both), capture(model, positions=drawn, device="cpu") as seen:
             model(tokens)
+    for name, value in seen.items():
+        if not value.isfinite().all():
+            raise NonFiniteError(f"{name} was computed as NaN or infinity, so no page is made")
     return Run(model, ids, drawn, seen, scores, embedded)
 
 
