@@ -8,7 +8,7 @@ from gemma2.config import Gemma2Config
 from gemma2.errors import ContextOverflow
 from gemma2.gemma import Gemma
 from gemma2.pictures.explain.data import gathered
-from gemma2.pictures.explain.markup import SCRIPT, STYLE, body, title
+from gemma2.pictures.explain.markup import body, script, style, title
 from gemma2.pictures.explain.panels import AFTER, BEFORE, in_layer
 from gemma2.pictures.explain.run import compute
 from gemma2.pictures.page import page
@@ -38,7 +38,7 @@ def explain(
     full = {layer: in_layer(layer) for layer in picked}
     data = gathered(gemma.tokenizer, run, [*BEFORE, *(panel for panels in full.values() for panel in panels), *AFTER])
     shown = body(run, full, data, gemma.tokenizer, name)
-    return page(title(ids, gemma.tokenizer), shown, style=STYLE, script=SCRIPT, foot=foot)
+    return page(title(ids, gemma.tokenizer), shown, style=style(), script=script(), foot=foot)
 
 
 def chosen_layers(config: Gemma2Config, layers: Sequence[int] | None) -> list[int]:

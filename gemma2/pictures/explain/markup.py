@@ -18,16 +18,25 @@ from gemma2.pictures.page import in_html, readable
 from gemma2.research.sites import sites
 from gemma2.tokenizer import Tokenizer
 
-_HERE = files("gemma2.pictures.explain")
-STYLE = (_HERE / "page.css").read_text(encoding="utf-8")
-_CODE = "".join((_HERE / name).read_text(encoding="utf-8") for name in ("draw.js", "panels.js"))
-SCRIPT = f'"use strict";\n{{\n{_CODE}}}\n'  # in a block of its own: browsers have names such as `top` already
 TITLE = 60  # characters of the text in it
 FIRST = 4  # values of a site in the tables of the other layers
 HINT = """<p class="keys dim">Choose a token above, or with <kbd>←</kbd> <kbd>→</kbd>: every panel then shows it.
 <kbd>j</kbd> and <kbd>k</kbd> go to the next and the previous panel, <kbd>[</kbd> and <kbd>]</kbd> to another head.
 Point at a cell to read its value.</p>
 <noscript><p>The drawings need JavaScript, which is off here.</p></noscript>"""
+
+
+def style() -> str:
+    return _file("page.css")
+
+
+def script() -> str:
+    code = _file("draw.js") + _file("panels.js")
+    return f'"use strict";\n{{\n{code}}}\n'  # in a block of its own: browsers have names such as `top` already
+
+
+def _file(name: str) -> str:
+    return (files("gemma2.pictures.explain") / name).read_text(encoding="utf-8")
 
 
 def title(ids: Sequence[int], tokenizer: Tokenizer) -> str:

@@ -135,7 +135,7 @@ const draws = {
     const [h, q, k] = found.at;
     box.append(make("figure", {}, plot({ curve: bent, low: -found.reach, high: found.reach, bottom: -1.1 * cap, up: 1.1 * cap, across: [-cap, cap], bins: { low: -found.reach, high: found.reach, counts: found.bins }, dots, x: "raw score", y: "after the cap" }),
       make("figcaption", {}, "The curve bends scores between the two dashed lines, the cap. Dots are the scores of ", token(state.token), ` in head ${head}; the ring is the largest score of the layer. Below, on a logarithmic scale, how many scores of all heads and tokens are where.`)),
-    facts(["largest score", format(found.most)], ["it becomes", format(bent(found.most))], ["nearness to the cap", percent(Math.abs(found.most) / cap)], ["slope there", format(slope, 3)], ["mean size of a score", format(found.mean, 3)], ["scores beyond half the cap", found.half ? percent(found.half) : "none"]),
+    facts(["largest score", format(found.most)], ["it becomes", format(bent(found.most))], ["as a share of the cap", percent(Math.abs(found.most) / cap)], ["slope there", format(slope, 3)], ["mean size of a score", format(found.mean, 3)], ["scores beyond half the cap", found.half ? percent(found.half) : "none"]),
     make("p", { class: "dim" }, `The largest score is in head ${h}, where ${placed(q)} looks at ${placed(k)}.`));
   },
   mask(box, name) {
@@ -208,7 +208,7 @@ const draws = {
     const raw = numbers(all.raw).subarray(state.token * k, state.token * k + k), capped = numbers(all.capped).subarray(state.token * k, state.token * k + k);
     const dots = Array.from(raw, (x, i) => [x, capped[i], `${all.text[state.token][i]}: ${format(x)} becomes ${format(capped[i])}`]);
     box.append(make("figure", {}, plot({ curve: bent, low: -reach, high: reach, bottom: -1.1 * cap, up: 1.1 * cap, across: [-cap, cap], bins: { low: -all.reach, high: all.reach, counts: all.hist[state.token] }, dots, x: "raw logit", y: "logit" }), make("figcaption", {}, "Dots are the ten likeliest tokens. Below, on a logarithmic scale, the raw logits of all tokens.")),
-      first(of(site)), facts(["largest raw logit", format(raw[0])], ["it becomes", format(capped[0])], ["nearness to the cap", percent(Math.abs(raw[0]) / cap)], ["slope there", format(1 - Math.tanh(raw[0] / cap) ** 2, 3)]));
+      first(of(site)), facts(["largest raw logit", format(raw[0])], ["it becomes", format(capped[0])], ["as a share of the cap", percent(Math.abs(raw[0]) / cap)], ["slope there", format(1 - Math.tanh(raw[0] / cap) ** 2, 3)]));
   },
   next(box) {
     const all = D.next, k = all.ids[0].length, at = state.token * k, table = make("table", { class: "next" });
