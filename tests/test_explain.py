@@ -91,6 +91,7 @@ def test_the_page_works_from_a_file_and_every_site_of_the_chosen_layers_has_a_pa
         assert numbers == pytest.approx(row.flatten()[: len(numbers)].tolist(), rel=6e-4), name
     assert "<b>bold</b>" not in dom and "<script>alert" not in dom
     assert html.escape("<script>alert(1)</script>", quote=False) in dom.split("</title>")[0]
+    assert "BOS, id 2" in panels["tokens"]
     best = seen["logits"][0, -1].softmax(-1).topk(10)
     rows = re.findall(r'<td class="number">(.*?)</td>', panels["next"])
     assert [int(one) for one in rows[::5]] == best.indices.tolist()
@@ -115,6 +116,7 @@ def test_a_long_text_says_what_is_drawn_the_mask_is_of_all_tokens_and_keys_choos
     assert "sees 16 keys: positions 43 to 58" in re.sub("<.*?>", "", panels["blocks.2.mask"])
     assert "sees 59 keys: positions 0 to 58" in re.sub("<.*?>", "", panels["blocks.3.mask"])
     assert "12 more" in panels["tokens"]
+    assert "BOS, id" not in panels["tokens"]  # these ids have none
     with torch.no_grad(), capture(window.model, "blocks.3.attn.hook_z") as seen:
         window.model(torch.tensor([ids]))
     assert shown(panels["blocks.3.attn.hook_z"]) == pytest.approx(

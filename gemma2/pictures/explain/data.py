@@ -47,6 +47,7 @@ def gathered(tokenizer: Tokenizer, run: Run, panels: Sequence[Panel]) -> dict[st
             held[panel.name] |= _spread(run.seen[panel.name][0])
     return {
         "tokens": tokens,
+        "bos": tokenizer.special["bos"],
         "length": len(run.ids),
         "bins": BINS,
         "cap": config.attn_logit_softcapping,

@@ -43,7 +43,7 @@ const draws = {
     const flow = make("div", { class: "flow" });
     D.tokens.forEach((one, i) => {
       if (i && one.position > D.tokens[i - 1].position + 1) flow.append(make("span", { class: "dim gap" }, `… ${(one.position - D.tokens[i - 1].position - 1).toLocaleString("en")} more …`));
-      const name = one.id === 2 && !i ? "BOS, " : "";
+      const name = one.id === D.bos && !i ? "BOS, " : "";
       flow.append(make("button", { class: i === state.token ? "on" : "", onclick: () => choose(i) }, token(i), make("small", {}, `${name}id ${one.id}`), make("small", {}, `position ${one.position}`)));
     });
     box.append(flow);
