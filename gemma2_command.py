@@ -26,6 +26,7 @@ COMMANDS = {
     "trace": "write what a model computes at named sites to a file",
     "lens": "show what a model would say after each layer",
     "attention": "show where each head of a model looks",
+    "explain": "write a page that shows the whole forward pass of a text",
     "verify": "check batch, cache, compile, device and save against one plain pass",
 }
 

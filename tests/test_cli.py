@@ -68,7 +68,19 @@ def test_options_that_do_nothing_in_greedy_decoding_are_said_to(
     assert capsys.readouterr().err == note
 
 
-COMMANDS = ("generate", "chat", "convert", "inspect", "parity", "bench", "trace", "lens", "attention", "verify")
+COMMANDS = (
+    "generate",
+    "chat",
+    "convert",
+    "inspect",
+    "parity",
+    "bench",
+    "trace",
+    "explain",
+    "lens",
+    "attention",
+    "verify",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
