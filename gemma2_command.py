@@ -25,6 +25,7 @@ COMMANDS = {
     "bench": "time a model beside other implementations",
     "trace": "write what a model computes at named sites to a file",
     "verify": "check batch, cache, compile, device and save against one plain pass",
+    "ablate": "change one part of the architecture at a time and measure it on a text",
 }
 
 

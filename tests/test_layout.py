@@ -35,6 +35,7 @@ NEEDS = {
     "fast/bnb.py": "bitsandbytes",
     "distributed/device_map.py": "accelerate",
     "parity/report.py": "matplotlib",
+    "pictures/ablate.py": "matplotlib",
     "parity/references/transformers.py": "transformers",
     "research/pretrained.py": "transformers",
     "parity/references/llama_cpp.py": "llama_cpp",
