@@ -98,7 +98,7 @@ def test_the_page_opens_in_a_browser_from_a_file(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "out.html"
-    options = ["--context", "12,30", "--tokens", "60", "--heads", "-o", str(page), *PLAIN]
+    options = ["--context", "8,20", "--tokens", "19", "--heads", "-o", str(page), *PLAIN]
     assert main(["ablate", "pocket", "--text", str(text), *options]) == 0
     dom, said = opened(page, tmp_path / "browser")
     assert said == []

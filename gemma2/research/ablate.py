@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gemma2.checks import BEYOND, SMALLEST, check_count, check_number
 from gemma2.config import GLOBAL, LOCAL, Gemma2Config
-from gemma2.model import Gemma2, RMSNorm, SoftCap
+from gemma2.model import Block, Gemma2, RMSNorm, SoftCap, Tap
 from gemma2.research.watch import check_shown, model_of
 from gemma2.twins import replaced
 
@@ -89,7 +89,8 @@ def ablate(
     if plain and not (changed or skipped or silent):
         raise ValueError("there is nothing to ablate: give a switch, as attn_softcap=None")
     with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # compiled code would pass hooks by, and has the numbers inside
+        # Compiled code passes hooks by. It sees twins and numbers, but not for nothing.
+        if "torch._dynamo" in sys.modules and (skipped or _compiles(model)):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for end, cap in capped.items():
             if not isinstance(cap, Leave):
@@ -103,8 +104,7 @@ def ablate(
                 _set_window(stack, _module(inner, path, "window"), config.window(i))
         check_shown(inner, [f"blocks.{layer}.attn.hook_z" for layer in silent])
         for layer, which in silent.items():
-            tap = inner.get_submodule(f"model.layers.{layer}.self_attn.attend.hook_z")
-            stack.callback(tap.register_forward_hook(_silence(which), prepend=True).remove)
+            _replace(stack, inner, [f"model.layers.{layer}.self_attn.attend.hook_z"], partial(Silent, heads=which))
         for layer in skipped:
             _skip(stack, inner, layer)
         for owner in (inner, inner.model):
@@ -113,28 +113,48 @@ def ablate(
         yield config
 
 
-class NoCap(SoftCap):
-    """What takes a cap's place: nothing. Hooks of the cap are its own, also those that are set meanwhile."""
+class Stand(nn.Module):
+    """A twin that shares everything of the plain part but what it computes: also hooks, those that are set meanwhile
+    included. So a site shows the changed value, whichever was there first."""
+
+    def __init__(self, plain: nn.Module) -> None:
+        self.__dict__.update(plain.__dict__)
+        self.__dict__.pop("forward", None)  # accelerate's, which calls the plain part's
+
+
+class NoCap(Stand, SoftCap):
+    """What takes a cap's place: nothing."""
 
     def __init__(self, plain: SoftCap) -> None:
-        self.__dict__.update(plain.__dict__)
+        super().__init__(plain)
         self.plain: Callable[[], SoftCap] = lambda: plain  # not a module inside
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
-class NoNorm(nn.Module):
-    """What takes a norm's place: nothing. It keeps the norm's parameter and hooks; the taps inside are gone."""
+class NoNorm(Stand):
+    """What takes a norm's place: nothing. It keeps the norm's parameter; the taps inside are gone."""
 
     hides = ("hook_inv_scale", "hook_normalized")
 
     def __init__(self, plain: RMSNorm) -> None:
-        self.__dict__.update(plain.__dict__)
+        super().__init__(plain)
         self._modules = {}
 
     def forward(self, x: Tensor) -> Tensor:
         return x
+
+
+class Silent(Stand, Tap):
+    """A tap of head outputs [b t h c] behind which some heads are zero."""
+
+    def __init__(self, plain: Tap, heads: list[int]) -> None:
+        super().__init__(plain)
+        self.heads = sorted({*heads, *getattr(plain, "heads", ())})
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.index_fill(2, torch.tensor(self.heads, device=z.device), 0.0)
 
 
 def with_cap(plain: SoftCap, cap: float | None) -> SoftCap:
@@ -142,7 +162,8 @@ def with_cap(plain: SoftCap, cap: float | None) -> SoftCap:
     own = plain.plain() if isinstance(plain, NoCap) else plain
     if cap is None:
         return NoCap(own)
-    twin = copy.copy(own)
+    twin = copy.copy(own)  # of its own class: implementations round a cap differently
+    twin.__dict__.pop("forward", None)
     twin.cap = float(cap)
     return twin
 
@@ -194,6 +215,11 @@ def _checked_heads(config: Gemma2Config, heads: Iterable[tuple[int, int]]) -> di
     return found
 
 
+def _compiles(model: Any) -> bool:
+    """Whether a model is compiled, as a whole or by the layer: it would be compiled once more for each change."""
+    return hasattr(model, "_orig_mod") or any(type(layer) is not Block for layer in model_of(model).model.layers)
+
+
 def _ends(model: Gemma2, end: str) -> list[str]:
     """The path itself, or that of the same part in each layer."""
     return [end] if end == "softcap" else [f"model.layers.{i}.{end}" for i in range(len(model.model.layers))]
@@ -213,7 +239,7 @@ def _module(model: Gemma2, path: str, attribute: str) -> nn.Module:
 
 def _replace(stack: ExitStack, model: Gemma2, paths: list[str], twin: Callable[[Any], nn.Module]) -> None:
     for path in paths:
-        _module(model, path, "cap" if path.endswith("softcap") else "weight")
+        _module(model, path, {"softcap": "cap", "hook_z": "forward"}.get(path.rpartition(".")[2], "weight"))
     stack.enter_context(replaced(model, lambda path, module: twin(module) if path in paths else None))
 
 
@@ -228,13 +254,6 @@ def _set_window(stack: ExitStack, attend: nn.Module, window: int | None) -> None
     back = getattr(attend, "back", None)  # the fast twin's window, for compiled code
     if isinstance(back, Tensor):
         _set(stack, attend, "back", torch.full_like(back, 2**31 - 1 if window is None else window))
-
-
-def _silence(heads: list[int]) -> Callable[[nn.Module, object, Tensor], Tensor]:
-    def hook(module: nn.Module, inputs: object, z: Tensor) -> Tensor:
-        return z.index_fill(2, torch.tensor(heads, device=z.device), 0.0)
-
-    return hook
 
 
 def _skip(stack: ExitStack, model: Gemma2, layer: int) -> None:
