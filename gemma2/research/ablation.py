@@ -181,12 +181,14 @@ def measure(
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         counts += [targets.shape[1]] * len(tokens)
         before = hidden(model, inputs)
+        whole = list(parts(model, before.shape))
+        kept = likelihoods(model, before) if len(whole) == 1 else None  # few enough for all changes
         for name in sums:
             changes = switches.get(name)
             after = before if changes is None else _under(model, changes, hidden, inputs)
             total = torch.zeros(len(tokens), 3, dtype=torch.float64, device=tokens.device)
-            for part in parts(model, before.shape):
-                plain = likelihoods(model, before[:, part])
+            for part in whole:
+                plain = likelihoods(model, before[:, part]) if kept is None else kept
                 changed = plain if changes is None else _under(model, changes, likelihoods, after[:, part])
                 total += _compared(plain, changed, targets[:, part])
             sums[name].append(total.cpu())
