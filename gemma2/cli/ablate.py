@@ -29,7 +29,7 @@ from gemma2.cli.prompts import read_file
 from gemma2.cli.show import table
 from gemma2.config import Gemma2Config
 from gemma2.gemma import Gemma
-from gemma2.pictures.ablate import POCKET, Report, check_drawing, draw, in_page, interval, near_rows, share
+from gemma2.pictures.ablate import POCKET, Report, check_drawing, draw, few_windows, in_page, interval, near_rows, share
 from gemma2.pictures.page import write
 from gemma2.research.ablation import SAMPLES, Effect, measure, standard, work
 from gemma2.research.saturation import saturation
@@ -166,6 +166,9 @@ def print_report(report: Report, as_json: bool) -> None:
     for context in report.contexts:
         found = list(report.at(context).values())
         print(f"\ncontext {context:,}: {found[0].windows:,} windows, {found[0].tokens:,} predicted tokens")
+        warning = few_windows(found[0])
+        if warning:
+            print(warning)
         print(*table([HEAD, *map(row, found)]), sep="\n")
     print(f"\ncaps, at context {report.contexts[-1]:,}")
     print(*table(near_rows(report.near)), sep="\n")

@@ -17,13 +17,15 @@ from gemma2.research.saturation import BINS, END, Near
 LEAST = 1e-6  # nats of KL: float32 knows no smaller ones
 COLOURS = ("local", "global", "dim")  # of the contexts, by their names in the page's style
 PLAIN = ("#1f77b4", "#c2571a", "#5f6570")  # the same on paper
-WIDTH, HEIGHT, EDGE = 300, 22, 8  # of a row's picture
+WIDTH, HEIGHT, EDGE = 300, 22, 20  # of a row's picture
+
+FEWEST = 10  # windows that intervals need to be worth something
 
 STYLE = """
 td svg { display: block; } td.mark { padding: 0 .3rem; vertical-align: middle; } td.what code { color: var(--dim); }
 tr.group th { padding-top: .9rem; border-left: 0; border-right: 0; color: var(--ink); font-weight: 600; }
 .key { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin: 0 .3em 0 .9em; }
-.panels { display: flex; flex-wrap: wrap; gap: 1rem; } .panels figure { margin: 0; }
+.panels { display: flex; flex-wrap: wrap; gap: 1rem; } .panels figure { margin: 0; width: 270px; }
 .grid td { min-width: 3.1rem; text-align: right; } text { font: 11px system-ui, sans-serif; fill: var(--dim); }
 """
 CAPS = (
@@ -92,6 +94,14 @@ def interval(found: Estimate, form: str = ".3f") -> str:
     return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 
+def few_windows(effect: Effect) -> str:
+    """A warning where a bootstrap has little to draw from, or nothing said."""
+    if effect.windows >= FEWEST:
+        return ""
+    none = "there is no interval" if effect.windows == 1 else "the intervals say little"
+    return f"At context {effect.context:,} the text has {effect.windows} windows: {none}. Give a longer text."
+
+
 def in_page(report: Report) -> str:
     """The whole page."""
     keys = "".join(
@@ -101,13 +111,15 @@ def in_page(report: Report) -> str:
         for effect in [report.at(context)[UNCHANGED]]
     )
     grid = f"<h2>Each head silenced alone</h2>\n{_grids(report)}" if report.heads else ""
+    warnings = [few_windows(report.at(context)[UNCHANGED]) for context in report.contexts]
+    few = "".join(f"<p>{html.escape(line)}</p>" for line in warnings if line)
     pocket = f"<p>{html.escape(POCKET)}</p>" if report.pocket else ""
     body = f"""<p>Each row changes one thing in the model and leaves the weights as they are. {html.escape(report.text)}
 Every token was predicted once at each context, in windows with a BOS in front.</p>
 <p>KL is the distance of the changed predictions from the unchanged ones, in nats: 0 means that nothing changed. The
 lines are 95 % intervals of a bootstrap over windows.</p>
 <h2>One change at a time</h2>
-<p class="dim">{keys}</p>
+<p class="dim">{keys}</p>{few}
 {_effects(report)}
 {pocket}
 {grid}
@@ -125,8 +137,9 @@ def _effects(report: Report) -> str:
         for p in range(math.ceil(low), math.floor(high) + 1)
     )
     head = (
-        f"<tr><th>change</th><th>context</th><th>nats more</th><th>perplexity</th><th>KL</th><th>other top token</th>"
-        f'<th><svg width="{WIDTH}" height="16" role="img" aria-label="KL in nats, a logarithmic axis">{ticks}</svg>'
+        "<tr><th>change</th><th>context</th><th>nats more</th><th>perplexity ratio</th><th>KL</th>"
+        f'<th>other top token</th><th><svg width="{WIDTH}" height="16" role="img" '
+        f'aria-label="KL in nats, a logarithmic axis">{ticks}</svg>'
         "</th></tr>"
     )
     lines = []

@@ -74,7 +74,7 @@ def by_hand(layers: Any = None, scale: float | None = None, post: bool = True) -
     """A pass written out once more, from the model's parts."""
 
     def compute() -> Tensor:
-        inner = MODEL.model
+        inner: Any = MODEL.model
         positions = torch.arange(TOKENS.shape[1]).expand(TOKENS.shape)
         rows = F.embedding(TOKENS, inner.embed_tokens.weight)
         x = rows * (CONFIG.hidden_size**0.5 if scale is None else scale)
@@ -91,7 +91,7 @@ def by_hand(layers: Any = None, scale: float | None = None, post: bool = True) -
 
 def without_columns() -> Tensor:
     """Heads 2 and 5 of layer 1: the columns of `o_proj` that read them are zero."""
-    other = copy.deepcopy(MODEL)
+    other: Any = copy.deepcopy(MODEL)
     weight = other.model.layers[1].self_attn.o_proj.weight
     for head in (2, 5):
         weight[:, head * 16 : (head + 1) * 16] = 0
@@ -372,6 +372,7 @@ def test_effects_are_those_of_whole_logits_written_out() -> None:
     assert (cap.windows, cap.tokens, cap.context) == (3, 70, 32)
     for estimate, parts in ((cap.nats, nats), (cap.kl, kl), (cap.top, other)):
         assert estimate.value == pytest.approx(float(torch.cat(parts).mean()), rel=1e-9)
+        assert estimate.low is not None and estimate.high is not None
         assert estimate.low <= estimate.value <= estimate.high
     assert cap.more.value == pytest.approx(cap.nats.value - found["unchanged"].nats.value, rel=1e-9)
     assert cap.kl.value > 0.1 and cap.ratio == pytest.approx(cap.perplexity / found["unchanged"].perplexity)
@@ -402,6 +403,7 @@ def test_the_bootstrap_is_seeded_and_its_interval_is_that_of_the_mean() -> None:
     sums = 10 * torch.randn(400, 1, generator=generator, dtype=torch.float64)
     (found,) = bootstrap(sums, tokens, samples=2000, seed=3)
     assert found == bootstrap(sums, tokens, samples=2000, seed=3)[0] != bootstrap(sums, tokens, samples=2000, seed=4)[0]
+    assert found.low is not None and found.high is not None
     spread = 1.96 * float((sums / 10).std()) / 20  # of a mean of 400
     assert found.high - found.value == pytest.approx(spread, rel=0.1)
     assert found.value - found.low == pytest.approx(spread, rel=0.1)
