@@ -89,7 +89,7 @@ def ablate(
     if plain and not (changed or skipped or silent):
         raise ValueError("there is nothing to ablate: give a switch, as attn_softcap=None")
     with ExitStack() as stack:
-        # Compiled code passes hooks by. It sees twins and numbers, but not for nothing.
+        # Compiled code does not run hooks. It does see twins and numbers, but is compiled once more for each.
         if "torch._dynamo" in sys.modules and (skipped or _compiles(model)):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for end, cap in capped.items():
@@ -216,7 +216,7 @@ def _checked_heads(config: Gemma2Config, heads: Iterable[tuple[int, int]]) -> di
 
 
 def _compiles(model: Any) -> bool:
-    """Whether a model is compiled, as a whole or by the layer: it would be compiled once more for each change."""
+    """Whether a model is compiled, as a whole or by the layer."""
     return hasattr(model, "_orig_mod") or any(type(layer) is not Block for layer in model_of(model).model.layers)
 
 

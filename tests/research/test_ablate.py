@@ -246,6 +246,8 @@ def test_nested_blocks_change_together_and_the_inner_one_wins(plain: Tensor) -> 
         assert torch.equal(MODEL(TOKENS), outer)
     assert torch.equal(outer, under({"final_softcap": None, "window": 8}))
     assert torch.equal(both, under({"final_softcap": 3.0, "window": 8, "layers": [1]}))
+    with torch.no_grad(), ablate(MODEL, heads=[(1, 2)], layers=[3]), ablate(MODEL, heads=[(1, 5)], layers=[0]):
+        assert torch.equal(MODEL(TOKENS), under({"heads": [(1, 5), (1, 2)], "layers": [0, 3]}))
     assert state(MODEL) == before
 
 
