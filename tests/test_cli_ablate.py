@@ -8,11 +8,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
 
 from gemma2.cli import main
 from gemma2.pictures.ablate import POCKET
 from tests.browser import needs_browser, opened
+from tests.test_readme import ROOT, check_code
 
 VERSES = (
     "And it came to pass in those days, that there went out a decree from Caesar Augustus, that all the world should "
@@ -33,6 +33,10 @@ ROWS = [
     "no embedding scale",
 ]
 PLAIN = ["--device", "cpu", "--dtype", "float32", "--samples", "50"]
+
+
+def test_the_page_on_ablation_runs_and_prints_what_it_shows() -> None:
+    check_code((ROOT / "docs" / "ablation.md").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -154,4 +158,3 @@ def test_a_page_says_no_change_of_a_change_that_does_nothing_and_draws_one_that_
     row = {name: html.split(f'">{name}<br>')[1].split("</tr>")[0] for name in ROWS[1:]}
     assert "no change" in row["all layers global"] and "<circle" not in row["all layers global"]
     assert "<circle" in row["no post-norms"] and "no change" not in row["no post-norms"]
-    assert torch.is_grad_enabled()
