@@ -137,7 +137,7 @@ def _effects(report: Report) -> str:
         for p in range(math.ceil(low), math.floor(high) + 1)
     )
     head = (
-        "<tr><th>change</th><th>context</th><th>nats more</th><th>perplexity ratio</th><th>KL</th>"
+        "<tr><th>change</th><th>context</th><th>nats more</th><th>perplexity ratio</th><th>KL, nats</th>"
         f'<th>other top token</th><th><svg width="{WIDTH}" height="16" role="img" '
         f'aria-label="KL in nats, a logarithmic axis">{ticks}</svg>'
         "</th></tr>"
@@ -150,7 +150,8 @@ def _effects(report: Report) -> str:
             span = len(report.contexts)
             what = f"{html.escape(name)}<br><code>{html.escape(made)}</code>"
             first = f'<td class="what" rowspan="{span}">{what}</td>' if i == 0 else ""
-            texts = (f"{context:,}", f"{effect.more.value:+.3f}", f"x {effect.ratio:.3g}", _kl(effect.kl.value))
+            ratio = f"x {effect.ratio:.3f}" if effect.ratio < 10 else f"x {effect.ratio:.3g}"
+            texts = (f"{context:,}", f"{effect.more.value:+.3f}", ratio, _kl(effect.kl.value))
             numbers = "".join(f'<td class="number">{text}</td>' for text in (*texts, f"{effect.top.value:.1%}"))
             mark = _mark(effect.kl, low, high, COLOURS[min(i, len(COLOURS) - 1)])
             lines.append(f'<tr>{first}{numbers}<td class="mark">{mark}</td></tr>')
