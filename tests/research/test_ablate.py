@@ -230,6 +230,23 @@ def test_a_model_that_someone_compiled_is_changed_too(plain: Tensor) -> None:
     check_compiled([{"layers": [0, 2]}, EVERYTHING], plain)
 
 
+def test_the_window_of_the_fast_twin_changes_for_compiled_single_tokens_too() -> None:
+    torch._dynamo.reset()
+    fast = sharing(MODEL)
+    speed_up(fast)
+    places = [model.get_submodule("model.layers.0.self_attn.attend") for model in (MODEL, fast)]
+    compiled = torch.compile(places[1], backend="eager")
+    q, k, v = (torch.randn(1, n, heads, 16, dtype=torch.float64) for n, heads in ((1, 8), (30, 4), (30, 4)))
+    given = (q, k, v, torch.tensor([[29]]), torch.arange(30)[None])
+    found = []
+    with torch.no_grad():
+        for window in (5, None, 20):
+            with ablate(MODEL, window=window), ablate(fast, window=window):
+                found.append(compiled(*given))
+                assert (found[-1] - places[0](*given)).abs().max() <= 1e-12
+    assert not torch.allclose(found[0], found[1]) and not torch.allclose(found[1], found[2])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", BUILT)
 def test_a_model_that_someone_compiled_is_changed_by_each_switch(name: str, plain: Tensor) -> None:
