@@ -101,7 +101,9 @@ def ablate(
             _set(stack, _module(inner, "model.embed_tokens", "scale"), "scale", 1.0)
         for i, path in enumerate(_ends(inner, "self_attn.attend")):
             if config.window(i) != inner.config.window(i):
-                _set_window(stack, _module(inner, path, "window"), config.window(i))
+                attend = _module(inner, path, "window")
+                _set_window(stack, attend, config.window(i))
+                stack.callback(attend.register_forward_pre_hook(_check_keys(inner, i)).remove)
         check_shown(inner, [f"blocks.{layer}.attn.hook_z" for layer in silent])
         for layer, which in silent.items():
             _replace(stack, inner, [f"model.layers.{layer}.self_attn.attend.hook_z"], partial(Silent, heads=which))
@@ -271,6 +273,26 @@ def _skip(stack: ExitStack, model: Gemma2, layer: int) -> None:
     stack.callback(entered.clear)
     stack.callback(first.register_forward_pre_hook(enter).remove)
     stack.callback(block.register_forward_hook(leave, prepend=True).remove)
+
+
+def _check_keys(model: Gemma2, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """The same for a cache that does not say how many keys it keeps, as transformers' do: by how many columns it gives
+    to the first query of a pass."""
+
+    def check(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        positions, keys = inputs[3:5]
+        (_, t), columns = positions.shape, keys.shape[1]
+        if torch.compiler.is_compiling() or columns == t:  # none are from a cache
+            return
+        needed = int(positions[:, 0].max()) + 1
+        needed = min(needed, model.config.window(layer) or needed)
+        if columns - t + 1 < needed:
+            raise ValueError(
+                f"layer {layer} sees {needed} positions in this block and the cache has kept {columns - t + 1}: give "
+                "one that keeps all keys, as transformers' DynamicCache() without a config"
+            )
+
+    return check
 
 
 def _check_cache(model: Gemma2) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

@@ -159,6 +159,29 @@ def test_a_cache_that_forgets_what_the_changed_layers_see_is_refused_and_one_tha
     assert torch.equal(under({"window": None}, tokens=first, cache=short), under({"window": None}, tokens=first))
 
 
+def test_a_cache_of_transformers_that_forgets_is_refused_and_one_that_keeps_all_is_taken() -> None:
+    cache_utils = pytest.importorskip("transformers.cache_utils")
+    face = gemma2.as_transformers(MODEL)
+    prompt, before = TOKENS[:1, :10], state(MODEL)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with ablate(face, window=None):
+        with pytest.raises(ValueError, match=r"layer 0 sees \d+ positions .* the cache has kept \d+: give one"):
+            face.generate(prompt, **options)
+        found = face.generate(prompt, past_key_values=cache_utils.DynamicCache(), **options)
+        own = [one for (one,) in generate_ids(MODEL, [prompt[0].tolist()], 12)]
+    assert found[0, 10:].tolist() == own and state(MODEL) == before
+    rows, mask = torch.cat((prompt, prompt), dim=0), torch.ones(2, 10, dtype=torch.int64)
+    rows[1, :6], mask[1, :6] = 0, 0  # padding on the left
+    with ablate(face, window=None):
+        padded = face.generate(rows, attention_mask=mask, past_key_values=cache_utils.DynamicCache(), **options)
+        alone = [one for (one,) in generate_ids(MODEL, [prompt[0, 6:].tolist()], 12)]
+    assert padded[:, 10:].tolist() == [own, alone]
+    with ablate(face, window=4):
+        found = face.generate(prompt, **options)
+        own = [one for (one,) in generate_ids(MODEL, [prompt[0].tolist()], 12)]
+    assert found[0, 10:].tolist() == own
+
+
 @pytest.mark.parametrize("name", BUILT)
 def test_fast_twins_are_changed_as_the_plain_parts_are(name: str) -> None:
     switches, _ = BUILT[name]
