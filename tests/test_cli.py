@@ -68,7 +68,7 @@ def test_options_that_do_nothing_in_greedy_decoding_are_said_to(
     assert capsys.readouterr().err == note
 
 
-COMMANDS = ("generate", "chat", "convert", "inspect", "parity", "bench", "trace", "verify")
+COMMANDS = ("generate", "chat", "convert", "inspect", "parity", "bench", "trace", "verify", "ablate")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

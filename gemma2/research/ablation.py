@@ -186,12 +186,12 @@ def measure(
         for name in sums:
             changes = switches.get(name)
             after = before if changes is None else _under(model, changes, hidden, inputs)
-            total = torch.zeros(len(tokens), 3, dtype=torch.float64, device=tokens.device)
+            total = torch.zeros(len(tokens), 3, dtype=torch.float64, device="cpu")
             for part in whole:
                 plain = likelihoods(model, before[:, part]) if kept is None else kept
                 changed = plain if changes is None else _under(model, changes, likelihoods, after[:, part])
                 total += _compared(plain, changed, targets[:, part])
-            sums[name].append(total.cpu())
+            sums[name].append(total)
             tick(inputs.numel())
     joined = {name: torch.cat(rows) for name, rows in sums.items()}
     tokens_in = torch.tensor(counts, dtype=torch.float64, device="cpu")
@@ -233,11 +233,12 @@ def _under(model: Gemma2, options: Mapping[str, Any], compute: Callable[[Gemma2,
 
 
 def _compared(plain: Tensor, changed: Tensor, targets: Tensor) -> Tensor:
-    """Sums over each row [b 3]: nats of the targets, KL, other top tokens; of log-probabilities [b t v]."""
-    nats = -changed.gather(-1, targets[..., None])[..., 0].double()
-    kl = (plain.exp() * (plain - changed)).sum(dim=-1, dtype=torch.float64)
-    other = (plain.argmax(dim=-1) != changed.argmax(dim=-1)).double()
-    return torch.stack([nats.sum(dim=1), kl.sum(dim=1), other.sum(dim=1)], dim=1)
+    """Sums over each row [b 3], float64 on the CPU: nats of the targets, KL, other top tokens; of log-probabilities
+    [b t v]."""
+    nats = -changed.gather(-1, targets[..., None])[..., 0]
+    kl = (plain.exp() * (plain - changed)).sum(dim=-1)
+    other = plain.argmax(dim=-1) != changed.argmax(dim=-1)
+    return torch.stack([x.cpu().double().sum(dim=1) for x in (nats, kl, other)], dim=1)  # Apple's GPUs have no float64
 
 
 def _effect(name: str, context: int, sums: Tensor, plain: Tensor, tokens: Tensor, samples: int, seed: int) -> Effect:

@@ -56,12 +56,12 @@ class Tally:
         ratio = ops.upcast(x.flatten()).div(self.cap).abs()
         if not len(ratio):
             return
-        slope = (1 - ratio.tanh().square()).sum(dtype=torch.float64)
+        slope = (1 - ratio.tanh().square()).sum()
         bins = torch.histc(ratio.clamp(max=END * (1 - 1e-6)), bins=BINS, min=0, max=END)
         above = torch.stack([(ratio > 0.5).sum(), (ratio > 0.9).sum()])
         self.count += len(ratio)
         self.largest = max(self.largest, float(ratio.max()) * self.cap)
-        self.sums += torch.cat((above.double().cpu(), slope.cpu()[None], bins.double().cpu()))
+        self.sums += torch.cat([x.cpu().double() for x in (above, slope[None], bins)])  # Apple's GPUs have no float64
 
     def near(self, name: str) -> Near:
         half, most, slope, *shares = (self.sums / max(1, self.count)).tolist()
