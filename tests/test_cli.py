@@ -79,6 +79,7 @@ COMMANDS = (
     "explain",
     "lens",
     "attention",
+    "ablate",
     "verify",
 )
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from gemma2.cli import attention, bench, chat, convert, explain, generate, inspect, lens, parity, trace, verify
+from gemma2.cli import ablate, attention, bench, chat, convert, explain, generate, inspect, lens, parity, trace, verify
 from gemma2.errors import BadModelFile, ContextOverflow, NonFiniteError
 from gemma2_command import INTERRUPTED, interruptible, top_parser
 
@@ -63,7 +63,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = top_parser(Parser)
     parser.set_defaults(trouble=FAILED)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generate, chat, convert, inspect, parity, bench, trace, explain, lens, attention, verify):
+    for command in (generate, chat, convert, inspect, parity, bench, trace, explain, lens, attention, ablate, verify):
         command.add(commands)
     return parser.parse_args(argv)
 

@@ -37,11 +37,16 @@ def read_text(args: argparse.Namespace) -> str | list[int] | None:
     if args.ids is not None:
         return read_ids(args.ids)
     if args.file is not None:
-        try:
-            return _decoded(args.file.read_bytes(), f"{args.file}:")
-        except OSError as error:
-            raise type(error)(f"--file {args.file}: {error.strerror}") from None
+        return read_file(args.file, "--file")
     return None if args.prompt is None else read_prompt(args.prompt)
+
+
+def read_file(path: Path, option: str) -> str:
+    """The text in a file that an option names. Raises ValueError where it is not UTF-8; OSError."""
+    try:
+        return _decoded(path.read_bytes(), f"{path}:")
+    except OSError as error:
+        raise type(error)(f"{option} {path}: {error.strerror}") from None
 
 
 def read_prompt(given: str) -> str:

@@ -1,5 +1,6 @@
 """Looking inside: see, edit and take apart what flows through a model, and twins of its parts that show more."""
 
+from gemma2.research.ablate import ablate
 from gemma2.research.attention import attention_maps, attention_stats
 from gemma2.research.attribution import attribute
 from gemma2.research.edits import add, edit, mean, remove, replace, resample, silence, steer, zero
@@ -13,6 +14,7 @@ from gemma2.research.watch import watching
 __all__ = [
     "FittedLens",
     "Seen",
+    "ablate",
     "add",
     "attention_maps",
     "attention_stats",
