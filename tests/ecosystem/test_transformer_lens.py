@@ -85,7 +85,9 @@ def test_every_name_of_its_cache_has_its_value_in_ours(exact: gemma2.Gemma, fold
     expected, others = folded.run_with_cache(TOKENS)
     assert close(logits, expected)
     for name, value in others.items():
-        if name.endswith("hook_attn_scores"):
+        if name == "unembed.hook_in":  # the gain is part of W_U there
+            assert close(cache["ln_final.hook_normalized"], value)
+        elif name.endswith("hook_attn_scores"):
             value = value.masked_fill(value == -torch.inf, torch.finfo(value.dtype).min)
             assert torch.equal(value < -1e300, cache[name] < -1e300)
             value, ours = (x.masked_fill(value < -1e300, 0.0) for x in (value, cache[name]))
@@ -149,6 +151,7 @@ def test_without_fold_ln_its_numbers_are_others_where_the_final_gain_is_used(exa
     _, ours = hooked(exact).run_with_cache(TOKENS)
     _, others = hooked_transformer(exact, fold_ln=False).run_with_cache(TOKENS)
     parts = others.decompose_resid()
+    assert close(ours["unembed.hook_in"], others["unembed.hook_in"])
     assert close(ours.decompose_resid(), parts) and close(ours.stack_head_results(), others.stack_head_results())
     assert close(ours.apply_ln_to_stack(parts, layer=3), others.apply_ln_to_stack(parts, layer=3))
     raw = ours["logits_raw"][..., 17]

@@ -83,9 +83,10 @@ def test_integrated_gradients_sum_to_the_whole_change(pocket: gemma2.Gemma) -> N
     def logit(logits: Tensor) -> Tensor:
         return logits[0, -1, 300]
 
-    with torch.no_grad(), capture(model) as theirs:
+    with torch.no_grad():
         plain = float(logit(model(tokens)))
-        model(other)
+        with capture(model) as theirs:
+            model(other)
     names = ["hook_embed", "blocks.2.hook_resid_mid", "blocks.3.attn.hook_pattern", "blocks.4.ln2.hook_inv_scale"]
     found = integrated_gradients(model, tokens, other, logit, names, steps=STEPS)
     one = attribution_patching(model, tokens, other, logit, names)

@@ -13,6 +13,7 @@ from gemma2.research import capture, edit, path_patching, replace
 from tests.conftest import ids, tiny
 
 MODEL = tiny("2b").double()
+LAYERS: list[Any] = list(MODEL.model.layers)
 TOKENS, OTHER = ids(1, 24), ids(1, 24, seed=5)
 
 
@@ -50,7 +51,7 @@ def test_a_head_reaches_another_layers_queries_through_the_stream_alone(runs: An
     ours, theirs = runs
     z = ours["blocks.1.attn.hook_z"].clone()
     z[:, :, 3] = theirs["blocks.1.attn.hook_z"][:, :, 3]
-    first, third = MODEL.model.layers[1], MODEL.model.layers[3]
+    first, third = LAYERS[1], LAYERS[3]
     added = first.post_attention_layernorm(first.self_attn.o_proj(z.flatten(2))) - ours["blocks.1.hook_attn_out"]
     read = third.input_layernorm(ours["blocks.3.hook_resid_pre"] + added)
     q = ours["blocks.3.attn.hook_q"].clone()
@@ -75,7 +76,7 @@ def test_a_receiver_that_is_itself_frozen_is_seen_before_and_only_its_own_change
     added = theirs["blocks.0.hook_mlp_out"] - ours["blocks.0.hook_mlp_out"]
     values = {}
     for layer in (1, 2):
-        block = MODEL.model.layers[layer]
+        block = LAYERS[layer]
         read = block.pre_feedforward_layernorm(ours[f"blocks.{layer}.hook_resid_mid"] + added)
         values[f"blocks.{layer}.hook_mlp_out"] = block.post_feedforward_layernorm(block.mlp(read))
     with edit(MODEL, {name: replace(value) for name, value in values.items()}):
@@ -88,7 +89,7 @@ def test_paths_may_lead_through_mlps(runs: Any) -> None:
     ours, theirs = runs
     x = ours["hook_embed"].clone()
     x[:, 7] = theirs["hook_embed"][:, 7]
-    for layer, block in enumerate(MODEL.model.layers):
+    for layer, block in enumerate(LAYERS):
         x = x + ours[f"blocks.{layer}.hook_attn_out"]
         x = x + block.post_feedforward_layernorm(block.mlp(block.pre_feedforward_layernorm(x)))
     found = path_patching(MODEL, TOKENS, OTHER, "hook_embed", "logits", positions=7, through_mlps=True)
@@ -100,11 +101,11 @@ def test_paths_may_lead_through_mlps(runs: Any) -> None:
 @torch.no_grad()
 def test_the_same_run_changes_nothing_and_gradients_flow_in_the_last_pass(runs: Any) -> None:
     ours, _ = runs
-    found = path_patching(MODEL, TOKENS, TOKENS, "blocks.0.hook_mlp_out", "blocks.*.attn.hook_k"[:0] or "logits")
+    found = path_patching(MODEL, TOKENS, TOKENS, "blocks.0.hook_mlp_out", "logits")
     assert torch.equal(found, ours["logits"])
     with torch.enable_grad():
         logits = path_patching(MODEL, TOKENS, OTHER, "hook_embed", "blocks.2.attn.hook_v")
-        (gradient,) = torch.autograd.grad(logits.sum(), MODEL.model.layers[3].mlp.up_proj.weight)
+        (gradient,) = torch.autograd.grad(logits.sum(), LAYERS[3].mlp.up_proj.weight)
     assert gradient.abs().max() > 0
 
 
