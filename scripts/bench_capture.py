@@ -1,7 +1,7 @@
 """What capturing costs: the pocket model with it and without, beside TransformerLens and nnsight where they are.
 
-All in one process, in turns: each round runs every case once. A ratio is the median of the rounds' own ratios to our
-plain pass.
+All in one process, in turns: each round runs every case once, in an order of its own. A ratio is the median of the
+rounds' own ratios to our plain pass.
 
 python scripts/bench_capture.py --tokens 256 --rounds 31
 """
@@ -12,6 +12,7 @@ import argparse
 import importlib
 import importlib.util
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -114,17 +115,18 @@ def main() -> None:
         else:
             cases |= make(gemma, tokens)
     times: dict[str, list[float]] = {name: [] for name in cases}
+    order = random.Random(0)
     for number in range(args.rounds + 3):
-        for name, run in cases.items():
+        for name in order.sample(list(cases), len(cases)):  # what ran before has to do with the memory that is at hand
             started = clock()
-            found = run()
+            found = cases[name]()
             took = clock() - started
             del found  # outside: what was kept is given back
             if number >= 3:  # the first rounds warm up
                 times[name].append(took)
     plain = times["gemma2, plain"]
-    about = f"{clock.__name__}, {args.tokens} tokens, {args.rounds} rounds, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"pocket model, float32, {about}, load {os.getloadavg()[0]:.1f}\n")
+    about = f"{args.tokens} tokens, {args.rounds} rounds, {clock.__name__}, {torch.get_num_threads()} threads"
+    print(f"pocket model, float32, {about}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}\n")
     print("| case | median | x plain |\n|---|---:|---:|")
     for name, each in times.items():
         ratio = statistics.median(a / b for a, b in zip(each, plain, strict=True))
