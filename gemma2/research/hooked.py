@@ -151,11 +151,11 @@ class Hooked(HookedText):
             ValueError: as `gemma2.research.edit`.
         """
         edits: dict[str, list[Edit]] = {}
-        for where, function in fwd_hooks:
+        for where, function in _pairs(fwd_hooks):
             for site, name in self._picked(where).items():
                 edits.setdefault(site, []).append(_edit(function, name))
         back: dict[str, list[tuple[Function, dict[str, Any]]]] = {}
-        for where, function in bwd_hooks:
+        for where, function in _pairs(bwd_hooks):
             for site in self._picked(where):
                 back.setdefault(site, []).append((function, {}))
         with ExitStack() as stack:
@@ -183,7 +183,10 @@ class Hooked(HookedText):
             if not found:
                 raise ValueError("the filter chose no site: it is asked about names as blocks.0.hook_resid_post")
             return found
-        wanted = [canonical(name) for name in ([names] if isinstance(names, str) else names)]
+        listed = [names] if isinstance(names, str) else names
+        if not isinstance(listed, list | tuple):
+            raise ValueError(f"names are text, a list of it or a function of a name, not {names!r}")
+        wanted = [canonical(name) for name in listed]
         # TransformerLens's scale is kept as its reciprocal, and a head's result is made from z.
         by_ours = {name.replace(SCALE, INVERSE).replace(RESULT, Z): name for name in wanted}
         picked = {}
@@ -209,6 +212,16 @@ def hooked(model: Any) -> Hooked:
         ValueError: neither.
     """
     return Hooked(model)
+
+
+def _pairs(hooks: Any) -> Hooks:
+    """Raises ValueError for what is not a list of (name or filter, function)."""
+    if not isinstance(hooks, list | tuple):
+        raise ValueError(f"hooks are a list of (name, function), not {hooks!r}")
+    for pair in hooks:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not callable(pair[1]):
+            raise ValueError(f"a hook is (name, function(value, hook)), not {pair!r}")
+    return hooks
 
 
 def _edit(function: Function, name: str) -> Edit:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma2.checks import check_count
 from gemma2.gemma import Gemma
 from gemma2.generate import generate_ids
 from gemma2.model import Gemma2
@@ -54,7 +55,7 @@ class HookedText:
         """
         if return_type not in ("input", "str", "tokens"):
             raise ValueError(f'return_type is "input", "str" or "tokens", not {return_type!r}')
-        text = isinstance(input, str) or not isinstance(input, Tensor)
+        check_count("max_new_tokens", max_new_tokens)
         rows = self._rows(input, prepend_bos)
         sampling = Sampling(temperature if do_sample else 0.0, top_k or 0, 1.0 if top_p is None else top_p)
         # Seeded by PyTorch's own generator, as TransformerLens's is: torch.manual_seed() makes it repeatable.
@@ -77,7 +78,7 @@ class HookedText:
                 rows[number].append(self._special("eos") if number in finished else token)
                 if token in stops:
                     finished.add(number)
-        if return_type == "str" or (return_type == "input" and text):
+        if return_type == "str" or (return_type == "input" and not isinstance(input, Tensor)):
             texts = [self._gemma("text").tokenizer.decode(row) for row in rows]
             return texts[0] if isinstance(input, str) or len(texts) == 1 else texts
         width = max(map(len, rows))
@@ -85,8 +86,7 @@ class HookedText:
 
     def to_tokens(self, input: str | Sequence[str], prepend_bos: bool = True) -> Tensor:
         """Ids [b t] of a text or several, after a BOS. Shorter rows are padded on the right, where no token sees it."""
-        texts = [input] if isinstance(input, str) else list(input)
-        rows = [self._gemma("text").tokenizer.encode(text, bos=prepend_bos) for text in texts]
+        rows = self._encoded(input, prepend_bos)
         width = max(map(len, rows))
         padded = [row + [self._special("pad")] * (width - len(row)) for row in rows]
         return torch.tensor(padded, device=self.model.device)
@@ -134,8 +134,14 @@ class HookedText:
         if isinstance(input, Tensor):
             found: list[list[int]] = (input if input.ndim > 1 else input[None]).tolist()
             return found
-        texts = [input] if isinstance(input, str) else list(input)
-        return [self._gemma("text").tokenizer.encode(text, bos=prepend_bos) for text in texts]
+        return self._encoded(input, prepend_bos)
+
+    def _encoded(self, input: str | Sequence[str], prepend_bos: bool) -> list[list[int]]:
+        texts = [input] if isinstance(input, str) else input
+        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"give a text, a list of texts or a tensor of ids, not {input!r}")
+        tokenizer = self._gemma("text").tokenizer
+        return [tokenizer.encode(text, bos=prepend_bos) for text in texts]
 
     def _ids(self, input: Input, prepend_bos: bool) -> Tensor:
         if isinstance(input, Tensor):

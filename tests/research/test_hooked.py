@@ -278,3 +278,28 @@ def test_no_hook_stays_when_a_function_fails() -> None:
         )
     for module in MODEL.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_what_cannot_be_is_named_before_anything_is_computed(pocket: gemma2.Gemma) -> None:
+    model: Any = hooked(pocket)
+    wrong = list[tuple[Any, str]]()
+    wrong += [(lambda: model([]), "give a text, a list of texts or a tensor of ids, not")]
+    wrong += [(lambda: model([1, 2]), r"not \[1, 2\]"), (lambda: model.generate([]), "give a text")]
+    wrong += [
+        (lambda: model("And", return_type="logit"), "return_type is"),
+        (lambda: model.generate("And", -1), "max_new"),
+    ]
+    wrong += [(lambda: model.generate("And", return_type="ids"), "return_type is")]
+    wrong += [(lambda: model.run_with_cache("And", names_filter=3), "names are text, a list of it or a function")]
+    wrong += [(lambda: model.run_with_hooks("And", fwd_hooks=[("hook_embed",)]), "a hook is")]
+    wrong += [(lambda: model.run_with_hooks("And", fwd_hooks="hook_embed"), "hooks are a list")]
+    wrong += [(lambda: model.run_with_hooks("And", fwd_hooks=[("nope", print)]), "no site is called 'nope'")]
+    wrong += [
+        (lambda: model.run_with_hooks("And", [("hook_embed", lambda value, hook: value[:, :1])]), "returned shape")
+    ]
+    wrong += [(lambda: model.to_str_tokens(torch.zeros(2, 3, dtype=torch.long)), r"ids must be \[t\] or \[1 t\]")]
+    for call, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(ValueError, match="expected a Gemma2 or a Gemma, not str"):
+        hooked("pocket")
