@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -170,10 +171,15 @@ def listing() -> list[tuple[str, str, str, str]]:
 
 def sites(config: Gemma2Config) -> dict[str, Site]:
     """Every site of a model of so many layers by its name, in the order of computation."""
+    return dict(_of_layers(config.num_hidden_layers))
+
+
+@lru_cache(maxsize=16)
+def _of_layers(layers: int) -> dict[str, Site]:
     inside = [site for site in TABLE if LAYER in site.name]
     first = TABLE.index(inside[0])
     listed = list(TABLE[:first])
-    for layer in range(config.num_hidden_layers):
+    for layer in range(layers):
         listed += [_in_layer(site, layer) for site in inside]
     listed += TABLE[first + len(inside) :]
     return {site.name: site for site in listed}
@@ -202,10 +208,16 @@ def chosen(config: Gemma2Config, patterns: Iterable[str] | str = "*") -> dict[st
     known = sites(config)
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     wanted = [canonical(pattern) for pattern in wanted]
-    for pattern in wanted:
+    exact = known.keys() & set(wanted)
+    globs = [pattern for pattern in wanted if pattern not in exact]
+    for pattern in globs:
         if not any(fnmatchcase(name, pattern) for name in known):
             raise ValueError(f"no site is called {pattern!r}{_near(pattern, config)}")
-    return {name: site for name, site in known.items() if any(fnmatchcase(name, pattern) for pattern in wanted)}
+    return {
+        name: site
+        for name, site in known.items()
+        if name in exact or any(fnmatchcase(name, pattern) for pattern in globs)
+    }
 
 
 def _near(pattern: str, config: Gemma2Config) -> str:

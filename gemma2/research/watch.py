@@ -101,7 +101,8 @@ class Passes:
         """
         if self.positions is None:
             raise ValueError("the positions of these tokens are not known yet: take blocks.0.hook_resid_pre instead")
-        return self.positions if t is None else self.positions[:, self.positions.shape[1] - t :]
+        length = self.positions.shape[1]
+        return self.positions if t is None or t == length else self.positions[:, length - t :]
 
     def _announce(self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         given = dict(zip(("tokens", "positions", "cache"), args, strict=False)) | options

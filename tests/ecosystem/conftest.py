@@ -12,12 +12,13 @@ import pytest
 import gemma2
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the hub, and some tools ask it all the same
+SLOW = ("test_attach.py", "test_distributed.py", "test_export.py")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Two processes that share a model need no package and 20 s, so they run where this folder is named."""
+    """Files that need no package and many seconds run where this folder is named."""
     named = any("ecosystem" in str(arg) for arg in config.args)
-    return True if collection_path.name == "test_distributed.py" and not named else None
+    return True if collection_path.name in SLOW and not named else None
 
 
 def needs(package: str) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import gemma2
-from gemma2.research import capture
+from gemma2.research import capture, edit
 from gemma2.research.sites import chosen
 from tests.conftest import ids, tiny
 from tests.ecosystem.conftest import needs
@@ -62,6 +62,28 @@ def test_the_root_is_seen_at_every_step_of_generation(pocket: gemma2.Gemma) -> N
             found.append(wrapped.output)
     assert len(found) == 6 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert pocket.generate(PROMPT, 6) == text
+
+
+def test_layers_are_read_and_edited_at_every_step_of_generation(pocket: gemma2.Gemma) -> None:
+    """What a trace reads is what `capture` sees, and what it writes does what `edit` does."""
+    with capture(pocket, "blocks.3.hook_mlp_out") as seen:
+        text = pocket.generate(PROMPT, 5)
+    with edit(pocket, {"blocks.3.hook_mlp_out": lambda value, hook: value * -2}):
+        edited = pocket.generate(PROMPT, 5)
+    wrapped = nnsight.NNsight(pocket.model)
+    with wrapped.trace(PROMPT, fn=pocket.generate, max_new_tokens=5) as tracer:
+        found = nnsight.save([])
+        for _ in tracer.iter[:5]:
+            found.append(wrapped.model.layers[3].post_feedforward_layernorm.output)
+    assert len(found) == len(seen.passes) == 5
+    for value, one in zip(found, seen.passes, strict=True):
+        assert torch.equal(value, one.values["blocks.3.hook_mlp_out"])
+    with wrapped.trace(PROMPT, fn=pocket.generate, max_new_tokens=5) as tracer:
+        for _ in tracer.iter[:5]:
+            place = wrapped.model.layers[3].post_feedforward_layernorm
+            place.output = place.output * -2
+        written = nnsight.save(tracer.result)
+    assert written == edited != text
 
 
 def test_an_edit_of_the_root_during_generation_decides_the_ids(pocket: gemma2.Gemma) -> None:
