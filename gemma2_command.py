@@ -27,8 +27,8 @@ COMMANDS = {
     "lens": "show what a model would say after each layer",
     "attention": "show where each head of a model looks",
     "explain": "write a page that shows the whole forward pass of a text",
-    "verify": "check batch, cache, compile, device and save against one plain pass",
     "ablate": "change one part of the architecture at a time and measure it on a text",
+    "verify": "check batch, cache, compile, device and save against one plain pass",
 }
 
 

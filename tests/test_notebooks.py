@@ -60,7 +60,9 @@ def test_a_stored_output_that_is_not_what_is_printed_is_found(
 ) -> None:
     cell = {"cell_type": "code", "id": "a", "metadata": {}, "source": ["print(1 + 1)"], "outputs": []}
     path = tmp_path / "one.ipynb"
-    path.write_text(json.dumps({"cells": [cell | {"execution_count": None}], "metadata": {}, "nbformat": 4}))
+    path.write_text(
+        json.dumps({"cells": [cell | {"execution_count": None}], "metadata": {}, "nbformat": 4}), encoding="utf-8"
+    )
     assert main(["--check", str(path)]) == 1 and "cell 1 prints\n2" in capsys.readouterr().out
     assert main([str(path)]) == 0 == main(["--check", str(path)])
     assert not alike("it is 2.5", "it is 2.9") and not alike("it", "is") and alike("it is 2.501", "it is 2.5")

@@ -63,7 +63,20 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = top_parser(Parser)
     parser.set_defaults(trouble=FAILED)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generate, chat, convert, inspect, parity, bench, trace, explain, lens, attention, ablate, verify):
+    for command in (
+        generate,
+        chat,
+        convert,
+        inspect,
+        parity,
+        bench,
+        trace,
+        lens,
+        attention,
+        explain,
+        ablate,
+        verify,
+    ):
         command.add(commands)
     return parser.parse_args(argv)
 
