@@ -36,7 +36,6 @@ NEEDS = {
     "distributed/device_map.py": "accelerate",
     "parity/report.py": "matplotlib",
     "pictures/drawing.py": "matplotlib",
-    "pictures/ablate.py": "matplotlib",
     "parity/references/transformers.py": "transformers",
     "research/pretrained.py": "transformers",
     "parity/references/llama_cpp.py": "llama_cpp",

@@ -29,7 +29,8 @@ from gemma2.cli.prompts import read_file
 from gemma2.cli.show import table
 from gemma2.config import Gemma2Config
 from gemma2.gemma import Gemma
-from gemma2.pictures.ablate import POCKET, Report, check_drawing, draw, few_windows, in_page, interval, near_rows, share
+from gemma2.pictures.ablate import POCKET, Report, draw, few_windows, in_page, interval, near_rows, share
+from gemma2.pictures.drawing import check_drawing
 from gemma2.pictures.page import write
 from gemma2.research.ablation import SAMPLES, Effect, measure, standard, work
 from gemma2.research.saturation import saturation

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 from gemma2.atomic import check_target
+from gemma2.checkpoints.dtypes import dtype_name
 from gemma2.checks import check_count
 from gemma2.cli.options import versions
 from gemma2.cli.prompts import read_text
-from gemma2.errors import ContextOverflow
+from gemma2.cli.trace import ids_for
 from gemma2.gemma import Gemma
 
 LAST = 64  # tokens that a page shows unless it is told otherwise
@@ -60,10 +61,7 @@ def given_text(args: argparse.Namespace) -> str | list[int]:
 
 def ids_of(given: str | list[int], gemma: Gemma, least: int = 1) -> list[int]:
     """Raises ContextOverflow for more than the model's context, ValueError for fewer tokens than are needed."""
-    ids = gemma.tokenizer.encode(given) if isinstance(given, str) else given
-    context = gemma.config.max_position_embeddings
-    if len(ids) > context:
-        raise ContextOverflow(f"{len(ids):,} tokens exceed the model's context of {context:,}")
+    ids = ids_for(given, gemma)
     if len(ids) < least:
         raise ValueError(f"the text has {len(ids)} token, and {least} are needed")
     return ids
@@ -72,8 +70,7 @@ def ids_of(given: str | list[int], gemma: Gemma, least: int = 1) -> list[int]:
 def foot(args: argparse.Namespace, gemma: Gemma) -> str:
     """A page's last line: what it was made with."""
     made = ", ".join(f"{name} {value}" for name, value in versions(gemma).items())
-    dtype = str(gemma.model.dtype).removeprefix("torch.")
-    return f"gemma2 {args.command} {args.model}: {dtype}; {made}"
+    return f"gemma2 {args.command} {args.model}: {dtype_name(gemma.model.dtype)}; {made}"
 
 
 def report(ids: list[int], last: int, *written: Path | None) -> None:

@@ -5,38 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gemma2.checkpoints.weights import Weights
-from gemma2.fast.held import HeldMatrix
+from gemma2.fast.held import HeldMatrix, Holding
 from gemma2.model import ScaledEmbedding
 from gemma2.tied import check_same_device
 from gemma2.tokens import check_tokens
 
 
-class HeldEmbedding(ScaledEmbedding):
-    """A twin of `ScaledEmbedding`. `HeldHead` reads its matrix backwards.
-
-    `weight` is no parameter: its shape, dtype and device cost nothing, and its values are made when something computes
-    with them. So `Gemma2.dtype` and `Gemma2.device` go on working.
-    """
+class HeldEmbedding(Holding, ScaledEmbedding):  # type: ignore[misc]
+    """A twin of `ScaledEmbedding`. `HeldHead` reads its matrix backwards; `Gemma2.dtype` and `Gemma2.device` go on
+    working."""
 
     def __init__(self, plain: ScaledEmbedding, matrix: HeldMatrix) -> None:
         nn.Module.__init__(self)  # not ScaledEmbedding's, which would make the matrix
         self.scale, self.matrix = plain.scale, matrix
 
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        return self.matrix.unmade()
-
-    @property
-    def held_bytes(self) -> int:
-        return self.matrix.held_bytes
-
     def shared(self) -> HeldEmbedding:
         """Another twin with the same matrix, for `gemma2.twins.sharing`."""
         return HeldEmbedding(self, self.matrix)
-
-    def fill(self, weights: Weights, path: str, device: torch.device) -> None:
-        self.matrix.fill(weights, f"{path}.weight", device)
 
     def forward(self, tokens: Tensor) -> Tensor:
         check_tokens(tokens, self.matrix.rows)

@@ -164,11 +164,31 @@ class _Product(torch.autograd.Function):
         return total.to(grad.dtype).unflatten(0, grad.shape[:-1]), None
 
 
-class HeldLinear(nn.Linear):
+class Holding(nn.Module):
+    """What a linear and an embedding have in common whose matrix is held in a form.
+
+    `weight` is no parameter: its shape, dtype and device cost nothing, and its values are made when something computes
+    with them.
+    """
+
+    matrix: HeldMatrix
+
+    @property
+    def weight(self) -> Tensor:
+        return self.matrix.unmade()
+
+    @property
+    def held_bytes(self) -> int:
+        return self.matrix.held_bytes
+
+    def fill(self, weights: Weights, path: str, device: torch.device) -> None:
+        self.matrix.fill(weights, f"{path}.weight", device)
+
+
+class HeldLinear(Holding, nn.Linear):  # type: ignore[override]
     """A twin of a linear without bias, whose matrix is held in a form.
 
-    It is an `nn.Linear`, so that PEFT and whatever else looks for linears finds it. `weight` is no parameter: its
-    values are made when something computes with them.
+    It is an `nn.Linear`, so that PEFT and whatever else looks for linears finds it.
     """
 
     def __init__(self, plain: nn.Linear, matrix: HeldMatrix) -> None:
@@ -177,20 +197,9 @@ class HeldLinear(nn.Linear):
         self.register_parameter("bias", None)
         self.matrix = matrix
 
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        return self.matrix.unmade()
-
-    @property
-    def held_bytes(self) -> int:
-        return self.matrix.held_bytes
-
     def shared(self) -> HeldLinear:
         """Another twin with the same matrix, for `gemma2.twins.sharing`."""
         return HeldLinear(self, self.matrix)
-
-    def fill(self, weights: Weights, path: str, device: torch.device) -> None:
-        self.matrix.fill(weights, f"{path}.weight", device)
 
     def forward(self, x: Tensor) -> Tensor:
         product: Tensor = self.matrix(x)

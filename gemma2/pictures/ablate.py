@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma2.atomic import replacing
+from gemma2.pictures.drawing import figure, save
 from gemma2.pictures.page import page, rows
 from gemma2.research.ablation import UNCHANGED, Effect, Estimate, Switches
 from gemma2.research.saturation import BINS, END, Near
@@ -265,16 +265,11 @@ def _near(found: Sequence[Near]) -> str:
     return rows(head, lines, numbers=range(1, len(head)))
 
 
-def check_drawing() -> None:
-    """Raises ImportError where matplotlib is missing."""
-    _figure((1.0, 1.0))
-
-
 def draw(report: Report, path: Path) -> None:
     """Write the picture as a PNG, whole or not at all. Raises ImportError without matplotlib, OSError."""
     names = [*report.listed][::-1]
-    figure = _figure((11.0, 3.6 + 0.3 * len(names)))
-    above, below = figure.subfigures(2, 1, height_ratios=(0.6 + 0.3 * len(names), 2.6))
+    drawn = figure(11.0, 3.6 + 0.3 * len(names))
+    above, below = drawn.subfigures(2, 1, height_ratios=(0.6 + 0.3 * len(names), 2.6))
     kl, more = above.subplots(1, 2, sharey=True)
     for i, (context, colour) in enumerate(zip(report.contexts, PLAIN, strict=False)):
         at, places = report.at(context), [y + 0.13 - 0.26 * i for y in range(len(names))]
@@ -307,13 +302,4 @@ def draw(report: Report, path: Path) -> None:
         axes.set_yticks([])
         axes.tick_params(labelsize=8)
     below.suptitle("How often values come near their cap (bars: square root of the share), and its slope", fontsize=9)
-    with replacing(path) as (partial,):
-        figure.savefig(partial, format="png", dpi=130)
-
-
-def _figure(size: tuple[float, float]) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("the picture needs matplotlib: pip install matplotlib") from None
-    return Figure(figsize=size, layout="constrained")
+    save(drawn, path, force=True)
