@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import reduce
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def acting(model: Any, sites: Iterable[str] | str, act: Act) -> Iterator[None]:
                 order[attend] = None
                 tap = inner.get_submodule(f"{attend}.hook_key_positions")
                 hooks.callback(tap.register_forward_hook(_sorter(order, attend)).remove)
-            module = inner.get_submodule(site.module)
+            module = reduce(getattr, site.module.split("."), inner)  # a quarter of get_submodule's time
             hooks.callback(module.register_forward_hook(_hook(act, site, order, attend)).remove)
         yield
 
