@@ -10,6 +10,7 @@ from gemma2.evaluate.report import Line, Report, as_published, heads, lines, mea
 from gemma2.pictures.page import page
 
 WIDTH, BAR, GAP, EDGE = 260, 9, 3, 4
+PERCENT = 100.0  # the scale of a row that is read as percent
 COLOURS = ("local", "global", "dim", "line")  # measured, then a source each, by their names in the page's style
 
 STYLE = """
@@ -18,7 +19,7 @@ td.what { font-weight: 600; } tr.none td { color: var(--dim); } tr.none td.what 
 .key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin: 0 .3em 0 .9em; }
 .key:first-child { margin-left: 0; } text { font: 11px system-ui, sans-serif; fill: var(--dim); }
 details { margin: .6rem 0; max-width: 60rem; } summary { cursor: pointer; color: var(--dim); }
-li { margin: .25rem 0; } td.number { white-space: nowrap; }
+li { margin: .25rem 0; } td.number { white-space: nowrap; } td.verdict { overflow-wrap: anywhere; min-width: 9rem; }
 """
 
 
@@ -38,12 +39,12 @@ def in_page(report: Report) -> str:
 def _section(report: Report, section: Section) -> str:
     found = list(lines(report, section))
     drawn = [column for column in report.columns if report.size]
-    axis = _axis(found) if drawn else 0.0
     names = heads(report)
     first = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-    bars = f"<th>0 to {axis:g}</th>" if axis else ""
-    made = "\n".join(_line(report, line, drawn, axis) for line in found)
-    legend = _legend(["measured", *(source for _, source in drawn)]) if axis else ""
+    scale = "0 to 100" if all(line.row.scale == PERCENT for line in found) else "percent to 100, others to the largest"
+    bars = f"<th>{scale}</th>" if drawn else ""
+    made = "\n".join(_line(report, line, drawn) for line in found)
+    legend = _legend(["measured", *(source for _, source in drawn)]) if drawn else ""
     differ = "".join(
         f"<li><b>{html.escape(row.name)}</b>: {html.escape(protocols(row))}{html.escape(row.differs)}</li>"
         for row in section.rows
@@ -57,26 +58,28 @@ def _section(report: Report, section: Section) -> str:
     )
 
 
-def _line(report: Report, line: Line, drawn: Sequence[tuple[str, str]], axis: float) -> str:
+def _line(report: Report, line: Line, drawn: Sequence[tuple[str, str]]) -> str:
     values = [measured(line), *(as_published(line.published.get(column)) for column in report.columns)]
     numbers = "".join(f'<td class="number">{html.escape(value)}</td>' for value in values)
     kind = ' class="none"' if line.value is None else ""
-    picture = f'<td class="bars">{_bars(line, drawn, axis)}</td>' if axis else ""
+    picture = f'<td class="bars">{_bars(line, drawn)}</td>' if drawn else ""
     return (
         f'<tr{kind}><td class="what">{html.escape(line.name)}</td><td class="how">{html.escape(line.how)}</td>'
-        f"{numbers}<td>{html.escape(line.verdict)}</td>{picture}</tr>"
+        f'{numbers}<td class="verdict">{html.escape(line.verdict)}</td>{picture}</tr>'
     )
 
 
-def _axis(found: Sequence[Line]) -> float:
-    """Where the bars' axis ends: 100, or more if a value is more."""
-    values = [value for line in found for value in (line.value, *line.published.values()) if value is not None]
-    most = max(values, default=0.0)
-    return 100.0 if most <= 100 else float(f"{most * 1.05:.2g}")
+def _axis(line: Line) -> float:
+    """Where the bars' axis ends: 100 for percent, else beyond the row's largest value."""
+    if line.row.scale == PERCENT:
+        return PERCENT
+    values = [value for value in (line.value, *line.published.values()) if value is not None]
+    return 1.1 * max(values, default=0.0) or 1.0
 
 
-def _bars(line: Line, drawn: Sequence[tuple[str, str]], axis: float) -> str:
+def _bars(line: Line, drawn: Sequence[tuple[str, str]]) -> str:
     """One bar for each value, under each other; the thin line is the standard error."""
+    axis = _axis(line)
     values = [("measured", line.value), *((source, line.published.get((size, source))) for size, source in drawn)]
     made = []
     for place, (name, value) in enumerate(values):

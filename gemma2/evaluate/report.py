@@ -150,8 +150,8 @@ def sources(report: Report) -> list[str]:
     if report.card.spread:
         numbers = ", ".join(f"{size} {value:g}" for size, value in report.card.spread.items())
         said.append(
-            f"Spread ({numbers}): {report.card.spread_said} A value is called within the spread if it is no farther "
-            f"from the nearest published one than the spread and {ERRORS:g} of its own standard errors."
+            f"Spread ({numbers}): {report.card.spread_said} A value agrees if it is no farther from the nearest "
+            f"published one than the spread and {ERRORS:g} of its own standard errors together."
         )
     return said
 
@@ -167,7 +167,7 @@ def _verdict(report: Report, row: Row, value: float, error: float) -> str:
     nearest = min(there.values(), key=lambda published: abs(published - value))
     off = value - nearest
     if abs(off) <= spread + ERRORS * error:
-        return f"within the spread ({off:+.2f})"
+        return f"agrees ({off:+.2f})"
     return f"{abs(off):.2f} {'above' if off > 0 else 'below'} the nearest"
 
 

@@ -9,13 +9,16 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lm_eval
+from lm_eval.api import task
 from lm_eval.tasks import TaskManager
 from packaging.version import Version
+from tqdm import tqdm
 
 from gemma2.errors import first_line
 from gemma2.evaluate.harness import GemmaLM
@@ -93,10 +96,10 @@ class Tasks:
             except Exception as error:
                 raise NotRun(f"the task failed: {_said(error)}") from error
         return {
-            "results": {task: _numbers(numbers) for task, numbers in found["results"].items()},
-            "documents": {task: counts["effective"] for task, counts in found["n-samples"].items()},
+            "results": {name: _numbers(numbers) for name, numbers in found["results"].items()},
+            "documents": {name: counts["effective"] for name, counts in found["n-samples"].items()},
             "versions": dict(found["versions"]),
-            "shots": {task: count for task, count in found["n-shot"].items() if isinstance(count, int)},
+            "shots": {name: count for name, count in found["n-shot"].items() if isinstance(count, int)},
         }
 
     def _index(self, defaults: bool) -> Any:
@@ -118,16 +121,18 @@ def _said(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness and its tasks say much that is no news here; errors are still said."""
+    """The harness and its tasks say much that is no news here; errors are still said, and bars shown on a terminal."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "evaluate")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    bars, task.tqdm = task.tqdm, partial(tqdm, disable=None, leave=False, delay=1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
+        task.tqdm = bars
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
