@@ -135,8 +135,8 @@ def run(args: argparse.Namespace) -> int:
             say(f"interrupted: finished tasks are in {folder.path}; the same command goes on from there")
         raise
     print_report(report, args.json)
-    for key, why in found.failed.items():
-        say(f"not measured: {label(key)}: {why}")
+    if found.failed:
+        say(f"not measured, for the reasons above: {'; '.join(map(label, found.failed))}")
     return 1 if found.failed else 0
 
 

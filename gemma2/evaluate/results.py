@@ -15,6 +15,10 @@ REPORTS = ("report.md", "report.html")
 BELONGS = ("model", "settings", "versions")  # what two results of one folder have in common
 
 
+class NotRun(Exception):
+    """A task was not measured. The message says why in one line."""
+
+
 @dataclass(frozen=True)
 class Result:
     """What one run of a task found; see `Tasks.run`.

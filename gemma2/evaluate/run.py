@@ -6,16 +6,12 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gemma2.evaluate.card import Card, Row, Section
 from gemma2.evaluate.page import in_page
 from gemma2.evaluate.report import Report, markdown
-from gemma2.evaluate.results import REPORTS, Folder, Result
-
-if TYPE_CHECKING:
-    from gemma2.evaluate.harness import GemmaLM
-    from gemma2.evaluate.tasks import Tasks
+from gemma2.evaluate.results import REPORTS, Folder, NotRun, Result
 
 Key = tuple[str, int | None]
 RUNS_CODE = "scoring runs code that the model wrote: --run-code allows it; use a machine that has nothing to lose"
@@ -27,7 +23,7 @@ class Run:
 
     Args:
         report: without results; the card, the model's name, the size.
-        tasks: the harness's, checked.
+        tasks: a `Tasks`, with names that were checked.
         folder: where results are kept, or None.
         about: what a result belongs to: model, settings, versions; see `Folder.read`.
         machine: noted beside each result, and not compared.
@@ -40,7 +36,7 @@ class Run:
     """
 
     report: Report
-    tasks: Tasks
+    tasks: Any
     folder: Folder | None
     about: Mapping[str, Any]
     machine: Mapping[str, Any]
@@ -64,10 +60,9 @@ class Run:
                 found[key] = result
         return found
 
-    def all(self, model: GemmaLM) -> Report:
-        """Measure what is not in the folder. After each task the folder has its result and the report so far."""
-        from gemma2.evaluate.tasks import NotRun
-
+    def all(self, model: Any) -> Report:
+        """Measure what is not in the folder, by a `GemmaLM`. After each task the folder has its result and the report
+        so far."""
         results, reasons = self.kept(), refused(self.report.card, self.run_code)
         for key in results:
             self.said(f"{label(key)}: measured before")

@@ -16,19 +16,16 @@ from typing import Any
 
 import lm_eval
 from lm_eval.api import task
+from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from packaging.version import Version
 from tqdm import tqdm
 
 from gemma2.errors import first_line
-from gemma2.evaluate.harness import GemmaLM
+from gemma2.evaluate.results import NotRun
 
 LEAST, NEAR = "0.4.13", 4
 SEED = 1234  # of samples and of the choice of examples: the harness's own
-
-
-class NotRun(Exception):
-    """A task was not measured. The message says why in one line."""
 
 
 class Tasks:
@@ -59,7 +56,7 @@ class Tasks:
                 raise ValueError(f"no task {name!r} in lm-eval {version('lm-eval')}{folders}; {hint}")
 
     def run(
-        self, model: GemmaLM, name: str, shots: int | None, limit: int | None, *, chat: bool, run_code: bool
+        self, model: LM, name: str, shots: int | None, limit: int | None, *, chat: bool, run_code: bool
     ) -> dict[str, Any]:
         """Measure one task or group: what the harness found, in JSON's types.
 
@@ -75,7 +72,7 @@ class Tasks:
             try:
                 loaded = self._manager.load([name])
             except Exception as error:  # of the network, of a package that a task needs, of the task's own code
-                raise NotRun(f"the task cannot be loaded, or its data not be had: {_said(error)}") from error
+                raise NotRun(f"it cannot be loaded: {_said(error)}") from error
             groups = loaded.get("groups", {})
             whole = [groups[name]] if name in groups else list(loaded["tasks"].values())
             try:
@@ -94,7 +91,7 @@ class Tasks:
                     confirm_run_unsafe_code=run_code,
                 )
             except Exception as error:
-                raise NotRun(f"the task failed: {_said(error)}") from error
+                raise NotRun(f"it failed: {_said(error)}") from error
         return {
             "results": {name: _numbers(numbers) for name, numbers in found["results"].items()},
             "documents": {name: counts["effective"] for name, counts in found["n-samples"].items()},

@@ -286,7 +286,8 @@ def test_the_batch_is_smaller_for_longer_texts_and_never_empty(pocket: gemma2.Ge
     model = harness.GemmaLM(pocket)
     rows = [model._rows(length) for length in (16, 1024)]
     assert rows[0] == harness.ROWS and 1 <= rows[1] <= rows[0]
-    real = harness.GemmaLM(gemma2.Gemma(Shape("2b"), pocket.tokenizer))
+    shape: Any = Shape("2b")
+    real = harness.GemmaLM(gemma2.Gemma(shape, pocket.tokenizer))
     assert real._rows(8192) < real._rows(2048) < real._rows(256)
     assert real._rows(8192) >= 1
 

@@ -56,7 +56,7 @@ def test_a_card_is_measured_end_to_end_and_what_cannot_be_is_named(
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert "| Next word | pocket_choice, 0-shot, acc | 92.86 ± 7.1 | 84 | 85 | agrees (+7.86) |" in text
     assert "| Bits a byte | pocket_rolling, bits_per_byte | 0.9" in text
-    assert "Data of nobody | pocket_away, 0-shot, acc |  | 50 |  | the task cannot be loaded, or its data not" in text
+    assert "Data of nobody | pocket_away, 0-shot, acc |  | 50 |  | it cannot be loaded: ConnectionError" in text
     assert "needs the environment variable GEMMA2_NO_SUCH_KEY" in text and "--run-code allows it" in text
     assert "The harness has no such benchmark." in text and "this checkpoint does not say that it was tuned" in text
     found = json.loads((folder / "pocket_rolling.json").read_text(encoding="utf-8"))["found"]["results"]
