@@ -98,3 +98,13 @@ def test_a_value_that_is_not_known_is_null_and_left_out(tmp_path: Path) -> None:
     file = tmp_path / "card.json"
     file.write_text(json.dumps(changed(published={"2b": {"card": None, "report": 52.2}})), encoding="utf-8")
     assert read_card(file).rows[0].published == {"2b": {"report": 52.2}}
+
+
+def test_the_page_about_evaluation_has_the_cards_rows() -> None:
+    page = (Path(gemma2.__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for row in read_card(default_card()).rows:
+        kind = "" if row.filter == "none" else f" ({row.filter})"
+        how = f"`{row.task}`, {row.shots}-shot, {row.metric}{kind}" if row.task else "not in the harness"
+        both = [list(dict.fromkeys(by.values())) for by in row.published.values()]
+        values = " | ".join(", ".join(f"{value:g}" for value in by) for by in both)
+        assert f"| {row.name} | {how} | {values} |" in page
