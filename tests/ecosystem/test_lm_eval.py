@@ -236,8 +236,9 @@ def test_texts_beyond_the_context_lose_their_beginning_with_a_warning(
     for mine, other in zip(found, theirs.loglikelihood(asked), strict=True):
         check_equal(mine, other)
     wrote = requests("generate_until", (VERSE, {"max_gen_toks": 6}), ("And", {"max_gen_toks": 4}))
-    with pytest.warns(UserWarning, match="too long"):
+    with pytest.warns(UserWarning, match="too long"), all_read(pocket) as read:
         assert short.generate_until(wrote) == theirs.generate_until(wrote)
+    assert pocket.tokenizer.encode(VERSE)[-10:] in read  # room for 6 new tokens is left of 16, and no more
     every = harness.GemmaLM(pocket, max_length=16, bos="every")
     with pytest.warns(UserWarning, match="the BOS stays"), all_read(pocket) as read:
         every.loglikelihood(asked)
