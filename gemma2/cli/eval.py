@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import sys
-import warnings
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,13 +97,12 @@ def run(args: argparse.Namespace) -> int:
     card, folder = check_arguments(args)
     if find_spec("lm_eval") is None:
         raise ImportError(NEEDED)
-    names = [task for task, _ in keys(card)]
     say("reading the names of tasks")
     from gemma2.evaluate.harness import GemmaLM
     from gemma2.evaluate.tasks import Tasks
 
     tasks = Tasks(args.include_path)
-    tasks.check(names)
+    card = checked(card, tasks, args)
     about: dict[str, Any] = {"settings": settings(args), "versions": package_versions()}
     if folder and not args.force:
         folder.check(keys(card), about)
@@ -127,7 +125,6 @@ def run(args: argparse.Namespace) -> int:
         args.force,
         say,
     )
-    warnings.filterwarnings("always", category=UserWarning, module="gemma2.evaluate")
     try:
         report = found.all(model)
     except KeyboardInterrupt:
@@ -168,6 +165,18 @@ def check_arguments(args: argparse.Namespace) -> tuple[Card, Folder | None]:
     if args.size is not None and args.size not in card.sizes:
         raise ValueError(f"--size {args.size}: the card has {', '.join(card.sizes) or 'no sizes'}")
     return card, Folder(args.output)
+
+
+def checked(card: Card, tasks: Any, args: argparse.Namespace) -> Card:
+    """The card, with the tasks of a tag in its place where tasks were named. Raises ValueError for unknown names."""
+    names = list(dict.fromkeys(task for task, _ in keys(card)))
+    found: list[str] = tasks.check(names)
+    if found == names:
+        return card
+    if args.tasks is None:
+        tags = [name for name in names if name not in found]
+        raise ValueError(f"{tags[0]} is a tag of several tasks, which have no number together: a row names one task")
+    return of_tasks(found, args.shots)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -54,16 +54,18 @@ class Folder:
     """Where results are kept.
 
     Args:
-        path: made if it is not there.
+        path: of the folder.
     Raises:
-        OSError: it cannot be written to, or is no folder.
+        OSError: it cannot be written to, or is no folder. A new one is made with its first file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if path.exists() and not path.is_dir():
             raise FileExistsError(f"{path}: is a file; results need a folder")
-        if not path.exists():
+        if path.exists():
+            check_target(path / REPORTS[0], force=True)
+        else:
             check_target(path, folder=True)
 
     def file(self, task: str, shots: int | None) -> Path:
@@ -88,7 +90,7 @@ class Folder:
             return None
         except ValueError:
             given = None
-        if not isinstance(given, dict) or given.get("format") != FORMAT:
+        if not isinstance(given, dict) or given.get("format") != FORMAT or not {"found", "seconds"} <= given.keys():
             raise ValueError(f"{path}: not a result of gemma2 eval; name another folder, or --force replaces it")
         parts = {"task": (task, given.get("task")), "shots": (shots, given.get("shots"))}
         for group in BELONGS:

@@ -43,8 +43,12 @@ class Tasks:
         self._folders = [str(folder) for folder in folders]
         self._manager = self._index(False) if folders else None
 
-    def check(self, names: Sequence[str]) -> None:
-        """Raises ValueError for a name that no task has, with near ones. Reading the harness's own takes seconds."""
+    def check(self, names: Sequence[str]) -> list[str]:
+        """The names, with the tasks of a tag in its place. Reading the harness's own takes seconds.
+
+        Raises:
+            ValueError: a name that no task, group or tag has; says which are near.
+        """
         if self._manager is None or not set(names) <= set(self._manager.all_tasks):
             self._manager = self._index(True)
         known = self._manager.all_tasks
@@ -54,6 +58,12 @@ class Tasks:
                 folders = f" or in {', '.join(self._folders)}" if self._folders else ""
                 hint = f"near: {', '.join(near)}" if near else "lm-eval ls tasks shows all"
                 raise ValueError(f"no task {name!r} in lm-eval {version('lm-eval')}{folders}; {hint}")
+        index = self._manager.task_index
+        tagged = [
+            [one for one, entry in index.items() if name in entry.tags] if name in self._manager.all_tags else [name]
+            for name in names
+        ]
+        return list(dict.fromkeys(one for group in tagged for one in group))
 
     def run(
         self, model: LM, name: str, shots: int | None, limit: int | None, *, chat: bool, run_code: bool

@@ -161,6 +161,18 @@ def test_tasks_by_name_are_measured_without_a_folder_and_show_every_number(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tag_is_its_tasks_and_no_row_of_a_card(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = ["--include-path", str(TASKS), "--dtype", "float32", "--device", "cpu", "--limit", "2", "--json"]
+    assert main(["eval", "pocket", "--tasks", "pocket_questions", *options]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["benchmark"] for row in rows} == {"pocket_choice", "pocket_letter"}
+    card = tmp_path / "card.json"
+    row = {"name": "r", "task": "pocket_questions", "metric": "acc"}
+    card.write_text(json.dumps({"name": "c", "sections": [{"name": "s", "rows": [row]}]}), encoding="utf-8")
+    assert main(["eval", "pocket", "--card", str(card), *options, "-o", str(tmp_path / "out")]) == 2
+    assert "pocket_questions is a tag of several tasks" in capsys.readouterr().err
+
+
 def test_an_unknown_task_is_refused_with_near_names_before_the_model_is_loaded(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

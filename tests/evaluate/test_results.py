@@ -53,7 +53,10 @@ def test_a_result_of_another_model_or_setting_is_refused(group: str, name: str, 
         folder.read("mmlu", 5, ABOUT | {group: {name: value}})
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "another"}', "\ud800".encode("utf-8", "surrogatepass")])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"format": "another"}', '{"format": "gemma2 eval 1"}', "\ud800".encode("utf-8", "surrogatepass")],
+)
 def test_a_file_that_is_no_result_is_refused(text: str | bytes, tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     folder.file("mmlu", 5).write_bytes(text if isinstance(text, bytes) else text.encode())
