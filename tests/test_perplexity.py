@@ -89,7 +89,7 @@ def test_llama_cpp_s_own_logits_give_the_same_nats(name: str) -> None:
 
 def test_llama_cpp_itself_gives_the_same_perplexity() -> None:
     peer = pytest.importorskip("llama_cpp", reason="the live comparison needs the extra gemma2[llama-cpp]")
-    path, ids, context = file("f32"), prompt()[0].tolist(), 64
+    path, ids, context = file("f32"), prompt()[0].tolist(), 16
 
     def run(row: list[int]) -> Floats:
         options = {"type_k": 0, "type_v": 0, "flash_attn": False, "logits_all": True, "verbose": False}
