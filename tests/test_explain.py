@@ -116,6 +116,8 @@ def test_a_long_text_says_what_is_drawn_the_mask_is_of_all_tokens_and_keys_choos
     assert "sees 16 keys: positions 43 to 58" in re.sub("<.*?>", "", panels["blocks.2.mask"])
     assert "sees 59 keys: positions 0 to 58" in re.sub("<.*?>", "", panels["blocks.3.mask"])
     assert "12 more" in panels["tokens"]
+    assert "Lengths in the lines of the other layers, and the numbers in their tables, are of the drawn tokens." in dom
+    assert all("most on, of the drawn tokens" in panels[f"blocks.{layer}.attn.hook_pattern"] for layer in (2, 3))
     assert "BOS, id" not in panels["tokens"]  # these ids have none
     with torch.no_grad(), capture(window.model, "blocks.3.attn.hook_z") as seen:
         window.model(torch.tensor([ids]))

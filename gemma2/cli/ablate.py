@@ -98,7 +98,11 @@ def run(args: argparse.Namespace) -> int:
                 model, ids, switches, context, bos, samples=args.samples, seed=args.seed, tick=bar.update
             )
         near = saturation(model, ids, contexts[-1], bos, tick=bar.update)
-    part = f"the first {len(ids):,} of {len(found):,} tokens" if len(ids) < len(found) else f"{len(ids):,} tokens"
+    part = (
+        f"the first {len(ids):,} of {len(found):,} tokens"
+        if len(ids) < len(found)
+        else f"{len(ids):,} token{'s' * (len(ids) > 1)}"
+    )
     report = Report(
         model=str(args.model),
         text=f"The text is {args.text.name}, {part}.",
