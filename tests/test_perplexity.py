@@ -216,7 +216,7 @@ def test_score_prints_figures_tokens_and_json(
     found = pocket.score(VERSES)
     assert main(["score", str(text), "--tokens", "--reference", *PLAIN]) == 0
     out = capsys.readouterr().out
-    assert f"{-found.total:.4f}" in out and f"{found.bits_per_byte:.6f}" in out and "␣" in out
+    assert f"{-found.total:.4f}" in out and f"{found.bits_per_byte:.6f}" in out and "·came" in out
     assert len(out.splitlines()) == 1 + len(found.ids) + 1 + 2
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text('{"context": "In the", "continuation": " beginning"}\n"And he said"\n')

@@ -26,12 +26,12 @@ from gemma2.cli.options import (
 )
 from gemma2.cli.show import escaped, table
 from gemma2.gemma import Gemma
+from gemma2.pictures.page import readable
 from gemma2.scoring import Score
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-PIECES = ((" ", "␣"), ("\n", "↵"), ("\t", "⇥"))
 EXAMPLE = """examples:
   gemma2 score genesis.txt
   gemma2 score answers.jsonl --model google/gemma-2-2b --json
@@ -103,15 +103,8 @@ def _joined(scores: Sequence[Score]) -> tuple[Tensor, Tensor]:
 def _tokens(score: Score, gemma: Gemma) -> list[str]:
     rows = [("token", "id", "log-probability", "likeliest")]
     for id, logprob, greedy in zip(score.ids, score.logprobs.tolist(), score.greedy.tolist(), strict=True):
-        rows.append((_shown(gemma, id), str(id), f"{logprob:.6f}", "yes" if greedy else ""))
+        rows.append((readable(gemma.tokenizer, id), str(id), f"{logprob:.6f}", "yes" if greedy else ""))
     return table(rows)
-
-
-def _shown(gemma: Gemma, id: int) -> str:
-    piece = gemma.tokenizer.decode([id])
-    for plain, mark in PIECES:
-        piece = piece.replace(plain, mark)
-    return escaped(piece)
 
 
 def _as_json(score: Score, gemma: Gemma) -> dict[str, Any]:
