@@ -12,6 +12,7 @@ from torch import Tensor
 from gemma2 import ops
 from gemma2.model import Gemma2
 from gemma2.research.aliases import canonical
+from gemma2.research.marks import embedding_rows
 
 SCALE, INVERSE = "hook_scale", "hook_inv_scale"  # TransformerLens's, and its reciprocal, which this model has
 GRAD = "_grad"  # at the end of a gradient's name in a cache
@@ -61,8 +62,8 @@ def residual_directions(model: Gemma2, tokens: str | int | Tensor, to_single_tok
         tokens = to_single_token(tokens)
     ids = torch.as_tensor(tokens, device=model.device)
     ids = ids.reshape(()) if ids.numel() == 1 else ids
-    rows = model.model.embed_tokens.weight[ids]
-    return (ops.upcast(rows) * (1.0 + ops.upcast(model.model.norm.weight))).to(rows.dtype)
+    rows = embedding_rows(model, ids)
+    return (ops.upcast(rows) * (1.0 + ops.upcast(model.model.norm.weight))).to(model.dtype)
 
 
 def of_scale(gradient: Tensor, inverse: Tensor) -> Tensor:
