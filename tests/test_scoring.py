@@ -14,6 +14,7 @@ from gemma2.errors import ContextOverflow
 from gemma2.research import capture, edit
 from gemma2.scoring import hidden, score_ids, windows
 from tests.conftest import ids, tiny
+from tests.test_readme import ROOT, check_code
 
 TEXT = "In the beginning God created the heaven and the earth. And the earth was without form, and void."
 
@@ -21,6 +22,10 @@ TEXT = "In the beginning God created the heaven and the earth. And the earth was
 @pytest.fixture(scope="module")
 def pocket() -> gemma2.Gemma:
     return gemma2.load(dtype="float64", device="cpu")
+
+
+def test_the_page_on_scoring_runs_and_prints_what_it_shows() -> None:
+    check_code((ROOT / "docs" / "scoring.md").read_text(encoding="utf-8"))
 
 
 def plain(model: Any, row: list[int]) -> tuple[Tensor, Tensor]:
