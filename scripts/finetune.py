@@ -14,6 +14,7 @@ import json
 import math
 import shutil
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 import gemma2
 from gemma2.atomic import check_space, replacing
-from gemma2.errors import NonFiniteError
+from gemma2.errors import NonFiniteError, first_line
 from gemma2.load import parse_device
 from gemma2.losses import cross_entropy
 from gemma2.pictures.drawing import check_drawing, figure
@@ -37,6 +38,7 @@ from gemma2.pictures.drawing import save as save_picture
 from gemma2.recompute import recomputed
 
 STATE, LOG, CURVE, ADAPTER, MODEL = finetune_state.NAME, "training.json", "curve.png", "adapter", "model"
+REDRAW = 60  # seconds between two curves while the run goes on
 OWN = (STATE, LOG, CURVE, ADAPTER, MODEL)
 
 
@@ -104,7 +106,10 @@ def with_lora(model: gemma2.Gemma2, settings: Settings) -> Any:
         lora_dropout=settings.dropout,
         target_modules=settings.targets,
     )
-    return peft.get_peft_model(model, config)
+    try:
+        return peft.get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"targets {settings.targets}: PEFT does not take them ({first_line(error)})") from None
 
 
 def rows_of(step: int, rows: Sequence[Example], settings: Settings) -> list[Example]:
@@ -119,7 +124,7 @@ def rows_of(step: int, rows: Sequence[Example], settings: Settings) -> list[Exam
 def train(run: Training, rows: Sequence[Example], held: Sequence[Example], out: Path, about: dict[str, Any]) -> None:
     """Raises NonFiniteError where a loss or a gradient is not finite; that step changes nothing."""
     settings, done, start = run.settings, run.progress, run.progress.step
-    saved = start or None
+    saved, drawn = start or None, time.monotonic()
     run.model.train()
     with (
         recomputed(run.model) if settings.recompute else contextlib.nullcontext(),
@@ -139,7 +144,8 @@ def train(run: Training, rows: Sequence[Example], held: Sequence[Example], out: 
             if step > start and step % settings.save_every == 0:
                 finetune_state.save(out / STATE, about, done, run.trained, run.optimizer, random)
                 saved = step
-                write_log(out, about, done)
+                write_log(out, about, done, picture=time.monotonic() - drawn > REDRAW)
+                drawn = time.monotonic() if time.monotonic() - drawn > REDRAW else drawn
             run.update()
             done.losses.append(loss)
             done.step = step + 1
@@ -157,12 +163,13 @@ def _stopped(step: int, loss: float, norm: float, saved: int | None, out: Path) 
     return f"step {step + 1}: {what}; stopped, and {kept} ({cure})"
 
 
-def write_log(out: Path, about: dict[str, Any], progress: Progress, **more: Any) -> None:
-    """training.json and the curve."""
+def write_log(out: Path, about: dict[str, Any], progress: Progress, picture: bool = True, **more: Any) -> None:
+    """training.json, and the curve."""
     content = {**about, "losses": progress.losses, "held_out": progress.held_out, **more}
     with replacing(out / LOG) as (partial,):
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    draw(progress, out / CURVE)
+    if picture:
+        draw(progress, out / CURVE)
 
 
 def draw(progress: Progress, path: Path) -> None:
@@ -171,11 +178,13 @@ def draw(progress: Progress, path: Path) -> None:
     axes, losses = drawn.subplots(), progress.losses
     over = max(1, len(losses) // 20)
     means = [statistics.fmean(losses[max(0, i + 1 - over) : i + 1]) for i in range(len(losses))]
-    axes.plot(range(1, len(losses) + 1), losses, color="#c9d6e2", lw=0.8, label="each step")
-    axes.plot(range(1, len(losses) + 1), means, color="#35648c", label=f"mean of {over} steps")
+    axes.plot(losses, color="#c9d6e2" if over > 1 else "#35648c", lw=1, label="rows of each step")
+    if over > 1:
+        axes.plot(means, color="#35648c", label=f"mean over {over} steps")
     if progress.held_out:
         axes.plot(*zip(*progress.held_out, strict=True), color="#c0392b", marker="o", ms=3, label="held-out file")
-    axes.set(xlabel="steps", ylabel="loss (nats per target)", title="Loss")
+    axes.set(xlabel="steps done", ylabel="loss (nats per target)", title="Loss while fine-tuning")
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
     save_picture(drawn, path, force=True)
@@ -188,7 +197,7 @@ def write_result(run: Training, out: Path, source: str) -> Path:
     stated = run.around.peft_config["default"]
     stated.task_type, stated.base_model_name_or_path = "CAUSAL_LM", source
     with replacing(out / ADAPTER, folder=True) as (partial,):
-        run.around.save_pretrained(str(partial))
+        run.around.save_pretrained(str(partial), save_embedding_layers=False)  # else PEFT asks the hub about the base
     return out / ADAPTER
 
 
@@ -269,7 +278,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{result}, {out / LOG} and {out / CURVE} were written")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="pocket, a hub name, a folder, or a file")
     parser.add_argument("data", type=Path, metavar="DATA", help="a JSONL file")
@@ -281,7 +290,7 @@ def main() -> None:
     begin.add_argument("--finish", action="store_true", help="write the result of FOLDER/state.pt, and train no more")
     begin.add_argument("--force", action="store_true", help="begin anew where FOLDER holds an earlier run")
     add_options(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         run(args)
     except (ValueError, OSError, ImportError, NonFiniteError) as error:

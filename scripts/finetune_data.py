@@ -69,11 +69,11 @@ def read_records(path: Path) -> list[Record]:
 
 def _record(data: bytes, where: str) -> Record:
     try:
-        line = json.loads(data.decode())
+        line = json.loads(data.decode().strip())
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+        raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
     except RecursionError:
         raise ValueError(f"{where}: JSON that is nested too deeply") from None
     there = [key for key in KEYS if isinstance(line, dict) and key in line]
