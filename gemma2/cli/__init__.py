@@ -11,7 +11,21 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from gemma2.cli import ablate, attention, bench, chat, convert, explain, generate, inspect, lens, parity, trace, verify
+from gemma2.cli import (
+    ablate,
+    attention,
+    bench,
+    chat,
+    compare,
+    convert,
+    explain,
+    generate,
+    inspect,
+    lens,
+    parity,
+    trace,
+    verify,
+)
 from gemma2.errors import BadModelFile, ContextOverflow, NonFiniteError
 from gemma2_command import INTERRUPTED, interruptible, top_parser
 
@@ -75,6 +89,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         attention,
         explain,
         ablate,
+        compare,
         verify,
     ):
         command.add(commands)
