@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from gemma2.atomic import check_target
 from gemma2.checkpoints.checkpoint import Checkpoint, NamedTokenizer, named_tokenizer, open_checkpoint
-from gemma2.checkpoints.dtypes import dtype_name
+from gemma2.checkpoints.dtypes import PLAIN, dtype_name
 from gemma2.checks import check_count
-from gemma2.cli.options import add_command, add_common_options, add_loading_options, load_model, versions
+from gemma2.cli.options import MODEL, add_command, add_common_options, add_loading_options, load_model, versions
 from gemma2.cli.prompts import read_file
 from gemma2.cli.show import escaped, table
 from gemma2.evaluate.atlas import LIMIT, atlas, check_plain, passes
@@ -44,7 +44,7 @@ EXAMPLE = """example:
 
 def add(commands: Commands) -> None:
     parser = add_command(commands, "compare", __doc__, EXAMPLE)
-    parser.add_argument("model", metavar="A", help="the model that the others are compared with: see MODEL in convert")
+    parser.add_argument("model", metavar="A", help=f"the model that the others are compared with: {MODEL}")
     parser.add_argument("others", metavar="B", nargs="+", help="the models to compare with A")
     parser.add_argument("--text", metavar="FILE", type=Path, required=True, help="a text in UTF-8; required")
     parser.add_argument(
@@ -78,8 +78,8 @@ def add(commands: Commands) -> None:
     parser.add_argument("--force", action="store_true", help="replace the page and the picture if they are there")
     group = parser.add_argument_group(
         "models",
-        "for all models, but --revision is for A alone, and --weights for each B alone. Without --dtype all of them "
-        "compute in float32, so that only their weights differ.",
+        "for all models, but --revision is for A alone, and --weights for each B alone (packed leaves a GGUF of floats "
+        "as it is). Without --dtype all of them compute in float32, so that only their weights differ.",
     )
     add_loading_options(group)
     group.add_argument("--fast", action="store_true", help="compute by the faster twins; default: the exact reference")
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         kept = first if args.atlas else None
         del first  # so that the next has room
         for one, checkpoint in zip(others, opened[1:], strict=True):
-            gemma = load_one(args, one.source, weights=args.weights)
+            gemma = load_one(args, one.source, weights=form_for(args.weights, checkpoint))
             tensors = as_held(gemma, stored(checkpoint.weights), args.weights)
             one.stored = total(tensors)
             time_one(args, gemma, one, cut)
@@ -152,7 +152,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.png is not None:
         check_drawing()
     if args.atlas and args.fast:
-        raise ValueError("--atlas puts other matrices into A and looks at every site, which --fast hides: leave it out")
+        raise ValueError(
+            "--atlas puts other matrices into A, and faster twins may hold copies of them: leave --fast out"
+        )
 
 
 def open_all(
@@ -169,11 +171,11 @@ def open_all(
     for name, b in zip(names[1:], opened[1:], strict=True):
         check_comparable(a.tokenizer, b.tokenizer, (a.config.vocab_size, b.config.vocab_size), (names[0], name))
     args.dtype = args.dtype or "float32"
-    if args.weights is not None:
-        form, device = check_form(args.weights), parse_device(args.device)
-        dtype = parse_dtype(args.dtype, args.force_float16)
-        for b in opened[1:]:
-            form(b, device, dtype or b.weights.dtype)
+    device, dtype = parse_device(args.device), parse_dtype(args.dtype, args.force_float16)
+    for b in opened[1:]:
+        name = form_for(args.weights, b)
+        if name is not None:
+            check_form(name)(b, device, dtype or b.weights.dtype)
     ids = a.tokenizer.encode(text, bos=False)
     configs = [one.config for one in opened]
     return (
@@ -190,6 +192,13 @@ def open_one(source: str, revision: str | None, given: NamedTokenizer | None) ->
 def load_one(args: argparse.Namespace, source: str, revision: str | None = None, weights: str | None = None) -> Gemma:
     own = {"model": source, "revision": revision, "weights": weights, "reference": not args.fast}
     return load_model(argparse.Namespace(**vars(args) | own))
+
+
+def form_for(weights: str | None, checkpoint: Checkpoint) -> str | None:
+    """The form for the weights of a B. A GGUF of floats has no blocks to keep: with "packed" its floats stay floats."""
+    stored = checkpoint.weights
+    types = {stored.stored(name) for name, (shape, _) in stored.tensors.items() if len(shape) > 1}
+    return None if weights == "packed" and checkpoint.form == "gguf" and types <= PLAIN.keys() else weights
 
 
 def as_held(gemma: Gemma, tensors: dict[str, Stored], form: str | None) -> dict[str, Stored]:
@@ -209,7 +218,8 @@ def time_one(args: argparse.Namespace, gemma: Gemma, one: Measured, cut: Cut) ->
 
 def labels(sources: Sequence[str]) -> list[str]:
     """Short names: of a path what it ends with, where no other model is called so."""
-    short = [Path(source).stem if Path(source).suffix == ".gguf" else Path(source).name for source in sources]
+    files = [Path(source.rpartition(":")[2]) for source in sources]  # owner/repo:FILE
+    short = [file.stem if file.suffix == ".gguf" else file.name for file in files]
     names = [name if short.count(name) == 1 else source for name, source in zip(short, sources, strict=True)]
     return [name if name not in names[:i] else f"{name} ({i})" for i, name in enumerate(names)]
 

@@ -115,7 +115,7 @@ def atlas(
 
     Args:
         a: the float model, without twins. Its matrices are replaced one at a time, and are its own again afterwards.
-        b: the same model, quantized: its values as floats or in a form (`weights="packed"`), without `fast`.
+        b: the same model, quantized: its values as floats, or in a form (`weights="packed"`).
         text: text, or token ids without a BOS.
         stored: how B's matrices are stored, by the names of the parameters; see `gemma2.evaluate.compare.stored`.
         limit: use so many of the first tokens.
@@ -129,6 +129,9 @@ def atlas(
     check_plain(a.model)
     names = [name for name, _ in _matrices(a.model)]
     _check_same_shapes(a.model, b.model, names)
+    unknown = next((name for name in names if name not in stored), None)
+    if unknown:
+        raise ValueError(f"`stored` does not say how {unknown} is stored: gemma2.evaluate.compare.stored gives it")
     context = min(one.config.max_position_embeddings for one in (a, b))
     window = min(WINDOW, context) if window is None else window
     cut = cut_text(text, a.tokenizer, (a.config, b.config), window=window, stride=window, limit=limit)

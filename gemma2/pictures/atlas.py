@@ -20,7 +20,7 @@ THEMED = (
     "rgb(var(--yellow))",
 )  # the same in a page
 WIDE, TALL, LEFT, FLOOR, TOP = 640, 260, 62, 216, 12  # of the lines, in pixels
-STRENGTH = 0.75  # of a cell's colour at the largest value: the text on it stays readable
+STRENGTH = 0.62  # of a cell's colour at the largest value: the text on it stays readable
 
 STYLE = """
 :root { --green: 60, 130, 60; --violet: 120, 80, 170; --yellow: 150, 120, 10; }
@@ -29,7 +29,8 @@ STYLE = """
 table.heat td { min-width: 4.6rem; text-align: right; } table.heat tr.sum td, table.heat td.sum { color: var(--dim); }
 table.heat td span { display: block; font-size: .86em; opacity: .75; }
 .lines text { font: 12px system-ui, sans-serif; fill: var(--dim); }
-.line { display: inline-block; width: 1.2em; height: .25em; margin: 0 .4em .2em 1em; vertical-align: middle; }
+.one { white-space: nowrap; margin-right: .9em; }
+.line { display: inline-block; width: 1.2em; height: .25em; margin: 0 .4em .2em 0; vertical-align: middle; }
 details { margin: .6rem 0; } summary { cursor: pointer; }
 """
 
@@ -124,7 +125,7 @@ def _cell(cell: Cell, most: float) -> str:
 
 
 def _short(kl: float) -> str:
-    return "0" if abs(kl) < 1e-9 else f"{kl:.2g}"
+    return "0" if abs(kl) < 1e-8 else f"{kl:.2g}"
 
 
 def _lines(chart: Chart) -> str:
@@ -156,10 +157,12 @@ def _lines(chart: Chart) -> str:
             for layer, error in line
         )
         drawn.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>{dots}')
-        key += f'<span class="line" style="background: {colour}"></span><code>{html.escape(name)}</code>'
+        mark = f'<span class="line" style="background: {colour}"></span>'
+        key += f' <span class="one">{mark}<code>{html.escape(name)}</code></span>'
     return (
-        f'<p class="dim">Relative error ||B - A|| / ||A|| of what flows through a site.{key}</p><div class="scroll">'
-        f'<svg class="lines" width="{WIDE}" height="{TALL}" role="img" aria-label="relative error of sites over depth">'
+        f'<p class="dim">Relative error ||B - A|| / ||A|| of what flows through a site.<br>{key}</p>'
+        f'<div class="scroll"><svg class="lines" width="{WIDE}" height="{TALL}" role="img" '
+        'aria-label="relative error of sites over depth">'
         f"{''.join(drawn)}</svg></div>"
     )
 
@@ -178,8 +181,8 @@ def draw_chart(drawn: Any, chart: Chart) -> None:
     blank = math.nan
     values = [[chart.cells[i, kind].kl for kind in chart.kinds] for i in range(chart.layers)]
     values.append([chart.embedding.kl, *[blank] * (len(chart.kinds) - 1)])
-    most = max(max(cell for cell in row if cell == cell) for row in values)
-    heat.imshow(values, cmap="Oranges", vmin=0, vmax=(most or 1.0) * 1.25, aspect="auto")
+    most = max(cell.kl for cell in chart.cells.values())  # the embedding may be far above the layers
+    heat.imshow(values, cmap="Oranges", vmin=0, vmax=max(most, 1e-12) * 1.25, aspect="auto")
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             if value == value:

@@ -198,33 +198,30 @@ def draw(report: Report, path: Path) -> None:
 def _draw_points(drawn: Any, report: Report) -> None:
     axes = drawn.subplots()
     shown = [point for point in report.points if point.kl.value >= LEAST]
-    for point in shown:
+    none = [point.name for point in report.points if point.kl.value < LEAST]
+    first, last, low, high = _span(report.points)
+    wide, tall = 690.0, 200.0  # of the axes, in points, about
+    places = [
+        (
+            (math.log2(point.bits) - first) / max(last - first, 1) * wide,
+            -(math.log10(point.kl.value) - low) / max(high - low, 1) * tall,
+        )
+        for point in shown
+    ]
+    for point, (_, y), height in zip(shown, places, _labels(places, apart=11), strict=True):
         ends = [point.kl.value if end is None else max(end, LEAST) for end in (point.kl.low, point.kl.high)]
         axes.plot([point.bits] * 2, ends, color="#1f77b4", lw=1.5)
-        axes.plot(point.bits, point.kl.value, "o", ms=6, color="#1f77b4")
+        axes.plot(point.bits, point.kl.value, "o", ms=5, color="#1f77b4")
+        at = (point.bits, point.kl.value)
+        axes.annotate(point.name, at, (7, y - height), textcoords="offset points", va="center", fontsize=8)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log" if shown else "linear")
-    ticks = sorted(
-        {2**p for point in report.points for p in (math.floor(math.log2(point.bits)), math.ceil(math.log2(point.bits)))}
-    )
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_yscale("log")
     axes.minorticks_off()
-    axes.margins(x=0.08, y=0.15)
-    drawn.canvas.draw()  # so that data have places
-    places = [tuple(axes.transData.transform((point.bits, point.kl.value))) for point in shown]
-    heights = _labels([(x, -y) for x, y in places], apart=16, wide=90)
-    for point, (x, y), height in zip(shown, places, heights, strict=True):
-        axes.annotate(
-            point.name,
-            (x, y),
-            (x + 9, -height),
-            xycoords="figure pixels",
-            textcoords="figure pixels",
-            va="center",
-            fontsize=8,
-        )
-    none = [point.name for point in report.points if point.kl.value < LEAST]
-    title = f"{report.title}\n{report.text}" + (f"\nno KL at all: {', '.join(none)}" if none else "")
+    ticks = [2.0**p for p in range(int(first), int(last) + 1)]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xlim(ticks[0], ticks[-1] * 1.02 if len(ticks) > 1 else ticks[0] * 2)
+    axes.set_ylim(10.0**low, 10.0 ** max(high, low + 1))
+    title = f"{report.title}\n{report.text}" + (f"\nNo KL at all: {', '.join(none)}" if none else "")
     axes.set_title(title, fontsize=9)
     axes.set_xlabel("bits a weight")
     axes.set_ylabel("KL(A || B), nats a token")
