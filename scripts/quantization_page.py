@@ -3,7 +3,8 @@
     python scripts/quantization_page.py --measure held-out.txt docs/quantization    # pocket.json and atlas.png, minutes
     python scripts/quantization_page.py docs/quantization/pocket.json > docs/quantization.md
 
-Without --measure nothing is computed: the page is printed from the recorded run.
+Without --measure nothing is computed: the page is printed from the recorded run. Its text is in
+docs/quantization/template.md.
 """
 
 from __future__ import annotations
@@ -20,13 +21,10 @@ from gemma2.cli import main as gemma2
 from gemma2.convert import TYPES
 
 WINDOW, TOKENS, ATLAS = 1024, 10240, 512
-TEMPLATE = """# Quantization: how far a model is from itself
-
-TODO
-"""
 QUANTIZED = [name for name in TYPES if name not in ("f32", "f16", "bf16")]
 SHOWN = "q4_0"  # whose atlas is shown in full
 RANKED = 8
+TEMPLATE = Path(__file__).parents[1] / "docs" / "quantization" / "template.md"
 
 
 def measure(text: Path, folder: Path) -> None:
@@ -113,8 +111,8 @@ def passage(record: dict[str, Any]) -> str:
     return (
         f"Its worst passage of {len(one['ids'])} tokens has {short(one['mean'])} nats a token:\n\n"
         f"```text\n{tokenizer.decode(one['ids']).strip()}\n```\n\n"
-        f"The worst token of it is `{readable(tokenizer, one['ids'][worst])}` with {short(one['kl'][worst])} nats. There "
-        f"the likeliest token of the pocket model is `{readable(tokenizer, a)}` ({p:.1%}), and that of {SHOWN} is "
+        f"The worst token of it is `{readable(tokenizer, one['ids'][worst])}` with {short(one['kl'][worst])} nats.\n"
+        f"There the likeliest token of the pocket model is `{readable(tokenizer, a)}` ({p:.1%}), and that of {SHOWN} is\n"
         f"`{readable(tokenizer, b)}` ({q:.1%})."
     )
 
@@ -177,24 +175,23 @@ def sites(atlas: dict[str, Any]) -> str:
 def page(record: dict[str, Any]) -> str:
     table, atlas = record["table"], record["atlas"]
     shown = next(one for one in atlas["b"] if one["name"] == SHOWN)["atlas"]
-    a_name, sum_alone = table["a"]["name"], sum(m["kl"] for m in shown["matrices"])
-    return TEMPLATE.format(
+    embedding = next(m for m in shown["matrices"] if m["layer"] is None)
+    return TEMPLATE.read_text(encoding="utf-8").format(
         sizes=sizes(table),
         distances=distances(table),
         text=table["text"],
         about=table["about"],
         atlas_text=atlas["text"],
-        atlas_about=atlas["about"],
         passage=passage(table),
         layers=layers(shown),
-        embedding=short(next(m["kl"] for m in shown["matrices"] if m["layer"] is None)),
+        embedding=short(embedding["kl"]),
+        embedding_share=f"{embedding['stored']['weights'] / table['a']['stored']['weights']:.0%}",
         whole=short(shown["kl"]),
-        alone=short(sum_alone),
+        alone=short(sum(m["kl"] for m in shown["matrices"])),
         ranked=ranked(shown),
         kinds=kinds(atlas),
         sites=sites(shown),
         shown=SHOWN,
-        a=a_name,
         ranked_count=RANKED,
     )
 

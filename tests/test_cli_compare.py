@@ -65,21 +65,24 @@ def test_the_tables_name_every_model_with_its_size_and_its_distance(
 
 
 def test_json_page_and_picture_hold_the_same_figures_with_the_atlas(
-    text: Path, q4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: Path, folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    source = folder("source", num_hidden_layers=2, query_pre_attn_scalar=16)
+    q4 = tmp_path / "small & q4.gguf"
+    convert(source, q4, type="q4_0", progress=False)
     page, picture = tmp_path / "out.html", tmp_path / "out.png"
     options = ["--window", "16", "--limit", "20", "--atlas", "--atlas-limit", "6", *PLAIN]
-    given = ["compare", "pocket", str(q4), "--text", str(text), *options]
+    given = ["compare", str(source), str(q4), "--text", str(text), *options]
     assert main([*given, "--json", "-o", str(page), "--png", str(picture)]) == 0
     found = json.loads(capsys.readouterr().out)
     (one,) = found["b"]
-    a, b = (gemma2.load(source, dtype="float32", device="cpu") for source in ("pocket", q4))
+    a, b = (gemma2.load(name, dtype="float32", device="cpu") for name in (source, q4))
     wanted = compare(a, b, VERSES, window=16, limit=20).summary()
     assert one["summary"]["kl"]["value"] == pytest.approx(wanted.kl.value, rel=1e-5)
     assert one["summary"]["after"] == pytest.approx(wanted.after) and one["stored"]["type"] == "Q4_0"
-    assert found["a"]["stored"]["bits"] == 16 and found["a"]["summary"] is None
+    assert found["a"]["stored"]["bits"] == 32 and found["a"]["summary"] is None
     atlas = one["atlas"]
-    assert len(atlas["matrices"]) == 43 and atlas["tokens"] == 6 and len(atlas["layers"]) == 6
+    assert len(atlas["matrices"]) == 15 and atlas["tokens"] == 6 and len(atlas["layers"]) == 2
     kinds = {m["stored"]["type"] for m in atlas["matrices"] if m["layer"] is not None}
     assert kinds == {"Q4_0"} and atlas["matrices"][0]["stored"]["type"] == "Q8_0"
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -123,12 +126,13 @@ def test_the_page_opens_in_a_browser_from_a_file(
 def test_forms_of_weights_are_for_each_b_and_leave_floats_alone(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    floats = tmp_path / "floats.gguf"
-    convert("pocket", floats, type="f32", progress=False)
+    floats, ternary = (str(tmp_path / f"{name}.gguf") for name in ("f32", "tq1_0"))
+    for name, path in (("f32", floats), ("tq1_0", ternary)):
+        convert("pocket", path, type=name, progress=False)
     options = ["--limit", "12", "--json", "--text", str(text), *PLAIN]
-    assert main(["compare", "pocket", str(floats), Q8, "--weights", "packed", *options]) == 0
+    assert main(["compare", "pocket", floats, ternary, "--weights", "packed", *options]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [one["stored"]["type"] for one in found["b"]] == ["F32", "Q8_0"] and "weights packed" in found["about"]
+    assert [one["stored"]["type"] for one in found["b"]] == ["F32", "TQ1_0"] and "weights packed" in found["about"]
     assert found["b"][0]["summary"]["kl"]["value"] < 1e-9
     assert main(["compare", "pocket", "pocket", "--weights", "int4", *options]) == 0
     (one,) = json.loads(capsys.readouterr().out)["b"]
