@@ -111,8 +111,8 @@ def passage(record: dict[str, Any]) -> str:
     return (
         f"Its worst passage of {len(one['ids'])} tokens has {short(one['mean'])} nats a token:\n\n"
         f"```text\n{tokenizer.decode(one['ids']).strip()}\n```\n\n"
-        f"The worst token of it is `{readable(tokenizer, one['ids'][worst])}` with {short(one['kl'][worst])} nats.\n"
-        f"There the likeliest token of the pocket model is `{readable(tokenizer, a)}` ({p:.1%}), and that of {SHOWN} is\n"
+        f"The worst token of it is `{readable(tokenizer, one['ids'][worst])}` with {short(one['kl'][worst])}\n"
+        f"nats. There the likeliest token of the pocket model is `{readable(tokenizer, a)}` ({p:.1%}), and that of {SHOWN} is\n"
         f"`{readable(tokenizer, b)}` ({q:.1%})."
     )
 

@@ -173,9 +173,9 @@ def open_all(
     args.dtype = args.dtype or "float32"
     device, dtype = parse_device(args.device), parse_dtype(args.dtype, args.force_float16)
     for b in opened[1:]:
-        name = form_for(args.weights, b)
-        if name is not None:
-            check_form(name)(b, device, dtype or b.weights.dtype)
+        form = form_for(args.weights, b)
+        if form is not None:
+            check_form(form)(b, device, dtype or b.weights.dtype)
     ids = a.tokenizer.encode(text, bos=False)
     configs = [one.config for one in opened]
     return (
