@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -68,21 +69,22 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 
 def short(value: float) -> str:
-    return "0" if value == 0 else f"{value:.3g}"
+    return "0" if value == 0 else "< 1e-8" if abs(value) < 1e-8 else f"{value:.3g}"
 
 
 def sizes(record: dict[str, Any]) -> str:
-    head = ["file", "bytes", "bits a weight", "perplexity", "times A's", "prompt, tokens/s", "decode, tokens/s"]
+    head = ["file", "bytes", "bits a weight", "perplexity", "times A's [95 %]", "prompt, tokens/s", "decode, tokens/s"]
     a, others = record["a"], record["b"]
     lines = []
     for one in (a, *others):
         summary = one["summary"]
         perplexity = others[0]["summary"]["before"] if summary is None else summary["after"]
-        ratio = 1.0 if summary is None else summary["after"] / summary["before"]
-        speeds = [f"{one['speed'][name]:.3g}" for name in ("prompt", "decode")]
+        ends = [] if summary is None else [math.exp(summary["ratio"][name]) for name in ("value", "low", "high")]
+        ratio = f"{ends[0]:.4f} [{ends[1]:.4f}, {ends[2]:.4f}]" if ends else "1"
+        speeds = [f"{one['speed'][name]:,.0f}" for name in ("prompt", "decode")]
         stored = one["stored"]
         lines.append(
-            [one["name"], f"{stored['bytes']:,}", f"{stored['bits']:.2f}", f"{perplexity:.3f}", f"{ratio:.4f}", *speeds]
+            [one["name"], f"{stored['bytes']:,}", f"{stored['bits']:.2f}", f"{perplexity:.3f}", ratio, *speeds]
         )
     return markdown(head, lines)
 
@@ -93,7 +95,9 @@ def distances(record: dict[str, Any]) -> str:
     for one in record["b"]:
         found = one["summary"]
         kl = found["kl"]
-        between = f"{short(kl['value'])} [{short(kl['low'])}, {short(kl['high'])}]"
+        between = short(kl["value"])
+        if abs(kl["value"]) >= 1e-8:
+            between += f" [{short(kl['low'])}, {short(kl['high'])}]"
         numbers = [short(found[name]) for name in ("median", "high", "most")]
         lines.append([one["name"], between, *numbers, f"{found['same']['value']:.2%}", f"{found['change']:.2%}"])
     return markdown(head, lines)
@@ -111,9 +115,9 @@ def passage(record: dict[str, Any]) -> str:
     return (
         f"Its worst passage of {len(one['ids'])} tokens has {short(one['mean'])} nats a token:\n\n"
         f"```text\n{tokenizer.decode(one['ids']).strip()}\n```\n\n"
-        f"The worst token of it is `{readable(tokenizer, one['ids'][worst])}` with {short(one['kl'][worst])}\n"
-        f"nats. There the likeliest token of the pocket model is `{readable(tokenizer, a)}` ({p:.1%}), and that of {SHOWN} is\n"
-        f"`{readable(tokenizer, b)}` ({q:.1%})."
+        f"The worst token of it is `{readable(tokenizer, one['ids'][worst])}` with {short(one['kl'][worst])} nats. "
+        f"There the likeliest token of the pocket model is `{readable(tokenizer, a)}` ({p:.1%}), and that of {SHOWN} "
+        f"is `{readable(tokenizer, b)}` ({q:.1%})."
     )
 
 

@@ -17,7 +17,7 @@ from gemma2.convert import convert
 from gemma2.evaluate.compare import compare
 from gemma2.load import POCKET
 from tests.browser import needs_browser, opened
-from tests.test_readme import ROOT
+from tests.test_readme import ROOT, check_code
 
 VERSES = (
     "And it came to pass in those days, that there went out a decree from Caesar Augustus, that all the world should "
@@ -52,7 +52,8 @@ def test_the_tables_name_every_model_with_its_size_and_its_distance(
     first = (
         "The text is verses & more.txt, the first 40 of 53 tokens, in 4 windows of 16 tokens, of which each after the "
     )
-    assert out.startswith(f"{first}first scores 8. Windows are few, so intervals say little: give a longer text.\n")
+    few = "Windows are few, so intervals say little: give a longer text."
+    assert out.startswith(f"{first}first scores its last 8. {few}\n")
     sizes, distance, *worst = out.split("\n\n")[1:]
     lines = [re.split(r"\s{2,}", line) for line in sizes.splitlines()[2:]]
     assert [line[:2] for line in lines] == [["pocket", "bf16"], ["pocket-q8_0", "q8_0"], ["small & q4", "q4_0"]]
@@ -193,6 +194,8 @@ def test_what_is_wrong_with_any_b_is_said_before_a_weight_is_read(
         assert message in err and err.count("\n") == 1 and out == ""
 
 
-def test_the_page_about_quantization_is_printed_from_its_record() -> None:
+def test_the_page_about_quantization_is_printed_from_its_record_and_its_code_runs() -> None:
+    page = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
+    check_code(page)
     record = json.loads((ROOT / "docs" / "quantization" / "pocket.json").read_text(encoding="utf-8"))
-    assert quantization_page.page(record) == (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
+    assert quantization_page.page(record) == page

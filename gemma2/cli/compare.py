@@ -226,9 +226,9 @@ def labels(sources: Sequence[str]) -> list[str]:
 
 def said_of_text(args: argparse.Namespace, cut: Cut, tokens: int) -> str:
     part = f"the first {len(cut.ids):,} of {tokens:,} tokens" if len(cut.ids) < tokens else f"{tokens:,} tokens"
-    count = len(cut.rows)
-    each = f"of {cut.longest:,} tokens, of which each after the first scores {cut.scored[min(1, count - 1)]:,}"
-    how = "one window" if count == 1 else f"{count:,} windows {each}"
+    count, stride = len(cut.rows), max(cut.scored[1:], default=0)
+    apart = "side by side" if stride == cut.longest else f"of which each after the first scores its last {stride:,}"
+    how = "one window" if count == 1 else f"{count:,} windows of {cut.longest:,} tokens, {apart}"
     few = " Windows are few, so intervals say little: give a longer text." if 1 < count < FEWEST else ""
     return f"The text is {args.text.name}, {part}, in {how}.{few}"
 

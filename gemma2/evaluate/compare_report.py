@@ -189,7 +189,8 @@ def _ratio(found: Summary) -> str:
 
 
 def _short(value: float) -> str:
-    return "0" if value == 0 else f"{value:.3g}"
+    """Three digits. What is less than float32's rounding is not given any."""
+    return "0" if value == 0 else "< 1e-8" if abs(value) < 1e-8 else f"{value:.3g}"
 
 
 def _text(tokenizer: Tokenizer, id: int) -> str:

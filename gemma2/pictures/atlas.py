@@ -125,7 +125,7 @@ def _cell(cell: Cell, most: float) -> str:
 
 
 def _short(kl: float) -> str:
-    return "0" if abs(kl) < 1e-8 else f"{kl:.2g}"
+    return "~0" if abs(kl) < 1e-8 else f"{kl:.2g}"
 
 
 def _lines(chart: Chart) -> str:
