@@ -23,6 +23,8 @@ from gemma2.cli import (
     inspect,
     lens,
     parity,
+    perplexity,
+    score,
     trace,
     verify,
 )
@@ -84,6 +86,8 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         inspect,
         parity,
         bench,
+        score,
+        perplexity,
         trace,
         lens,
         attention,
