@@ -16,6 +16,7 @@ from gemma2.cli import (
     attention,
     bench,
     chat,
+    compare,
     convert,
     eval,
     explain,
@@ -94,6 +95,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         explain,
         ablate,
         eval,
+        compare,
         verify,
     ):
         command.add(commands)
