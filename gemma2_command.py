@@ -23,6 +23,8 @@ COMMANDS = {
     "inspect": "show a checkpoint's config, tensors and errors",
     "parity": "find where another implementation differs",
     "bench": "time a model beside other implementations",
+    "score": "print how likely a model finds a text",
+    "perplexity": "measure perplexity as llama.cpp, transformers or by documents",
     "trace": "write what a model computes at named sites to a file",
     "lens": "show what a model would say after each layer",
     "attention": "show where each head of a model looks",

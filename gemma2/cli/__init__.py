@@ -11,7 +11,22 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from gemma2.cli import ablate, attention, bench, chat, convert, explain, generate, inspect, lens, parity, trace, verify
+from gemma2.cli import (
+    ablate,
+    attention,
+    bench,
+    chat,
+    convert,
+    explain,
+    generate,
+    inspect,
+    lens,
+    parity,
+    perplexity,
+    score,
+    trace,
+    verify,
+)
 from gemma2.errors import BadModelFile, ContextOverflow, NonFiniteError
 from gemma2_command import INTERRUPTED, interruptible, top_parser
 
@@ -70,6 +85,8 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         inspect,
         parity,
         bench,
+        score,
+        perplexity,
         trace,
         lens,
         attention,

@@ -27,9 +27,8 @@ def figure(width: float, height: float) -> Any:
 
 
 def short(text: str) -> str:
-    """A readable token, cut to what a cell can hold. What cannot be printed is spelled out."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
+    """A readable token, cut to what a cell can hold."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
 def save(drawn: Any, path: Path, *, force: bool = False) -> None:

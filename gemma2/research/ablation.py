@@ -123,7 +123,7 @@ def batches(ids: Sequence[int], context: int, bos: int) -> list[Tensor]:
     last = [found.pop()] if len(found) > 1 and len(found[-1]) != len(found[0]) else []
     rows = max(1, PASS // context)
     parts = [found[start : start + rows] for start in range(0, len(found), rows)] + ([last] if last else [])
-    return [torch.tensor(part) for part in parts]
+    return [torch.tensor(part, device="cpu") for part in parts]
 
 
 def hidden(model: Gemma2, tokens: Tensor) -> Tensor:

@@ -62,13 +62,14 @@ def logit_lens(
         positions: which tokens to look at, as in `capture`; default all. Logits of all take b x t x v numbers.
         fitted: a Jacobian or tuned lens, which carries each value to the last layer first.
     Raises:
-        ValueError: a site of another width, a name that is no site, a lens that does not have the site.
+        ValueError: a site of another width, a name that is no site, a lens that does not have the site or was fitted on
+            another model.
         KeyError: a site that was not captured.
     """
     inner, where = model_of(model), check_where(positions)
     names = sites_of_width(inner, sites)
     if fitted is not None:
-        fitted.check(names, inner.config.hidden_size)
+        fitted.check_model(names, inner)
     check_there(where, source.positions if isinstance(source, Seen) else source)
     seen = _seen(inner, source, names)
     return _each(inner, seen, names, where, fitted)
@@ -123,7 +124,7 @@ def lens_table(
         raise ValueError(f"top must be at most the vocabulary's {inner.config.vocab_size}, not {top}")
     names = sites_of_width(inner, sites)
     if fitted is not None:
-        fitted.check(names, inner.config.hidden_size)
+        fitted.check_model(names, inner)
     check_there(where, tokens)
     seen = _seen(inner, tokens, names)
     at = columns(where, seen.positions)
