@@ -92,7 +92,7 @@ def show(model: str, which: str, results: list[Result], models: list[str], other
     print(f"\n{model}, as {which}: {said}")
     if others:
         print(f"{others} published figures are of other models: {', '.join(models)}")
-    failed = [result.name for result in results if result.outcome == FAIL]
+    failed = dict.fromkeys(result.name.partition(":")[0] for result in results if result.outcome == FAIL)
     if failed:
         print(f"failed: {'; '.join(map(escaped, failed))}")
     elif not count[PASS]:

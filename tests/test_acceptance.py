@@ -13,12 +13,14 @@ import pytest
 import torch
 
 import gemma2
+from gemma2.checkpoints.checkpoint import named_tokenizer
 from gemma2.checkpoints.hf_config import configs, published_config
 from gemma2.checkpoints.weights import shapes_of
 from gemma2.evaluate import acceptance
 from gemma2.evaluate.figures import KINDS, read_figures, spelled
 from gemma2.evaluate.perplexity import perplexity
 from gemma2.research import capture
+from tests.conftest import SHARED
 
 OUTCOMES = ("pass", "near-tie", "FAIL", "differs", "not tried")
 REAL = configs() / accept_real_weights.FIGURES
@@ -274,6 +276,21 @@ def test_the_three_residuals_have_their_massive_channels_in_the_same_places() ->
     largest = [set(torch.tensor(row).abs().topk(16).indices.tolist()) for row in rows]
     assert len(largest[0] & largest[1] & largest[2]) >= 5
     assert max(abs(x) for x in rows[0]) == abs(rows[0][1173]) == 60.1941
+
+
+@pytest.mark.needs("shared", "data/gemma2-tokenizer/tokenizer.model")
+def test_the_published_token_ids_and_texts_are_those_of_gemma_2s_own_tokenizer() -> None:
+    given = named_tokenizer(SHARED / "data" / "gemma2-tokenizer" / "tokenizer.model")
+    assert given is not None
+    encode = given.tokenizer.encode
+    checks = read_figures(REAL).checks
+    texts = [pair for check in checks if check.kind == "tokens" for pair in check.given["texts"]]
+    assert len(texts) == 7 and all(encode(text) == ids for text, ids in texts)
+    for check in (check for check in checks if check.kind == "text"):
+        for prompt, text in zip(map(spelled, check.given["prompts"]), check.given["texts"], strict=True):
+            assert len(encode(prompt + text)) - len(encode(prompt)) == check.given["new_tokens"]
+    (beyond,) = [check for check in checks if "more than 4,096" in check.name]
+    assert len(encode(spelled(beyond.given["prompts"][0]))) > 4096
 
 
 @pytest.mark.parametrize(

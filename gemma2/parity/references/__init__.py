@@ -114,6 +114,8 @@ def open_reference(spec: str, path: Path, dtype: torch.dtype | None = None) -> R
         from gemma2.parity.references.gemma_pytorch import GemmaPyTorch
 
         reference = GemmaPyTorch(Path(rest), opened, dtype or opened.weights.dtype)
+    elif spec.endswith(".json"):
+        raise ValueError(f"{spec}: a pack stands in MODEL's place: gemma2 parity {spec} --against self:model={path}")
     else:
         cure = f"; to compare with this checkpoint give self:model={spec}" if Path(spec).exists() else ""
         raise ValueError(f"no reference {spec!r}; there are {SPECS}{cure}")
