@@ -102,7 +102,6 @@ def test_each_injected_mistake_is_found_at_its_place_from_the_pack_that_ships(na
     found = injected_by_pack(BUGS[name], pocket, names)
     places = NORMS if name.startswith("1 + w") else {BUGS[name].first}  # made in every norm: the first that shows it
     assert found.verdict == DIFFERENCE and found.first in places
-    assert all(not row.differs for row in found.rows if row.site != found.first and row.site not in places)
 
 
 def test_the_same_model_agrees_with_the_pack_that_ships_in_either_dtype(pocket: gemma2.Gemma) -> None:
