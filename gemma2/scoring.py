@@ -18,8 +18,10 @@ from gemma2.cache import HybridCache
 from gemma2.checks import check_count
 from gemma2.errors import ContextOverflow
 from gemma2.feed import any_hooked
+from gemma2.head import inside, is_plain, slices, wide
 from gemma2.model import Gemma2
 from gemma2.ops import upcast
+from gemma2.tied import check_same_device
 from gemma2.tokenizer import Tokenizer, parse_ids
 from gemma2.tokens import left_padded
 
@@ -217,8 +219,24 @@ def token_logprobs(model: Gemma2, states: Tensor, targets: Tensor) -> Scored:
     of the least id is the likeliest.
     """
     with torch.no_grad():
+        if is_plain(model):
+            return _by_vocabulary(model, states, targets)
         found = [_picked(logits, targets[part]) for part, logits in logits_in_parts(model, states)]
         return _chained(found, states.dtype)
+
+
+def _by_vocabulary(model: Gemma2, states: Tensor, targets: Tensor) -> Scored:
+    weight, empty = model.model.embed_tokens.weight, states.new_zeros(len(states), dtype=wide(states))
+    check_same_device(states, weight)
+    picked, total, most, likeliest = empty, empty - torch.inf, empty - torch.inf, torch.zeros_like(targets)
+    for start, rows, capped in slices(states, weight, model.softcap.cap):
+        total = torch.logaddexp(total, capped.logsumexp(dim=1))
+        here, at = inside(targets, start, len(rows))
+        picked = torch.where(here, capped.gather(1, at)[:, 0], picked)
+        top = capped.max(dim=1)
+        likeliest = torch.where(top.values > most, top.indices + start, likeliest)
+        most = torch.maximum(most, top.values)
+    return Scored((picked - total).cpu(), (likeliest == targets).cpu())
 
 
 def _picked(logits: Tensor, targets: Tensor) -> Scored:
@@ -240,10 +258,14 @@ def _score_rows(model: Gemma2, rows: Sequence[_Window], batch: int | None, tick:
     if batch is not None:
         check_count("batch", batch, least=1)
     found = [Scored(*torch.empty(2, 0))] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))  # the longest first: what fits once, fits always
+    alike: dict[tuple[int, ...], list[int]] = {}  # one token asked after the same ids: choices of one question
+    for i, row in enumerate(rows):
+        alike.setdefault(tuple(row.ids) if len(row.asked) == 1 else (-1, i), []).append(i)
+    # The longest first: what fits once, fits always.
+    order = sorted(alike.values(), key=lambda group: -len(rows[group[0]].ids))
     while order:
-        many = batch or max(1, TOKENS // len(rows[order[0]].ids))
-        now, order = order[:many], order[many:]
+        many = batch or max(1, TOKENS // len(rows[order[0][0]].ids))
+        now, order = [i for group in order[:many] for i in group], order[many:]
         scored = _score_batch(model, [rows[i] for i in now])
         for i, one in zip(now, scored, strict=True):
             found[i] = one
@@ -252,19 +274,24 @@ def _score_rows(model: Gemma2, rows: Sequence[_Window], batch: int | None, tick:
 
 
 def _score_batch(model: Gemma2, rows: Sequence[_Window]) -> list[Scored]:
-    tokens, positions = left_padded([row.ids for row in rows], model.device)
+    """Rows that read the same ids are computed once."""
+    places = {ids: place for place, ids in enumerate(dict.fromkeys(tuple(row.ids) for row in rows))}
+    at = [places[tuple(row.ids)] for row in rows]
+    tokens, positions = left_padded([list(ids) for ids in places], model.device)
     if any_hooked(model):
-        return _score_hooked(model, rows, tokens, positions)
+        return _score_hooked(model, rows, at, tokens, positions)
     states, asked = hidden(model, tokens, positions), [len(row.asked) for row in rows]
     t = states.shape[1]
-    states = torch.cat([states[row, t - count :] for row, count in enumerate(asked)])
+    states = torch.cat([states[place, t - count :] for place, count in zip(at, asked, strict=True)])
     targets = torch.tensor([id for row in rows for id in row.asked], device=states.device, dtype=torch.int64)
     scored = token_logprobs(model, states, targets)
     parts = zip(scored.logprobs.split(asked), scored.greedy.split(asked), strict=True)
     return [Scored(logprobs, greedy) for logprobs, greedy in parts]
 
 
-def _score_hooked(model: Gemma2, rows: Sequence[_Window], tokens: Tensor, positions: Tensor) -> list[Scored]:
+def _score_hooked(
+    model: Gemma2, rows: Sequence[_Window], at: Sequence[int], tokens: Tensor, positions: Tensor
+) -> list[Scored]:
     """The same in whole passes of the model, so that hooks see all tokens at every site, the head's among them."""
     (b, t), parts = tokens.shape, list[list[Scored]]([[] for _ in rows])
     piece = max(1, min(PIECE, 4 * LOGITS // model.config.vocab_size) // b)
@@ -272,12 +299,12 @@ def _score_hooked(model: Gemma2, rows: Sequence[_Window], tokens: Tensor, positi
     for start in range(0, t, piece):
         part = slice(start, start + piece)
         logits = model(tokens[:, part], positions[:, part], store)
-        for row, (window, found) in enumerate(zip(rows, parts, strict=True)):
+        for place, window, found in zip(at, rows, parts, strict=True):
             before = t - len(window.asked)  # columns that no token is asked after
             first, end = max(start, before), start + logits.shape[1]
             if first < end:
                 targets = torch.tensor(window.asked[first - before : end - before], device=logits.device)
-                found.append(_picked(logits[row, first - start :], targets))
+                found.append(_picked(logits[place, first - start :], targets))
     return [_chained(found, model.dtype) for found in parts]
 
 

@@ -17,6 +17,7 @@ from gemma2.cli import (
     bench,
     chat,
     convert,
+    eval,
     explain,
     generate,
     inspect,
@@ -92,6 +93,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         attention,
         explain,
         ablate,
+        eval,
         verify,
     ):
         command.add(commands)

@@ -96,6 +96,12 @@ def add(commands: Commands) -> None:
         "--no-cases", action="store_true", help="one pass only; default: also with caches, chunks, batches and windows"
     )
     parser.add_argument(
+        "--gradients",
+        action="store_true",
+        help="also compare the gradient of every weight (REF: transformers or self), in the order of the backward "
+        "pass, and name the first that differs",
+    )
+    parser.add_argument(
         "--all", action="store_true", help="print every site; default: the ends of blocks and the sites that differ"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -130,6 +136,7 @@ def run(args: argparse.Namespace) -> int:
             args.sites or "*",
             numerics=args.numerics,
             cases=not args.no_cases,
+            gradients=args.gradients,
             model=args.model,
             text=text,
             tell=bar.set_description_str,
@@ -150,7 +157,8 @@ def refuse_unused(args: argparse.Namespace) -> None:
     """Raises ValueError for options that would do nothing."""
     if args.start and not args.explain:
         raise ValueError("--from says where --explain begins: give --explain PROFILE too")
-    judged = {"--html": args.html, "--sites": args.sites, "--numerics": args.numerics, "--all": args.all}
+    judged = {"--html": args.html, "--sites": args.sites, "--numerics": args.numerics}
+    judged |= {"--gradients": args.gradients, "--all": args.all}
     unused = [option for option, value in judged.items() if value]
     if args.explain and unused:
         raise ValueError(f"--explain compares logits and prints a table of its own: leave out {', '.join(unused)}")

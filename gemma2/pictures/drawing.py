@@ -22,7 +22,8 @@ def figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("the picture needs matplotlib: pip install matplotlib; or leave the PNG out") from None
+        needed = "the picture needs matplotlib: pip install matplotlib (the extra gemma2[plots])"
+        raise ImportError(f"{needed}; --no-png, or no --png, leaves the picture out") from None
     return Figure(figsize=(width, height), layout="constrained", dpi=DOTS)
 
 

@@ -30,6 +30,7 @@ from gemma2.research.lens_words import (
     shown,
     sliced,
 )
+from gemma2.research.sites import chosen
 
 
 class ActivationCache(Mapping[str, Tensor]):
@@ -265,6 +266,10 @@ class ActivationCache(Mapping[str, Tensor]):
     def _value(self, name: str) -> Tensor:
         if name in self.values_by_site:
             return self.values_by_site[name]
+        try:
+            chosen(self.model.config, name.replace(SCALE, INVERSE).replace(RESULT, Z).removesuffix(GRAD))
+        except ValueError as error:
+            raise KeyError(str(error)) from None
         kept = ", ".join(list(self)[:4])
         raise KeyError(
             f"{name} is not in this cache, which holds {kept} ...: run again with a names_filter that has it"

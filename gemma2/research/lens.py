@@ -21,7 +21,7 @@ from gemma2.checks import check_count
 from gemma2.model import Gemma2
 from gemma2.research.fitted import FittedLens
 from gemma2.research.seen import Seen, capture
-from gemma2.research.sites import chosen
+from gemma2.research.sites import chosen, missing
 from gemma2.research.watch import model_of
 from gemma2.research.where import Where, check_there, check_where, columns
 
@@ -158,9 +158,9 @@ def sites_of_width(model: Gemma2, sites: Iterable[str] | str) -> list[str]:
 
 def _seen(model: Gemma2, source: Tensor | Seen, names: list[str]) -> Seen:
     if isinstance(source, Seen):
-        missing = [name for name in names if name not in source.names]
-        if missing:
-            raise KeyError(f"{missing[0]} was not captured; captured were {', '.join(source.names[:4])} ...")
+        absent = [name for name in names if name not in source.names]
+        if absent:
+            raise KeyError(missing(absent[0], source.names))
         return source
     with torch.no_grad(), capture(model, names) as seen:
         model.model(source)  # without the head

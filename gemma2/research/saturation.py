@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from gemma2 import ops
 from gemma2.model import Gemma2
-from gemma2.research.ablation import batches, hidden, parts
+from gemma2.research.ablation import batches, parts
 from gemma2.research.sites import Site
 from gemma2.research.watch import acting, model_of
+from gemma2.scoring import hidden
 
 BINS, END = 40, 2.0  # of the histogram of |x| / cap; what is beyond its end counts in the last bin
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from gemma2.config import GLOBAL
 from gemma2.research.ablate import NoCap
-from gemma2.research.ablation import Effect, batches, bootstrap, hidden, likelihoods, measure, standard, windows, work
+from gemma2.research.ablation import Effect, batches, bootstrap, likelihoods, measure, standard, windows, work
+from gemma2.scoring import hidden
 from tests.conftest import ids
 from tests.research.ablated import CONFIG, MODEL, TOKENS, under
 
