@@ -18,8 +18,10 @@ from gemma2.cache import HybridCache
 from gemma2.checks import check_count
 from gemma2.errors import ContextOverflow
 from gemma2.feed import any_hooked
+from gemma2.head import inside, is_plain, slices, wide
 from gemma2.model import Gemma2
 from gemma2.ops import upcast
+from gemma2.tied import check_same_device
 from gemma2.tokenizer import Tokenizer, parse_ids
 from gemma2.tokens import left_padded
 
@@ -217,8 +219,24 @@ def token_logprobs(model: Gemma2, states: Tensor, targets: Tensor) -> Scored:
     of the least id is the likeliest.
     """
     with torch.no_grad():
+        if is_plain(model):
+            return _by_vocabulary(model, states, targets)
         found = [_picked(logits, targets[part]) for part, logits in logits_in_parts(model, states)]
         return _chained(found, states.dtype)
+
+
+def _by_vocabulary(model: Gemma2, states: Tensor, targets: Tensor) -> Scored:
+    weight, empty = model.model.embed_tokens.weight, states.new_zeros(len(states), dtype=wide(states))
+    check_same_device(states, weight)
+    picked, total, most, likeliest = empty, empty - torch.inf, empty - torch.inf, torch.zeros_like(targets)
+    for start, rows, capped in slices(states, weight, model.softcap.cap):
+        total = torch.logaddexp(total, capped.logsumexp(dim=1))
+        here, at = inside(targets, start, len(rows))
+        picked = torch.where(here, capped.gather(1, at)[:, 0], picked)
+        top = capped.max(dim=1)
+        likeliest = torch.where(top.values > most, top.indices + start, likeliest)
+        most = torch.maximum(most, top.values)
+    return Scored((picked - total).cpu(), (likeliest == targets).cpu())
 
 
 def _picked(logits: Tensor, targets: Tensor) -> Scored:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 import gemma2
+from gemma2 import ops
 from gemma2.errors import ContextOverflow
 from gemma2.research import capture, edit
 from gemma2.scoring import hidden, score_ids, windows
 from tests.conftest import ids, tiny
+from tests.test_readme import ROOT, check_code
 
 TEXT = "In the beginning God created the heaven and the earth. And the earth was without form, and void."
 
@@ -21,6 +23,10 @@ TEXT = "In the beginning God created the heaven and the earth. And the earth was
 @pytest.fixture(scope="module")
 def pocket() -> gemma2.Gemma:
     return gemma2.load(dtype="float64", device="cpu")
+
+
+def test_the_page_on_scoring_runs_and_prints_what_it_shows() -> None:
+    check_code((ROOT / "docs" / "scoring.md").read_text(encoding="utf-8"))
 
 
 def plain(model: Any, row: list[int]) -> tuple[Tensor, Tensor]:
@@ -134,19 +140,24 @@ def test_pieces_of_a_long_pass_equal_one_pass(size: str, monkeypatch: pytest.Mon
         torch.testing.assert_close(hidden(model, tokens, positions)[real], whole[real], rtol=0, atol=1e-12)
 
 
-def test_no_part_of_the_logits_is_larger_than_stated(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, sizes = tiny("2b"), list[int]()
+@pytest.mark.parametrize("plain_head", [True, False])
+def test_no_part_of_the_logits_is_larger_than_stated(plain_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes = tiny("2b"), list[list[int]]()
     monkeypatch.setattr("gemma2.scoring.LOGITS", 5 * model.config.vocab_size)
-    head = type(model.lm_head).forward
+    monkeypatch.setattr("gemma2.head.AT_ONCE", 39 * 100)
+    monkeypatch.setattr("gemma2.scoring.is_plain", lambda _: plain_head)
+    for module in ("gemma2.head", "gemma2.ops"):
 
-    def counted(self: Any, x: Tensor, embedding: Any) -> Tensor:
-        sizes.append(len(x))
-        return head(self, x, embedding)
+        def counted(x: Tensor, cap: float, real: Any = ops.softcap) -> Tensor:
+            if x.ndim == 2:  # and not scores
+                sizes.append(list(x.shape))
+            return real(x, cap)
 
-    monkeypatch.setattr(type(model.lm_head), "forward", counted)
+        monkeypatch.setattr(f"{module}.softcap", counted)
     (row,) = ids(1, 40).tolist()
     (found,) = score_ids(model, [(row[:1], row[1:])])
-    assert sizes == [5] * 7 + [4] and len(found.logprobs) == 39
+    assert sizes == ([[39, 100]] * 5 + [[39, 12]] if plain_head else [[5, 512]] * 7 + [[4, 512]])
+    torch.testing.assert_close(found.logprobs, plain(model, row)[0], rtol=0, atol=1e-5)
 
 
 def test_hooks_see_all_sites_of_a_scored_text(pocket: gemma2.Gemma, monkeypatch: pytest.MonkeyPatch) -> None:

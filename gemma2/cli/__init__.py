@@ -16,6 +16,7 @@ from gemma2.cli import (
     attention,
     bench,
     chat,
+    compare,
     convert,
     eval,
     explain,
@@ -23,6 +24,8 @@ from gemma2.cli import (
     inspect,
     lens,
     parity,
+    perplexity,
+    score,
     trace,
     verify,
 )
@@ -84,12 +87,15 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         inspect,
         parity,
         bench,
+        score,
+        perplexity,
         trace,
         lens,
         attention,
         explain,
         ablate,
         eval,
+        compare,
         verify,
     ):
         command.add(commands)

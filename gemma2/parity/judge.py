@@ -14,9 +14,10 @@ from gemma2.checkpoints.checkpoint import Checkpoint
 from gemma2.checkpoints.dtypes import dtype_name
 from gemma2.errors import BadModelFile, ContextOverflow, NonFiniteError
 from gemma2.numerics import PROFILES, with_numerics
-from gemma2.parity.cases import BEGINS, DIFFERS, Case, run_cases
+from gemma2.parity.cases import BEGINS, DIFFERS, NOT_RUN, Case, run_cases
 from gemma2.parity.compare import LogitsRow, Row, compare, compare_logits, first_difference, observed, predicted
-from gemma2.parity.references import Reference
+from gemma2.parity.gradients import NAME, GradientRow, compare_gradients, gradient_case
+from gemma2.parity.references import CannotDo, Reference
 from gemma2.parity.references.ourselves import Ourselves
 from gemma2.research.sites import chosen
 
@@ -39,6 +40,7 @@ class Judgement:
         rows: a site each, in the order of computation.
         logits: what the difference means for predictions; None where the other system shows none.
         cases: what else was tried.
+        gradients: a weight each, in the order of the backward pass, where they were asked for.
     """
 
     model: str
@@ -51,6 +53,7 @@ class Judgement:
     rows: list[Row]
     logits: LogitsRow | None
     cases: list[Case]
+    gradients: list[GradientRow] = dataclasses.field(default_factory=list)
 
     @property
     def first(self) -> str | None:
@@ -70,9 +73,9 @@ class Judgement:
     def to_dict(self) -> dict[str, Any]:
         """For machines; what is not finite is None."""
         rows = [dataclasses.asdict(row) | {"ratio": row.ratio, "differs": row.differs} for row in self.rows]
-        plain: dict[str, Any] = finite(
-            dataclasses.asdict(self) | {"rows": rows, "first": self.first, "verdict": self.verdict}
-        )
+        gradients = [dataclasses.asdict(row) | {"ratio": row.ratio, "differs": row.differs} for row in self.gradients]
+        said = {"rows": rows, "gradients": gradients, "first": self.first, "verdict": self.verdict}
+        plain: dict[str, Any] = finite(dataclasses.asdict(self) | said)
         return plain
 
 
@@ -84,6 +87,7 @@ def judge(
     *,
     numerics: str | None = None,
     cases: bool = True,
+    gradients: bool = False,
     model: str = "",
     text: str = "",
     tell: Callable[[str], object] = lambda what: None,
@@ -95,6 +99,7 @@ def judge(
         numerics: compute our side with this profile's arithmetic, so that what is documented of the other system
             counts as rounding.
         cases: also run those of `cases.py`.
+        gradients: also compare the gradient of every weight, as one more case.
         model, text: what to call the model and the text in the result; default the checkpoint's path, and nothing.
         tell: called with what is being done.
     Raises:
@@ -117,10 +122,18 @@ def judge(
         for case in run_cases(reference, ours, given, opened.tokenizer.special["bos"]):
             tell(f"{case.name}: {case.outcome}")
             done.append(case)
+    by_weight: list[GradientRow] = []
+    if gradients:
+        tell(NAME)
+        try:
+            by_weight = compare_gradients(reference, ours, given)
+            done.append(gradient_case(by_weight))
+        except CannotDo as reason:
+            done.append(Case(NAME, NOT_RUN, str(reason)))
     dtype = dtype_name(reference.dtype)
     count = len(chosen(opened.config))
     named = model or str(opened.path)
-    return Judgement(named, reference.system, dtype, numerics, text, len(given), count, rows, logits, done)
+    return Judgement(named, reference.system, dtype, numerics, text, len(given), count, rows, logits, done, by_weight)
 
 
 def _checked(ids: Sequence[int], opened: Checkpoint) -> list[int]:

@@ -21,7 +21,8 @@ from gemma2.load import locate, parse_device
 from gemma2.model import Gemma2
 from gemma2.numerics import storage_of, with_numerics
 from gemma2.numerics.changes import Storage, Stored
-from gemma2.parity.references import parse_row, parse_sites, spans
+from gemma2.parity.references import CannotDo, parse_row, parse_sites, spans
+from gemma2.parity.references.gradients import gradients_of
 from gemma2.research import capture
 from gemma2.research.sites import sites as all_sites
 from gemma2.tokens import left_padded
@@ -142,6 +143,13 @@ class Ourselves:
         tokens, positions = left_padded(rows)
         logits = self._model(tokens.to(self._device), positions.to(self._device))
         return [found[-len(row) :].cpu() for found, row in zip(logits, rows, strict=True)]
+
+    def gradients(self, ids: Sequence[int]) -> dict[str, Tensor | None]:
+        """Of the mean next-token loss, by each weight, see `gemma2.parity.gradients`. Raises CannotDo."""
+        held = [name for name, module in self._model.named_modules() if hasattr(module, "held_bytes")]
+        if held:
+            raise CannotDo(f"{self.system} holds {held[0]} in a form that has no gradient")
+        return gradients_of(self._model, parse_row(self, ids).to(self._device))
 
     def _arrange(self, plain: Gemma2, config: Gemma2Config) -> None:
         """A model of this config with the parameters of `plain`, and the profile's arithmetic."""

@@ -19,6 +19,7 @@ from gemma2.checkpoints.weights import build
 from gemma2.errors import BadModelFile
 from gemma2.numerics.changes import Storage
 from gemma2.parity.references import parse_row, parse_sites, spans
+from gemma2.parity.references.gradients import gradients_of
 from gemma2.parity.references.hooks import COMMON, OUTPUT, as_site, in_layers, watching
 from gemma2.tied import EMBEDDING, HEAD
 from gemma2.tokens import left_padded
@@ -129,6 +130,10 @@ class Transformers:
             use_cache=False,
         ).logits
         return [found[-len(row) :] for found, row in zip(logits, rows, strict=True)]
+
+    def gradients(self, ids: Sequence[int]) -> dict[str, Tensor | None]:
+        """Of the mean next-token loss, by each weight, see `gemma2.parity.gradients`."""
+        return gradients_of(self._model, parse_row(self, ids), lambda output: output.logits, use_cache=False)
 
 
 def loaded(opened: Checkpoint, dtype: torch.dtype, attention: str = ATTENTION) -> Any:
