@@ -10,7 +10,7 @@ from typing import Any
 
 from gemma2.evaluate.atlas import KINDS, Atlas
 from gemma2.evaluate.compare import Passage, Speed, Stored, Summary
-from gemma2.pictures.ablate import interval, share
+from gemma2.pictures.ablate_words import interval, share
 from gemma2.pictures.atlas import Cell, Chart
 from gemma2.pictures.compare import Point, Table, Told
 from gemma2.pictures.page import readable

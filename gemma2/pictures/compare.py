@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma2.pictures.ablate import interval
+from gemma2.pictures.ablate_words import interval
 from gemma2.pictures.atlas import STYLE as ATLAS_STYLE
 from gemma2.pictures.atlas import Chart, draw_chart, in_html
 from gemma2.pictures.drawing import figure, save
