@@ -91,6 +91,7 @@ def test_json_page_and_picture_hold_the_same_figures_with_the_atlas(
     told = Told()
     told.feed(html)
     assert not told.fetched and told.tables == 5 and told.drawings == 1 and told.worst == len(one["passages"]) > 0
+    assert all(passage["text"].strip() in VERSES for passage in one["passages"])
     assert "small &amp; q4" in html and "Atlas of small &amp; q4" in html
     assert f"{one['summary']['most']:.3g}" in html
     assert main([*given, "-o", str(page)]) == 1 and "is there already" in capsys.readouterr().err

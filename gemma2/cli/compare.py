@@ -130,7 +130,11 @@ def run(args: argparse.Namespace) -> int:
         charts=[chart(one, one.atlas, a.name, config.num_hidden_layers) for one in others if one.atlas is not None],
     )
     if args.json:
-        print(json.dumps({"text": report.text, "about": about, **in_json(a, others)}, indent=2, allow_nan=False))
+        print(
+            json.dumps(
+                {"text": report.text, "about": about, **in_json(a, others, tokenizer)}, indent=2, allow_nan=False
+            )
+        )
     else:
         print_report(report, others)
     if args.output is not None:

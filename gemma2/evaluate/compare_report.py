@@ -151,14 +151,17 @@ def groups(atlas: Atlas) -> list[tuple[str, ...]]:
     return [head, *((group.name, f"{group.weights:,}", _short(group.kl)) for group in (*atlas.layers, *atlas.kinds))]
 
 
-def in_json(a: Measured, others: Sequence[Measured]) -> dict[str, Any]:
-    """Everything, for programs. What is not finite becomes null, since JSON has no such."""
-    found: dict[str, Any] = _finite({"a": _plain(a), "b": [_plain(one) for one in others]})
+def in_json(a: Measured, others: Sequence[Measured], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Everything, for programs, and the text of each passage. What is not finite becomes null, since JSON has no such."""
+    whole = {"a": _plain(a, tokenizer), "b": [_plain(one, tokenizer) for one in others]}
+    found: dict[str, Any] = _finite(whole)
     return found
 
 
-def _plain(one: Measured) -> dict[str, Any]:
+def _plain(one: Measured, tokenizer: Tokenizer) -> dict[str, Any]:
     found = dataclasses.asdict(one)
+    for entry in found["passages"]:
+        entry["text"] = tokenizer.decode(entry["ids"])
     found["stored"] |= {"bits": one.stored.bits}
     if one.atlas is not None:
         for entry, matrix in zip(found["atlas"]["matrices"], one.atlas.matrices, strict=True):

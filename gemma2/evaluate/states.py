@@ -132,7 +132,7 @@ class Recorded:
         model, n, d = of.model, len(cut.ids), of.config.hidden_size
         self.cut, self.tokenizer, self.head = cut, of.tokenizer, head_of(model)
         self._states: Tensor | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="gemma2-states-", dir=folder)
+        self._folder = tempfile.TemporaryDirectory(prefix="gemma2-states-", dir=folder, ignore_cleanup_errors=True)
         try:
             place = Path(self._folder.name)
             check_space(place, n * d * model.dtype.itemsize)

@@ -88,24 +88,13 @@ def in_page(report: Report) -> str:
         for table in report.tables
     )
     chart = f"<h2>KL against size</h2>\n{_chart(report.points)}" if len(report.points) > 1 else ""
-    most = max((kl for _, found in report.passages for told in found for _, kl in told.tokens), default=1.0)
-    passages = "".join(
-        f"<h2>Where {html.escape(name)} differs most</h2>\n" + "\n".join(_passage(told, most) for told in found)
-        for name, found in report.passages
-        if found
-    )
-    key = (
-        f'<p class="dim">The colour of a token is the KL where it is predicted: 0 <span class="key"></span> {most:.3g} '
-        "nats. The worst token is underlined.</p>"
-        if passages
-        else ""
-    )
+    passages = "".join(_passages(name, found) for name, found in report.passages if found)
     body = f"""<p>{html.escape(report.text)}</p>
 <p>KL is KL(A || B): how far B's predictions are from A's, in nats for each token. 0 means that they are the same.</p>
 {tables}
 {chart}
 {"".join(in_html(one) for one in report.charts)}
-{key}{passages}"""
+{passages}"""
     return page(report.title, body, style=STYLE + ATLAS_STYLE, foot=report.about)
 
 
@@ -114,7 +103,8 @@ def _span(points: Sequence[Point]) -> tuple[float, float, float, float]:
     bits = [math.log2(point.bits) for point in points]
     found = [point.kl.value for point in points if point.kl.value >= LEAST] or [1.0]
     low, high = math.floor(math.log10(min(found))), math.ceil(math.log10(max(found)) + 1e-9)
-    return math.floor(min(bits)), math.ceil(max(bits) + 1e-9), low, high
+    first = math.floor(min(bits))
+    return first, max(first + 1, math.ceil(max(bits) - 1e-9)), low, high
 
 
 def _chart(points: Sequence[Point]) -> str:
@@ -157,16 +147,27 @@ def _chart(points: Sequence[Point]) -> str:
 
 
 def _labels(places: Sequence[tuple[float, float]], apart: float = 14, wide: float = 90) -> list[float]:
-    """Heights at which names can stand beside points without covering each other."""
+    """Heights at which names can stand beside points, a little above them, without covering each other."""
     found: dict[int, float] = {}
     for i in sorted(range(len(places)), key=lambda i: places[i][1]):
-        x, y = places[i]
+        x, y = places[i][0], places[i][1] - 0.6 * apart
         near = [height for j, height in found.items() if abs(places[j][0] - x) < wide and abs(height - y) < apart]
         while near:
             y = max(near) + apart
             near = [height for j, height in found.items() if abs(places[j][0] - x) < wide and abs(height - y) < apart]
         found[i] = y
     return [found[i] for i in range(len(places))]
+
+
+def _passages(name: str, found: Sequence[Told]) -> str:
+    """The worst passages of a model; the colours are on a scale of its own."""
+    most = max(kl for told in found for _, kl in told.tokens)
+    key = (
+        f'<p class="dim">The colour of a token is the KL where it is predicted: 0 <span class="key"></span> {most:.3g} '
+        "nats. The worst token of each passage is underlined.</p>"
+    )
+    told = "\n".join(_passage(one, most) for one in found)
+    return f"<h2>Where {html.escape(name)} differs most</h2>\n{key}\n{told}"
 
 
 def _passage(told: Told, most: float) -> str:
