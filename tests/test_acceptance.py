@@ -305,6 +305,7 @@ def test_the_published_token_ids_and_texts_are_those_of_gemma_2s_own_tokenizer()
         ({"checks": [{"name": "a", "kind": "text", "models": [], "source": "us"}]}, "must state prompts"),
         ({"checks": [{"name": "a", "kind": "untried", "why": "", "models": ["x"], "source": "us"}]}, "is not among"),
         ({"checks": [{"name": "a"}]}, "does not state kind, models, source"),
+        ({"checks": [{"name": "a", "kind": [], "models": [], "source": "us"}]}, "must be texts"),
     ],
 )
 def test_a_file_of_figures_that_is_none_is_refused(
