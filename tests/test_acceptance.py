@@ -167,7 +167,8 @@ def test_a_choice_between_equals_is_a_near_tie_and_no_failure(
     top["within"] = abs(top["top"][0][1] - top["top"][1][1]) * 1.01
     texts = next(check for check in tied["checks"] if check["name"] == "texts")
     texts["texts"][0], texts["tie"] = " ~", 1e3
-    assert ran(tmp_path, tied, "--only", "t") == 0
+    tied["checks"] = [next(check for check in tied["checks"] if check["name"] == "size"), top, texts]
+    assert ran(tmp_path, tied) == 0
     out = capsys.readouterr().out
     assert ("near-tie", "likeliest") in outcomes(out) and ("near-tie", "texts") in outcomes(out)
     assert "which are up to" in out and "leads" in out and "at new token 1" in out
@@ -178,7 +179,7 @@ def test_a_figure_whose_run_is_not_known_differs_and_does_not_fail(
 ) -> None:
     loose = changed(stand_in, "residual")
     next(check for check in loose["checks"] if check["name"] == "residual")["gate"] = False
-    assert ran(tmp_path, loose, "--only", "i") == 0
+    assert ran(tmp_path, loose, "--only", "si") == 0  # size and residual
     assert ("differs", "residual") in outcomes(capsys.readouterr().out)
 
 
@@ -201,8 +202,9 @@ def test_what_does_not_fit_or_is_of_other_weights_is_not_tried_and_says_why(
 
     monkeypatch.setattr(acceptance, "load", full)
     either = copy.deepcopy(stand_in)
-    next(check for check in either["checks"] if check["name"] == "texts")["dtypes"] = ["float32", "bfloat16"]
-    ran(tmp_path, either, "--only", "e")
+    either["checks"] = [check for check in either["checks"] if check["name"] in ("likeliest", "texts", "embedding")]
+    either["checks"][2]["dtypes"] = ["float32", "bfloat16"]
+    ran(tmp_path, either)
     out = capsys.readouterr().out
     assert "not tried  likeliest: pocket: the weights need 23 GB in float32, and 1 GB are free on cpu\n" in out
     assert "(in bfloat16: pocket: the weights need 23 GB" in out and ("pass", "embedding") in outcomes(out)
@@ -303,6 +305,7 @@ def test_the_published_token_ids_and_texts_are_those_of_gemma_2s_own_tokenizer()
         ({"checks": [{"name": "a", "kind": "text", "models": [], "source": "us"}]}, "must state prompts"),
         ({"checks": [{"name": "a", "kind": "untried", "why": "", "models": ["x"], "source": "us"}]}, "is not among"),
         ({"checks": [{"name": "a"}]}, "does not state kind, models, source"),
+        ({"checks": [{"name": "a", "kind": [], "models": [], "source": "us"}]}, "must be texts"),
     ],
 )
 def test_a_file_of_figures_that_is_none_is_refused(

@@ -88,6 +88,10 @@ def _check(path: Path, stated: Any, models: Mapping[str, Any], sources: Mapping[
     if not isinstance(stated, dict):
         raise BadModelFile(f"{where}: must be a JSON object")
     missing = [key for key in ("name", "kind", "models", "source") if key not in stated]
+    kinds = {"name": str, "kind": str, "models": list, "source": str, "dtypes": list}
+    wrong = [key for key, kind in kinds.items() if key in stated and not isinstance(stated[key], kind)]
+    if wrong or not all(isinstance(name, str) for key in ("models", "dtypes") for name in stated.get(key, [])):
+        raise BadModelFile(f"{where}: name, kind and source must be texts, models and dtypes lists of texts")
     if missing or stated["kind"] not in KINDS:
         said = f"does not state {', '.join(missing)}" if missing else f"kind is none of {', '.join(KINDS)}"
         raise BadModelFile(f"{where}: {said}")

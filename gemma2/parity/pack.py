@@ -207,7 +207,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _parsed(path: Path, stated: dict[str, Any], config: Gemma2Config) -> Pack:
     ids, dtype, text = stated["ids"], stated["dtype"], stated.get("text")
-    if dtype not in RUNNABLE:
+    if not isinstance(dtype, str) or dtype not in RUNNABLE:
         raise BadModelFile(f"{path}: dtype {str(dtype)[:50]!r} is not one of {', '.join(RUNNABLE)}")
     if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
         raise BadModelFile(f"{path}: ids must be a list of token ids in [0, {config.vocab_size})")
@@ -234,10 +234,10 @@ def _site(where: str, stated: dict[str, Any], shape: tuple[int, ...]) -> Site:
         raise BadModelFile(f"{where} does not state {', '.join(missing)}")
     if stated["shape"] != list(shape):
         raise BadModelFile(f"{where} is {stated['shape']}, and its ids and config make it {list(shape)}")
-    masked, at = stated.get("masked"), stated.get("at") or ()
+    masked, at = stated.get("masked"), stated.get("at", [])
     if not (masked is None or type(masked) is int):
         raise BadModelFile(f"{where}: masked must be a whole number")
-    if not all(type(i) is int for i in at):
+    if not isinstance(at, list) or not all(type(i) is int for i in at):
         raise BadModelFile(f"{where}: at must be a list of whole numbers")
     rms, largest = _numbers(where, [stated["rms"], stated["max"]], 2)
     channels = _numbers(where, stated["channels"], NUMBERS) if "channels" in stated else ()
@@ -263,7 +263,10 @@ def _numbers(where: str, given: object, count: int) -> tuple[float, ...]:
         raise BadModelFile(f"{where}: needs a list of {count} numbers")
     if not all(x is None or (isinstance(x, int | float) and not isinstance(x, bool)) for x in given):
         raise BadModelFile(f"{where}: holds something that is not a number")
-    return tuple(math.nan if x is None else float(x) for x in given)
+    try:
+        return tuple(math.nan if x is None else float(x) for x in given)
+    except OverflowError:  # a whole number of hundreds of digits
+        raise BadModelFile(f"{where}: holds a number beyond float64") from None
 
 
 def _object(given: object, where: str) -> dict[str, Any]:

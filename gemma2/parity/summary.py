@@ -120,7 +120,7 @@ def projected(flat: Tensor) -> tuple[float, ...]:
 
 def distance(one: Sequence[float], other: Sequence[float]) -> float:
     """What two values' projections say of the length of their difference."""
-    return math.sqrt(sum((x - y) ** 2 for x, y in zip(one, other, strict=True)) / NUMBERS)
+    return math.dist(one, other) / math.sqrt(NUMBERS)
 
 
 def mix(place: int) -> int:

@@ -225,6 +225,13 @@ def test_what_is_not_finite_differs_where_it_arises(made: Path, model: gemma2.Ge
     json.dumps(found.to_dict(), allow_nan=False)
 
 
+def test_a_number_beyond_all_bounds_differs_and_does_not_stop_the_comparison(made: Path) -> None:
+    pack, stated = read_pack(made), json.loads(made.read_text(encoding="utf-8"))
+    stated["sites"]["ln_final"]["projection"][5] = 1e308
+    found = judge_pack(pack, parse_port(Path("p"), stated, pack))
+    assert found.first == "ln_final" and not found.rows[0].differs
+
+
 def broken(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def made_of(pack: dict[str, Any]) -> dict[str, Any]:
         new = copy.deepcopy(pack)
@@ -244,6 +251,9 @@ FAULTS = {
     "is [9, 7], and its ids and config make it [9, 112]": broken(lambda p: p["sites"]["ln_final"].update(shape=[9, 7])),
     "needs a list of 32 numbers": broken(lambda p: p["sites"]["ln_final"].update(projection=[1.0] * 31)),
     "holds something that is not a number": broken(lambda p: p["sites"]["ln_final"].update(channels=["a"] * 32)),
+    "dtype '[]' is not one of": broken(lambda p: p.update(dtype=[])),
+    "at must be a list of whole numbers": broken(lambda p: p["sites"]["ln_final"].update(at=5)),
+    "holds a number beyond float64": broken(lambda p: p["sites"]["ln_final"].update(rms=10**400)),
     "must be a JSON object": broken(lambda p: p.update(sites=[])),
     "this is a port's file": broken(lambda p: p["sites"]["ln_final"].pop("allowed")),
 }
