@@ -152,17 +152,20 @@ def test_an_interrupt_leaves_finished_tasks_and_the_report(
 
 
 def test_a_task_that_was_stopped_in_the_middle_asks_only_what_has_no_answer(
-    tmp_path: Path, pocket: gemma2.Gemma, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, asked = tmp_path / "out", list[int]()
     options = ["eval", "pocket", "--tasks", "pocket_choice", *CARD[2:], "-o", str(out)]
     score = importlib.import_module("gemma2.scoring").score_ids
 
+    def counted(model: Any, pairs: Any, **more: Any) -> Any:
+        asked.append(len(pairs))
+        return score(model, pairs, **more)
+
     def stopped(model: Any, pairs: Any, **more: Any) -> Any:
         if len(asked) == 3:
             raise KeyboardInterrupt
-        asked.append(len(pairs))
-        return score(model, pairs, **more)
+        return counted(model, pairs, **more)
 
     monkeypatch.setattr("gemma2.evaluate.harness.SLICE", 10)
     with monkeypatch.context() as patch:
@@ -170,9 +173,7 @@ def test_a_task_that_was_stopped_in_the_middle_asks_only_what_has_no_answer(
         assert main(options) == 130
     kept = [file.name for file in out.iterdir() if not file.name.startswith("report")]
     assert asked == [10, 10, 10] and len(kept) == 1 and kept[0].startswith(".pocket_choice.")
-    monkeypatch.setattr(
-        "gemma2.evaluate.harness.score_ids", lambda *a, **b: (asked.append(len(a[1])), score(*a, **b))[1]
-    )
+    monkeypatch.setattr("gemma2.evaluate.harness.score_ids", counted)
     assert main(options) == 0
     assert sum(asked) == 14 * 4  # each once
     assert sorted(file.name for file in out.iterdir()) == ["pocket_choice.json", "report.html", "report.md"]
