@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,13 @@ class Folder:
     def file(self, task: str, shots: int | None) -> Path:
         safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in task).lstrip(".")
         return self.path / (f"{safe}.json" if shots is None else f"{safe}.{shots}-shot.json")
+
+    def answers(self, task: str, shots: int | None, about: Mapping[str, Any]) -> Path:
+        """Where the answers of an unfinished task are, of this model and these settings alone."""
+        self.path.mkdir(exist_ok=True)
+        belongs = json.dumps({group: about.get(group) for group in BELONGS}, sort_keys=True)
+        mark = hashlib.sha256(belongs.encode()).hexdigest()[:16]
+        return self.path / f".{self.file(task, shots).stem}.{mark}"
 
     def check(self, keys: Sequence[tuple[str, int | None]], about: Mapping[str, Any]) -> None:
         """Raises ValueError where a result of these tasks was measured otherwise. `about` may know a part only."""

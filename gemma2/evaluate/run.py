@@ -72,7 +72,10 @@ class Run:
             model.title = f"{place}/{len(left)} {label(key)}"
             started = time.perf_counter()
             try:
-                found = self.tasks.run(model, *key, self.report.limit, chat=self.chat, run_code=self.run_code)
+                answers = self.folder.answers(*key, self.about) if self.folder else None
+                found = self.tasks.run(
+                    model, *key, self.report.limit, chat=self.chat, run_code=self.run_code, answers=answers
+                )
             except NotRun as error:
                 self.failed[key] = reasons[key] = str(error)
                 self.said(f"{label(key)}: not measured: {error}")

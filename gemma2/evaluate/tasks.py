@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+from lm_eval.api import model as models
 from lm_eval.api import task
-from lm_eval.api.model import LM
+from lm_eval.api.model import LM, CacheHook
 from lm_eval.tasks import TaskManager
 from packaging.version import Version
 from tqdm import tqdm
@@ -66,10 +67,21 @@ class Tasks:
         return list(dict.fromkeys(one for group in tagged for one in group))
 
     def run(
-        self, model: LM, name: str, shots: int | None, limit: int | None, *, chat: bool, run_code: bool
+        self,
+        model: LM,
+        name: str,
+        shots: int | None,
+        limit: int | None,
+        *,
+        chat: bool,
+        run_code: bool,
+        answers: Path | None = None,
     ) -> dict[str, Any]:
         """Measure one task or group: what the harness found, in JSON's types.
 
+        Args:
+            answers: where the model's answers are kept until the task is finished, so that a run that was stopped in
+                the middle of it does not ask again. A file of its own for each model and setting.
         Returns:
             results: task -> "metric,filter" -> number; of a group, its own and its parts'.
             documents: task -> how many were used.
@@ -94,6 +106,7 @@ class Tasks:
                     log_samples=False,
                     apply_chat_template=chat,
                     task_manager=self._manager,
+                    use_cache=None if answers is None else str(answers),
                     random_seed=SEED,
                     numpy_random_seed=SEED,
                     torch_random_seed=SEED,
@@ -102,6 +115,13 @@ class Tasks:
                 )
             except Exception as error:
                 raise NotRun(f"it failed: {_said(error)}") from error
+            finally:
+                if getattr(model.cache_hook, "dbdict", None) is not None:
+                    model.cache_hook.dbdict.close()  # with what was answered until now
+                    model.set_cache_hook(CacheHook(None))
+        if answers is not None:
+            for file in answers.parent.glob(f"{answers.name}_rank*.db*"):
+                file.unlink(missing_ok=True)
         return {
             "results": {name: _numbers(numbers) for name, numbers in found["results"].items()},
             "documents": {name: counts["effective"] for name, counts in found["n-samples"].items()},
@@ -133,13 +153,16 @@ def _quiet() -> Iterator[None]:
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    bars, task.tqdm = task.tqdm, partial(tqdm, disable=None, leave=False, delay=1)
+    bars = [(module, module.tqdm) for module in (task, models)]
+    for module, _ in bars:
+        module.tqdm = partial(tqdm, disable=None, leave=False, delay=1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        task.tqdm = bars
+        for module, bar in bars:
+            module.tqdm = bar
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)

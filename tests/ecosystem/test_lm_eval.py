@@ -119,7 +119,7 @@ def test_each_task_gives_the_metrics_and_answers_of_the_hf_model(ours: Any, hf: 
         (["pocket_rolling"], hf_without_bos, False),
     ):
         options: Any = {"tasks": names, "task_manager": manager, "bootstrap_iters": 0, "apply_chat_template": chat}
-        if not chat and names != ["pocket_rolling"]:
+        if names != ["pocket_rolling"]:
             options["num_fewshot"] = 1
         found, expected = (lm_eval.simple_evaluate(model=model, **options) for model in (ours, other))
         for name in names:
@@ -167,6 +167,21 @@ def test_a_gguf_with_faster_twins_answers_as_the_hf_model_does_on_its_values(
         # Packed products round what they multiply, as llama.cpp's do: near, and not equal.
         assert one[0] == pytest.approx(other[0], abs=0.2 if form == "packed" else 1e-4) and one[1] == other[1]
     assert mine.generate_until(wrote) == theirs.generate_until(wrote)
+
+
+def test_an_adapter_answers_as_the_hf_model_does_with_peft(saved: Path, tmp_path: Path) -> None:
+    peft = needs("peft")
+    base = huggingface.transformers.AutoModelForCausalLM.from_pretrained(saved, dtype="float32")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+    torch.manual_seed(3)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    mine = harness.GemmaLM(gemma2.load(saved, adapter=tmp_path / "adapter", device="cpu", dtype="float32"))
+    theirs = over_transformers(saved, peft=str(tmp_path / "adapter"))
+    asked, plain = requests("loglikelihood", *PAIRS), harness.GemmaLM(gemma2.load("pocket", device="cpu"))
+    found = mine.loglikelihood(asked)
+    for one, other, without in zip(found, theirs.loglikelihood(asked), plain.loglikelihood(asked), strict=True):
+        check_equal(one, other)
+        assert abs(one[0] - without[0]) > 0.01
 
 
 def test_a_bos_that_a_text_spells_is_neither_lost_nor_doubled(pocket: gemma2.Gemma, ours: Any, hf: Any) -> None:

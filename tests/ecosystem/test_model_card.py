@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import shutil
@@ -138,7 +139,7 @@ def test_an_interrupt_leaves_finished_tasks_and_the_report(
         patch.setattr("gemma2.evaluate.harness.GemmaLM.loglikelihood_rolling", interrupt)
         assert main(options) == 130
     assert "the same command goes on from there" in capsys.readouterr().err
-    assert {file.name for file in out.iterdir()} == {
+    assert {file.name for file in out.iterdir() if not file.name.startswith(".")} == {
         "pocket_choice.0-shot.json",
         "pocket_letter.2-shot.json",
         "report.md",
@@ -148,6 +149,36 @@ def test_an_interrupt_leaves_finished_tasks_and_the_report(
     assert main(options) == 0
     assert capsys.readouterr().err.count("measured before") == 2
     assert "not run yet" not in (out / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_task_that_was_stopped_in_the_middle_asks_only_what_has_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, asked = tmp_path / "out", list[int]()
+    options = ["eval", "pocket", "--tasks", "pocket_choice", *CARD[2:], "-o", str(out)]
+    score = importlib.import_module("gemma2.scoring").score_ids
+
+    def counted(model: Any, pairs: Any, **more: Any) -> Any:
+        asked.append(len(pairs))
+        return score(model, pairs, **more)
+
+    def stopped(model: Any, pairs: Any, **more: Any) -> Any:
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return counted(model, pairs, **more)
+
+    monkeypatch.setattr("gemma2.evaluate.harness.SLICE", 10)
+    with monkeypatch.context() as patch:
+        patch.setattr("gemma2.evaluate.harness.score_ids", stopped)
+        assert main(options) == 130
+    kept = [file.name for file in out.iterdir() if not file.name.startswith("report")]
+    assert asked == [10, 10, 10] and len(kept) == 1 and kept[0].startswith(".pocket_choice.")
+    monkeypatch.setattr("gemma2.evaluate.harness.score_ids", counted)
+    assert main(options) == 0
+    assert sum(asked) == 14 * 4  # each once
+    assert sorted(file.name for file in out.iterdir()) == ["pocket_choice.json", "report.html", "report.md"]
+    whole = json.loads((out / "pocket_choice.json").read_text(encoding="utf-8"))["found"]["results"]["pocket_choice"]
+    assert whole["acc,none"] == pytest.approx(13 / 14)
 
 
 def test_tasks_by_name_are_measured_without_a_folder_and_show_every_number(
