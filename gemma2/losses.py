@@ -21,9 +21,9 @@ from gemma2.tokens import first_true
 
 IGNORED = -100  # PyTorch's and transformers' target of a token that has no loss
 REDUCTIONS = ("mean", "sum", "none")
-# Logits that are computed at once. A slice of the vocabulary is best where a processor's caches hold it. A call of
-# other modules may make the whole matrix anew, as a packed head does, so it gets as many rows as memory allows.
-AT_ONCE, AT_ONCE_BY_MODULES = 2**20, 2**24  # 4 MB and 64 MB in float32, and a few times that while they are worked on
+# Logits that are computed at once. The size of a slice of the vocabulary matters little to the time. A call of other
+# modules may make the whole matrix anew, as a packed head does, so it gets as many rows as memory allows.
+AT_ONCE, AT_ONCE_BY_MODULES = 2**21, 2**24  # 8 MB and 64 MB in float32, and a few times that while they are worked on
 
 
 def cross_entropy(
