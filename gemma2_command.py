@@ -23,11 +23,15 @@ COMMANDS = {
     "inspect": "show a checkpoint's config, tensors and errors",
     "parity": "find where another implementation differs",
     "bench": "time a model beside other implementations",
+    "score": "print how likely a model finds a text",
+    "perplexity": "measure perplexity as llama.cpp, transformers or by documents",
     "trace": "write what a model computes at named sites to a file",
     "lens": "show what a model would say after each layer",
     "attention": "show where each head of a model looks",
     "explain": "write a page that shows the whole forward pass of a text",
     "ablate": "change one part of the architecture at a time and measure it on a text",
+    "eval": "measure a model on benchmarks, beside the values of the model card",
+    "compare": "measure how far models are from one of them on a text",
     "verify": "check batch, cache, compile, device and save against one plain pass",
 }
 

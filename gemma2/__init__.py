@@ -19,6 +19,7 @@ from gemma2.load import load
 from gemma2.model import Gemma2
 from gemma2.research.face import as_transformers
 from gemma2.sampling import Sampling
+from gemma2.scoring import Score
 from gemma2.stats import Stats
 from gemma2.talk import Talk
 from gemma2.tokenizer import Tokenizer
@@ -33,6 +34,7 @@ __all__ = [
     "HybridCache",
     "NonFiniteError",
     "Sampling",
+    "Score",
     "Stats",
     "Talk",
     "Tokenizer",

@@ -17,6 +17,7 @@ from gemma2.feed import Feed, Processor
 from gemma2.generate import generate_ids
 from gemma2.model import Gemma2
 from gemma2.sampling import Sampling, make_generator
+from gemma2.scoring import Pair, Score, Scoring, score
 from gemma2.stats import Stats
 from gemma2.templates import NOT_GEMMAS, is_gemmas
 from gemma2.tokenizer import Tokenizer
@@ -192,6 +193,34 @@ class Gemma:
         ids = chat_ids(messages, self.tokenizer, system=system, continue_final_message=continue_final_message)
         warn_of_chat(self)
         return self.stream(ids, max_new_tokens, **options)
+
+    @overload
+    def score(  # type: ignore[overload-overlap]  # a str and a tuple are sequences too
+        self, texts: str | Pair | Sequence[int], **options: Unpack[Scoring]
+    ) -> Score: ...
+
+    @overload
+    def score(self, texts: Sequence[Prompt | Pair], **options: Unpack[Scoring]) -> list[Score]: ...
+
+    def score(self, texts: Prompt | Pair | Sequence[Prompt | Pair], **options: Unpack[Scoring]) -> Score | list[Score]:
+        """How likely the model finds a text, each of a list of texts, or a continuation: `(context, continuation)`.
+
+        Every token is predicted once, behind the BOS and what is before it in its window. The BOS itself and a context
+        are not scored. Log-probabilities have the final cap, and are natural logarithms.
+
+        Args:
+            texts: a text, a list of token ids (with their BOS), a tuple of two (context, continuation), or a list of
+                any of these.
+        Options:
+            window: tokens that the model reads at once, the BOS among them; default and most: the model's context.
+            stride: tokens by which a next window ends later than the one before; default: half of the window.
+            batch: windows that are computed at once, sorted by length; default: as many as have 2,048 tokens together.
+            special: let control tokens spelled in a text be control tokens, see `Tokenizer.encode`.
+            tick: called with a number of tokens whenever so many were computed, for a progress bar.
+        Raises:
+            ValueError: a text without a token, ids without a BOS or outside the vocabulary, wrong counts.
+        """
+        return score(self.model, self.tokenizer, texts, **options)
 
     def _run(self, prompts: Sequence[Prompt], max_new_tokens: int, **options: Unpack[Options]) -> Iterator[list[str]]:
         """Check everything, then return the iterator over each step's new text, one piece a row."""

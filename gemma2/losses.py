@@ -9,21 +9,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from gemma2.feed import hooked
-from gemma2.model import Gemma2, ScaledEmbedding, SoftCap, TiedHead
-from gemma2.ops import softcap, upcast
+from gemma2.head import inside, is_plain, slices, wide
+from gemma2.model import Gemma2
+from gemma2.ops import upcast
 from gemma2.tied import check_same_device
 from gemma2.tokens import first_true
 
 IGNORED = -100  # PyTorch's and transformers' target of a token that has no loss
 REDUCTIONS = ("mean", "sum", "none")
-# Logits that are computed at once. The size of a slice of the vocabulary matters little to the time. A call of other
-# modules may make the whole matrix anew, as a packed head does, so it gets as many rows as memory allows.
-AT_ONCE, AT_ONCE_BY_MODULES = 2**21, 2**24  # 8 MB and 64 MB in float32, and a few times that while they are worked on
+# Logits that other modules compute at once: 64 MB in float32, and a few times that while they are worked on. A call may
+# make the whole matrix anew, as a packed head does, so it gets as many rows as memory allows.
+AT_ONCE_BY_MODULES = 2**24
 
 
 def cross_entropy(
@@ -55,7 +55,7 @@ def cross_entropy(
     if reduction == "mean" and not len(kept):
         raise ValueError(f"every target is {ignore_index}, which is ignored: there is nothing to take the mean of")
     some = flat if len(kept) == len(ids) else flat[kept]
-    each = _by_vocabulary(model, some, ids[kept]) if _is_plain(model) else _by_modules(model, some, ids[kept])
+    each = _by_vocabulary(model, some, ids[kept]) if is_plain(model) else _by_modules(model, some, ids[kept])
     if reduction == "none":
         return each.new_zeros(len(ids)).index_copy(0, kept, each).view(targets.shape)
     return each.sum() if reduction == "sum" else each.mean()
@@ -83,14 +83,6 @@ def _check(model: Gemma2, states: Tensor, targets: Tensor, ignore_index: int) ->
             f"target {int(targets[tuple(wrong)])} at {wrong} is outside the vocabulary [0, {vocab}), and not "
             f"{ignore_index}, which is ignored"
         )
-
-
-def _is_plain(model: Gemma2) -> bool:
-    """Whether the head and the cap compute nothing but Gemma 2's own arithmetic with the embedding's parameter."""
-    head, cap, embedding = model.lm_head, model.softcap, model.model.embed_tokens
-    own = type(head) is TiedHead and type(cap) is SoftCap and type(embedding) is ScaledEmbedding
-    free = not any(hooked(module) or "forward" in vars(module) for module in (head, cap))
-    return own and free and type(embedding.weight) is nn.Parameter
 
 
 def _by_modules(model: Gemma2, states: Tensor, targets: Tensor) -> Tensor:
@@ -132,14 +124,12 @@ class _CappedCrossEntropy(torch.autograd.Function):
         states: Tensor, weight: Tensor, targets: Tensor, cap: float, dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(states.device.type, enabled=False):
-            x, wide = states.to(dtype or states.dtype), _wide(states)
-            total = states.new_full((len(states),), -torch.inf, dtype=wide)
-            picked = states.new_zeros(len(states), dtype=wide)
-            for start, stop in _slices(states, weight):
-                capped = softcap(F.linear(x, weight[start:stop].to(x.dtype)), cap).to(wide)
+            total = states.new_full((len(states),), -torch.inf, dtype=wide(states))
+            picked = states.new_zeros(len(states), dtype=wide(states))
+            for start, rows, capped in slices(states.to(dtype or states.dtype), weight, cap):
                 total = torch.logaddexp(total, capped.logsumexp(-1))
-                inside, at = _inside(targets, start, stop)
-                picked += torch.where(inside, capped.gather(1, at)[:, 0], 0)
+                here, at = inside(targets, start, len(rows))
+                picked += torch.where(here, capped.gather(1, at)[:, 0], 0)
         return total - picked, total
 
     @staticmethod
@@ -153,21 +143,19 @@ class _CappedCrossEntropy(torch.autograd.Function):
         states, weight, targets, total = ctx.saved_tensors
         grad = grads[0]
         with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
-            x, wide = states.to(ctx.dtype or states.dtype), _wide(states)
-            of_states = torch.zeros_like(states, dtype=wide) if ctx.needs_input_grad[0] else None
+            x = states.to(ctx.dtype or states.dtype)
+            of_states = torch.zeros_like(states, dtype=wide(states)) if ctx.needs_input_grad[0] else None
             of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-            for start, stop in _slices(states, weight):
-                rows = weight[start:stop].to(x.dtype)
-                capped = softcap(F.linear(x, rows), ctx.cap).to(wide)
-                inside, at = _inside(targets, start, stop)
+            for start, rows, capped in slices(x, weight, ctx.cap):
+                here, at = inside(targets, start, len(rows))
                 error = (capped - total[:, None]).exp_()  # p - [target]
-                error.scatter_add_(1, at, -inside[:, None].to(wide))
+                error.scatter_add_(1, at, -here[:, None].to(error.dtype))
                 slope = capped.div_(ctx.cap).square_().neg_().add_(1)
                 of_logits = error.mul_(slope).mul_(grad[:, None]).to(x.dtype)
                 if of_states is not None:
                     of_states += of_logits @ rows
                 if of_weight is not None:
-                    of_weight[start:stop] = of_logits.t() @ x
+                    of_weight[start : start + len(rows)] = of_logits.t() @ x
         found: tuple[Tensor | None, ...] = (None if of_states is None else of_states.to(states.dtype), of_weight)
         if torch.is_grad_enabled():  # create_graph=True
             found = tuple(None if one is None else _NoSecond.apply(one, grad, states, weight) for one in found)
@@ -191,18 +179,3 @@ class _NoSecond(torch.autograd.Function):
             "gemma2.losses.cross_entropy has no second derivative; that of torch.nn.functional.cross_entropy over "
             "model(tokens) has one"
         )
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _slices(states: Tensor, weight: Tensor) -> list[tuple[int, int]]:
-    """The vocabulary in runs [start, stop), each of about AT_ONCE logits for these states."""
-    width = max(64, AT_ONCE // max(1, len(states)))
-    return [(start, min(start + width, len(weight))) for start in range(0, len(weight), width)]
-
-
-def _inside(targets: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Which targets are in a slice [n], and their columns in it [n 1]: any column for the others."""
-    return (targets >= start) & (targets < stop), (targets - start).clamp(0, stop - start - 1)[:, None]

@@ -17,10 +17,23 @@ LOGGED = ("--enable-logging=stderr", "--v=0", "--virtual-time-budget=3000")
 SAID = re.compile(r'CONSOLE[^"]*"(.*)", source:')
 
 
-def opened(page: Path, folder: Path) -> tuple[str, list[str]]:
-    """The page's HTML after its scripts ran, and what its console said. `folder` is for the browser's own files."""
-    done = _run(folder, *LOGGED, "--dump-dom", page.resolve().as_uri())
+def opened(page: Path, folder: Path, width: int = 1200) -> tuple[str, list[str]]:
+    """The page's HTML after its scripts ran in a window so wide (at least 500), and what its console said. `folder` is
+    for the browser's own files."""
+    done = _run(folder, *LOGGED, f"--window-size={width},900", "--dump-dom", page.resolve().as_uri())
     return done.stdout, SAID.findall(done.stderr)
+
+
+def sideways(page: Path, folder: Path) -> int:
+    """By how many pixels a page is wider than a window of 500, all its parts that can be opened being open."""
+    told = """<script>for (const one of document.querySelectorAll("details")) one.open = true;
+const page = document.documentElement;
+setTimeout(() => { page.dataset.wider = page.scrollWidth - page.clientWidth; }, 1500);</script></body>"""
+    page.write_text(page.read_text(encoding="utf-8").replace("</body>", told), encoding="utf-8")
+    found, _ = opened(page, folder, width=500)
+    wider = re.search(r'data-wider="(\d+)"', found)
+    assert wider
+    return int(wider[1])
 
 
 def screenshot(

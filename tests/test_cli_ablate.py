@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gemma2.cli import main
-from gemma2.pictures.ablate import POCKET
+from gemma2.pictures.ablate_words import POCKET
 from tests.browser import needs_browser, opened
 from tests.test_readme import ROOT, check_code
 
@@ -80,7 +80,7 @@ def test_json_and_page_and_picture_hold_the_same_rows(
     assert not told.fetched and told.rows == len(names) - 1 and told.figures == 4
     assert "verses &amp; more.txt" in page.read_text(encoding="utf-8")
     again = ["ablate", "pocket", "--text", str(text), *PLAIN, "-o", str(page)]
-    assert main(again) == 2 - 1 and "is there already" in capsys.readouterr().err
+    assert main(again) == 1 and "is there already" in capsys.readouterr().err
 
 
 class Told(HTMLParser):
@@ -146,6 +146,19 @@ def test_texts_that_cannot_be_measured_are_refused(tmp_path: Path, capsys: pytes
     empty.write_text("And God said", encoding="utf-8")
     assert main(["ablate", "pocket", "--text", str(empty), "--context", "1025", *PLAIN]) == 2
     assert "--context 1025: the model's context is 1,024" in capsys.readouterr().err
+
+
+def test_one_window_is_one_and_files_of_the_pocket_model_are_the_pocket_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, page = tmp_path / "text", tmp_path / "out.html"
+    text.write_text("And God said", encoding="utf-8")
+    model = "pocket:pocket-q8_0.gguf"
+    assert main(["ablate", model, "--text", str(text), "--context", "4", "-o", str(page), *PLAIN]) == 0
+    out = capsys.readouterr().out
+    assert "context 4: 1 window, 3 predicted tokens" in out and "the text has 1 window: there is no interval." in out
+    html = page.read_text(encoding="utf-8")
+    assert "context 4: 1 window, " in html and POCKET in out and "On the real 2B, raw top logits" in html
 
 
 def test_a_page_says_no_change_of_a_change_that_does_nothing_and_draws_one_that_does(

@@ -59,7 +59,7 @@ def test_lens_writes_a_page_with_the_models_own_numbers_and_a_png(gemma: gemma2.
     words, top = data["words"], data["top"]
     assert isinstance(words, list) and isinstance(top, list)
     assert words[top[-5]] == readable(gemma.tokenizer, int(table.ids[-1, 0, -1, 0]))
-    assert (page.count("<td tabindex") == 7 * len(ids) and "All 4" in page) or "All 3" in page
+    assert page.count("<td tabindex") == 7 * len(ids) and f"All {len(ids)} tokens are shown." in page
     assert "http" not in page and page.count("</script>") == 1
 
 
@@ -107,6 +107,10 @@ def test_sites_and_a_fitted_lens_can_be_chosen(gemma: gemma2.Gemma, capsys: Capt
     assert main(["lens", "pocket", "--prompt", "And God", "--no-png", "--force", *chosen]) == 0
     page = Path("lens.html").read_text(encoding="utf-8")
     assert page.count("<td tabindex") == 7 * 3 and "own prediction" not in page
+    assert "the value at a site, as if it were the residual stream, goes through" in page
+    assert main(["lens", "pocket", "--prompt", "And God", "--no-png", "--force"]) == 0
+    page = Path("lens.html").read_text(encoding="utf-8")
+    assert "a layer's residual stream goes through" in page and "The top row is the model's own prediction." in page
 
 
 def test_attention_writes_a_page_with_the_models_own_numbers_and_a_png(gemma: gemma2.Gemma, capsys: Capture) -> None:
@@ -144,6 +148,36 @@ document.title = drawn.filter(x => x).length + " of " + drawn.length + " drawn";
     assert shown and "(position 5) looks at" in shown[1] and "(position 2)" in shown[1]
     percent = float(shown[1].rsplit(": ", 1)[1].removesuffix(" %"))
     assert abs(percent / 100 - float(share)) < 6e-4
+
+
+@needs_browser
+def test_the_column_of_what_is_not_shown_is_out_of_sight_of_a_local_layer_when_all_of_it_is(tmp_path: Path) -> None:
+    ids = ",".join(str(i) for i in (2, *range(500, 799)))  # the last 200 of 300, in windows of 128
+    assert main(["attention", "pocket", "--ids", ids, "--last", "200", "--no-png"]) == 0
+    page = Path("attention.html")
+    asked = """<script>const told = [];
+for (const [at, row] of [[1, 126], [1, 127], [0, 127]]) {
+  document.querySelectorAll("#heads button")[8 * at].click(); point(row, 1); told.push(cell.textContent);
+}
+document.title = told.join("; ");</script></body>"""
+    page.write_text(page.read_text(encoding="utf-8").replace("</body>", asked), encoding="utf-8")
+    found, said = opened(page, tmp_path / "browser")
+    title = re.search("<title>(.*?)</title>", found)
+    assert said == [] and title
+    near, far, whole = title[1].split("; ")
+    assert "(position 226) looks at (99 more) (not shown here): " in near and near.endswith(("%", ": 0"))
+    assert "(position 227)" in far and far.endswith(": out of sight")
+    assert "(position 227)" in whole and whole.endswith(("%", ": 0"))
+
+
+def test_every_token_can_be_seen() -> None:
+    class Pieces(list[str]):
+        def piece(self, id: int) -> str:
+            return self[id]
+
+    pieces = Pieces(["▁the", "\n\n", "\t", "\r", "​", "﻿", "‮", "　", "é", "😀"])
+    shown = ["·the", "⏎⏎", "⇥", "\\r", "\\u200b", "\\ufeff", "\\u202e", "\\u3000", "é", "😀", "<10>"]
+    assert [readable(pieces, i) for i in range(11)] == shown  # type: ignore[arg-type]
 
 
 def test_what_is_not_shown_of_a_long_text_is_one_column() -> None:

@@ -25,7 +25,7 @@ from gemma2.pictures.explain.panels import AFTER, BEFORE, IN_LAYER, Panel, in_la
 from gemma2.pictures.explain.run import ENDS
 from gemma2.research import capture
 from gemma2.research.sites import TABLE, sites
-from tests.browser import needs_browser, opened
+from tests.browser import needs_browser, opened, sideways
 from tests.conftest import tiny
 
 HOSTILE = 'A <b>bold</b> <script>alert(1)</script> & "quoted" </script> text,\nin two lines'
@@ -116,12 +116,21 @@ def test_a_long_text_says_what_is_drawn_the_mask_is_of_all_tokens_and_keys_choos
     assert "sees 16 keys: positions 43 to 58" in re.sub("<.*?>", "", panels["blocks.2.mask"])
     assert "sees 59 keys: positions 0 to 58" in re.sub("<.*?>", "", panels["blocks.3.mask"])
     assert "12 more" in panels["tokens"]
+    assert "Lengths in the lines of the other layers, and the numbers in their tables, are of the drawn tokens." in dom
+    assert all("most on, of the drawn tokens" in panels[f"blocks.{layer}.attn.hook_pattern"] for layer in (2, 3))
     assert "BOS, id" not in panels["tokens"]  # these ids have none
     with torch.no_grad(), capture(window.model, "blocks.3.attn.hook_z") as seen:
         window.model(torch.tensor([ids]))
     assert shown(panels["blocks.3.attn.hook_z"]) == pytest.approx(
         seen["blocks.3.attn.hook_z"][0, 58, 1, :6].tolist(), rel=6e-4
     )
+
+
+@needs_browser
+def test_the_page_fits_a_narrow_window(pocket: gemma2.Gemma, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    file.write_text(explain(pocket, [2, *range(500, 560)]), encoding="utf-8")
+    assert sideways(file, tmp_path / "browser") == 0
 
 
 def test_masks_shares_and_nearness_to_the_cap_are_those_of_the_pass(window: gemma2.Gemma) -> None:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gemma2
-from gemma2 import losses
+from gemma2 import head, losses
 from gemma2.load import POCKET
 from gemma2.losses import cross_entropy, next_tokens
 from gemma2.model import SoftCap
@@ -36,7 +36,7 @@ Loss = Callable[[gemma2.Gemma2], Tensor]
 def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """The 71 tokens that count see 84 of the 512 pieces at once, in 7 slices, the last one shorter; the modules get 11
     of the tokens at once, in 7 parts, the last one shorter."""
-    monkeypatch.setattr(losses, "AT_ONCE", 6000)
+    monkeypatch.setattr(head, "AT_ONCE", 6000)
     monkeypatch.setattr(losses, "AT_ONCE_BY_MODULES", 6000)
 
 
@@ -192,7 +192,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("hook", [False, True])
 def test_no_logits_of_the_text_are_ever_made(hook: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "AT_ONCE", 2**15)
+    monkeypatch.setattr(head, "AT_ONCE", 2**15)
     monkeypatch.setattr(losses, "AT_ONCE_BY_MODULES", 2**15)
     model = tiny("9b", vocab_size=2048)
     tokens = ids(4, 250, vocab=2048)

@@ -118,9 +118,7 @@ def test_under_a_limit_of_the_process_what_is_said_to_fit_does_fit(name: str, tm
     refused, loaded = limited(name, int(needed * 0.8), tmp_path / "2b")
     assert f"the weights need {needed / 1e9:.3g} GB in float32, and " in refused
     assert f"GB are free on cpu (the limit {name} of this process)" in refused
-    assert (
-        f'What fits: dtype="bfloat16" (--dtype bfloat16), which needs {needed / 2e9:.3g} GB; or device_map' in refused
-    )
+    assert f'What fits: dtype="bfloat16" (--dtype bfloat16), which needs {needed / 2e9:.3g} GB; or ' in refused
     assert loaded == f"loaded {needed // 2}"
 
 

@@ -11,7 +11,24 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from gemma2.cli import ablate, attention, bench, chat, convert, explain, generate, inspect, lens, parity, trace, verify
+from gemma2.cli import (
+    ablate,
+    attention,
+    bench,
+    chat,
+    compare,
+    convert,
+    eval,
+    explain,
+    generate,
+    inspect,
+    lens,
+    parity,
+    perplexity,
+    score,
+    trace,
+    verify,
+)
 from gemma2.errors import BadModelFile, ContextOverflow, NonFiniteError
 from gemma2_command import INTERRUPTED, interruptible, top_parser
 
@@ -70,11 +87,15 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         inspect,
         parity,
         bench,
+        score,
+        perplexity,
         trace,
         lens,
         attention,
         explain,
         ablate,
+        eval,
+        compare,
         verify,
     ):
         command.add(commands)

@@ -29,7 +29,8 @@ from gemma2.cli.prompts import read_file
 from gemma2.cli.show import table
 from gemma2.config import Gemma2Config
 from gemma2.gemma import Gemma
-from gemma2.pictures.ablate import POCKET, Report, draw, few_windows, in_page, interval, near_rows, share
+from gemma2.pictures.ablate import draw, in_page
+from gemma2.pictures.ablate_words import POCKET, Report, few_windows, interval, near_rows, share, windows_of
 from gemma2.pictures.drawing import check_drawing
 from gemma2.pictures.page import write
 from gemma2.research.ablation import SAMPLES, Effect, measure, standard, work
@@ -97,7 +98,11 @@ def run(args: argparse.Namespace) -> int:
                 model, ids, switches, context, bos, samples=args.samples, seed=args.seed, tick=bar.update
             )
         near = saturation(model, ids, contexts[-1], bos, tick=bar.update)
-    part = f"the first {len(ids):,} of {len(found):,} tokens" if len(ids) < len(found) else f"{len(ids):,} tokens"
+    part = (
+        f"the first {len(ids):,} of {len(found):,} tokens"
+        if len(ids) < len(found)
+        else f"{len(ids):,} token{'s' * (len(ids) > 1)}"
+    )
     report = Report(
         model=str(args.model),
         text=f"The text is {args.text.name}, {part}.",
@@ -105,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         switches=switches,
         effects=effects,
         near=near,
-        pocket=args.model == "pocket",
+        pocket=args.model.partition(":")[0] == "pocket",
     )
     print_report(report, args.json)
     if args.output is not None:
@@ -166,7 +171,7 @@ def print_report(report: Report, as_json: bool) -> None:
     print(report.text, report.about, sep="\n")
     for context in report.contexts:
         found = list(report.at(context).values())
-        print(f"\ncontext {context:,}: {found[0].windows:,} windows, {found[0].tokens:,} predicted tokens")
+        print(f"\ncontext {context:,}: {windows_of(found[0])}, {found[0].tokens:,} predicted tokens")
         warning = few_windows(found[0])
         if warning:
             print(warning)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from gemma2.pictures.ablate_words import POCKET, Report, code, few_windows, interval, near_rows, windows_of
 from gemma2.pictures.drawing import figure, save
 from gemma2.pictures.page import page, rows
-from gemma2.research.ablation import UNCHANGED, Effect, Estimate, Switches
+from gemma2.research.ablation import UNCHANGED, Estimate
 from gemma2.research.saturation import BINS, END, Near
 
 LEAST = 1e-6  # nats of KL: float32 knows no smaller ones
@@ -19,12 +18,10 @@ COLOURS = ("local", "global", "dim")  # of the contexts, by their names in the p
 PLAIN = ("#1f77b4", "#c2571a", "#5f6570")  # the same on paper
 WIDTH, HEIGHT, EDGE = 300, 22, 20  # of a row's picture
 
-FEWEST = 10  # windows that intervals need to be worth something
-
 STYLE = """
 td svg { display: block; } td.mark { padding: 0 .3rem; vertical-align: middle; } td.what code { color: var(--dim); }
-tr.group th { padding-top: .9rem; border-left: 0; border-right: 0; color: var(--ink); font-weight: 600; }
-.key { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin: 0 .3em 0 .9em; }
+.key { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .3em; }
+.context { display: inline-block; margin-right: .9em; }
 .panels { display: flex; flex-wrap: wrap; gap: 1rem; } .panels figure { margin: 0; width: 270px; }
 .grid td { min-width: 3.1rem; text-align: right; } text { font: 11px system-ui, sans-serif; fill: var(--dim); }
 """
@@ -33,80 +30,13 @@ CAPS = (
     "nothing, and where it is near 0 large values can no longer be told apart. Bars show how often |x| / cap has a "
     "value (the height is the square root of the share, so that rare values can be seen); the line is the slope."
 )
-POCKET = (
-    "The pocket model cannot show what the final cap does in Google's models. On the real 2B, raw top logits reach 54: "
-    "there the cap's slope is 0.10, and taking the cap away changes the predictions much."
-)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was measured.
-
-    Attributes:
-        model: its name.
-        text: in words: which text, how much of it.
-        about: a line for the foot: versions, machine, command.
-        switches: name -> arguments of `ablate`.
-        effects: of all contexts; of each, the unchanged model first.
-        near: how near the caps are, at the longest context.
-        pocket: whether it is the pocket model.
-    """
-
-    model: str
-    text: str
-    about: str
-    switches: Switches
-    effects: Sequence[Effect]
-    near: Sequence[Near]
-    pocket: bool
-
-    @property
-    def contexts(self) -> list[int]:
-        return list(dict.fromkeys(effect.context for effect in self.effects))
-
-    def at(self, context: int) -> dict[str, Effect]:
-        return {effect.name: effect for effect in self.effects if effect.context == context}
-
-    @property
-    def heads(self) -> dict[tuple[int, int], str]:
-        """(layer, head) -> the name of the change that silences this head alone."""
-        lone = {name: options["heads"] for name, options in self.switches.items() if set(options) == {"heads"}}
-        return {tuple(pairs[0]): name for name, pairs in lone.items() if len(pairs) == 1}
-
-    @property
-    def listed(self) -> list[str]:
-        """The changes that get a row: all but those of the grid of heads."""
-        grid = set(self.heads.values())
-        return [name for name in self.switches if name not in grid]
-
-
-def code(options: Mapping[str, Any]) -> str:
-    """The arguments of `ablate` as Python, long lists cut."""
-    said = [f"{name}={value!r}" if len(repr(value)) < 40 else f"{name}=[...]" for name, value in options.items()]
-    return ", ".join(said)
-
-
-def interval(found: Estimate, form: str = ".3f") -> str:
-    """`3.053 [2.981, 3.127]`, or the value alone where there is no interval."""
-    if found.low is None or found.high is None:
-        return format(found.value, form)
-    return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
-
-
-def few_windows(effect: Effect) -> str:
-    """A warning where a bootstrap has little to draw from, or nothing said."""
-    if effect.windows >= FEWEST:
-        return ""
-    none = "there is no interval" if effect.windows == 1 else "the intervals say little"
-    return f"At context {effect.context:,} the text has {effect.windows} windows: {none}. Give a longer text."
 
 
 def in_page(report: Report) -> str:
     """The whole page."""
     keys = "".join(
-        f'<span class="key" style="background: var(--{colour})"></span>context {context:,}: '
-        f"{effect.windows:,} windows, {effect.nats.value:.3f} nats per token unchanged"
+        f'<span class="context"><span class="key" style="background: var(--{colour})"></span>context {context:,}: '
+        f"{windows_of(effect)}, {effect.nats.value:.3f} nats per token unchanged</span> "
         for context, colour in zip(report.contexts, COLOURS, strict=False)
         for effect in [report.at(context)[UNCHANGED]]
     )
@@ -116,8 +46,8 @@ def in_page(report: Report) -> str:
     pocket = f"<p>{html.escape(POCKET)}</p>" if report.pocket else ""
     body = f"""<p>Each row changes one thing in the model and leaves the weights as they are. {html.escape(report.text)}
 Every token was predicted once at each context, in windows with a BOS in front.</p>
-<p>KL is the distance of the changed predictions from the unchanged ones, in nats: 0 means that nothing changed. The
-lines are 95 % intervals of a bootstrap over windows.</p>
+<p>KL is the distance of the changed predictions from the unchanged ones, in nats: 0 means that nothing changed. In
+the last column it is a dot on a logarithmic axis; the lines are 95 % intervals of a bootstrap over windows.</p>
 <h2>One change at a time</h2>
 <p class="dim">{keys}</p>{few}
 {_effects(report)}
@@ -127,7 +57,7 @@ lines are 95 % intervals of a bootstrap over windows.</p>
 <p>{html.escape(CAPS)}</p>
 <div class="panels">{"".join(_histogram(near) for near in report.near if "layer " not in near.name)}</div>
 {_near(report.near)}"""
-    return page(f"What each part of {report.model} does", body, style=STYLE, foot=report.about)
+    return page(report.title, body, style=STYLE, foot=report.about)
 
 
 def _effects(report: Report) -> str:
@@ -150,7 +80,7 @@ def _effects(report: Report) -> str:
             span = len(report.contexts)
             what = f"{html.escape(name)}<br><code>{html.escape(made)}</code>"
             first = f'<td class="what" rowspan="{span}">{what}</td>' if i == 0 else ""
-            ratio = f"x {effect.ratio:.3f}" if effect.ratio < 10 else f"x {effect.ratio:.3g}"
+            ratio = "x " + format(effect.ratio, ".3f" if effect.ratio < 10 else ".1f" if effect.ratio < 1000 else ".3g")
             texts = (f"{context:,}", f"{effect.more.value:+.3f}", ratio, _kl(effect.kl.value))
             numbers = "".join(f'<td class="number">{text}</td>' for text in (*texts, f"{effect.top.value:.1%}"))
             mark = _mark(effect.kl, low, high, COLOURS[min(i, len(COLOURS) - 1)])
@@ -245,21 +175,6 @@ def _histogram(near: Near) -> str:
     )
 
 
-def near_rows(found: Sequence[Near]) -> list[tuple[str, ...]]:
-    """The table of caps as text, its head first."""
-    head = ("values before the cap", "cap", "largest |x|", "above 0.5 cap", "above 0.9 cap", "mean slope")
-    lines = [
-        (near.name, f"{near.cap:g}", f"{near.largest:.1f}", share(near.half), share(near.most), f"{near.slope:.3f}")
-        for near in found
-    ]
-    return [head, *lines]
-
-
-def share(x: float) -> str:
-    """A share in percent; a very small one is not shown as nothing."""
-    return "0" if x == 0 else f"{x:.2%}" if x >= 5e-5 else "< 0.01%"
-
-
 def _near(found: Sequence[Near]) -> str:
     head, *lines = near_rows(found)
     return rows(head, lines, numbers=range(1, len(head)))
@@ -283,14 +198,15 @@ def draw(report: Report, path: Path) -> None:
             axes.errorbar(values, places, xerr=sides, fmt="o", ms=4, lw=1.2, color=colour, label=f"context {context:,}")
     kl.set_xscale("log")
     more.set_xscale("symlog", linthresh=0.01)
+    more.margins(x=0.06)
     more.axvline(0, color="#999", lw=0.6)
     kl.set_yticks(range(len(names)), names)
-    kl.set_xlabel("KL from the unchanged model, nats")
+    kl.set_xlabel("KL from the unchanged model, nats (no dot: no change)")
     more.set_xlabel("nats per token more (the axis is linear within 0.01)")
     for axes in (kl, more):
         axes.grid(axis="x", color="#ddd", lw=0.5)
         axes.set_ylim(-0.6, len(names) - 0.4)
-    above.suptitle(f"What each part of {report.model} does", fontsize=11)
+    above.suptitle(report.title, fontsize=11, parse_math=False)
     kl.legend(loc="best", fontsize=8, frameon=True)
     shown = [near for near in report.near if "layer " not in near.name]
     edges = [i * END / BINS for i in range(BINS + 1)]

@@ -149,7 +149,7 @@ function point(r, c) {
   cell.replaceChildren();
   const code = text => { const made = document.createElement("code"); made.textContent = text; return made; };
   const several = D.extra === 2 && c === 1, back = D.at[r] - D.places[c], window = D.windows[open[0]];
-  const sees = several || (back >= 0 && (!window || back < window));
+  const sees = back >= 0 && (!window || back < window);  // of several tokens, the last: it is the nearest
   const far = several ? "not shown here" : "position " + D.places[c];
   cell.append(code(D.rows[r]), " (position " + D.at[r] + ") looks at ", code(D.keys[c]), " (" + far + "): ");
   cell.append(sees ? percent(weight(...open, r, c)) : "out of sight");
@@ -241,9 +241,10 @@ def attention_page(
     }
     table = stats.rows()
     body = f"""<p>Each square is one head: a row is a token that looks, a column a token that it looks at, and colour
-is the share of its attention. Layers are <span class="localkey">local</span>, which see {config.sliding_window:,}
-tokens back, or <span class="globalkey">global</span>. Click a square to enlarge it; then the arrow keys go to the next
-head and layer.</p>
+is the square root of its share of the attention, so that faint attention can be seen. Layers are
+<span class="localkey">local</span>, which see {config.sliding_window:,} tokens, the last one their own,
+or <span class="globalkey">global</span>. Click a square to enlarge it; then the arrow keys go to the next head and
+layer.</p>
 <p class="dim">{html.escape(shown(len(ids), maps))}</p>
 <div id="heads"></div>
 <h2>How far each layer looks</h2>
@@ -303,6 +304,6 @@ def _lines(stats: AttentionStats, layer: int) -> list[str]:
         ]
         if not far.isnan():
             parts.append(f"{far:.0%} more than {stats.beyond} back")
-        parts.append(f"largest score {stats.largest[layer, head]:.1f} before the cap")
+        parts.append(f"largest |score| {stats.largest[layer, head]:.1f} before the cap")
         found.append(", ".join(parts))
     return found

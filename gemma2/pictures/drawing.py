@@ -22,14 +22,14 @@ def figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("the picture needs matplotlib: pip install matplotlib; or leave the PNG out") from None
+        needed = "the picture needs matplotlib: pip install matplotlib (the extra gemma2[plots])"
+        raise ImportError(f"{needed}; --no-png, or no --png, leaves the picture out") from None
     return Figure(figsize=(width, height), layout="constrained", dpi=DOTS)
 
 
 def short(text: str) -> str:
-    """A readable token, cut to what a cell can hold. What cannot be printed is spelled out."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
+    """A readable token, cut to what a cell can hold."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
 def save(drawn: Any, path: Path, *, force: bool = False) -> None:

@@ -40,7 +40,7 @@ table.lens th.layer.local { color: var(--local); } table.lens th.layer.global { 
 #said .next { margin: .4rem 0 0; padding-top: .35rem; border-top: 1px solid var(--line); }
 .key { display: inline-block; width: 8rem; height: .8rem; vertical-align: middle; border-radius: 2px;
   background: linear-gradient(90deg, rgba(var(--warm), 0), rgba(var(--warm), 0.62)); border: 1px solid var(--line); }
-.hitkey { box-shadow: inset 0 -2px 0 var(--ink); padding: 0 .3rem; }
+.whole { white-space: nowrap; } .hitkey { box-shadow: inset 0 -2px 0 var(--ink); padding: 0 .3rem; }
 .localkey { color: var(--local); } .globalkey { color: var(--global); }
 """
 SCRIPT = """
@@ -136,11 +136,13 @@ def lens_page(
         lines.append(_line(table, r, config, words))
     if len(table.names) > TALL:
         lines.append(lines[0])
-    body = f"""<p>{explained(lens, config, table.names[-1])}</p>
-<p class="dim">{html.escape(shown(len(ids), at))} Colour is the probability of the token in the cell: 0
-<span class="key"></span> 1. <span class="hitkey">A line below</span> marks a token that is the next one in the text.
-Layers are <span class="localkey">local</span>, which see {config.sliding_window:,} tokens back, or
-<span class="globalkey">global</span>. Point at a cell, or move with the arrow keys, to see the likeliest tokens.</p>
+    body = f"""<p>{explained(lens, config, table.names)}</p>
+<p class="dim">{html.escape(shown(len(ids), at))} Colour is the probability of the token in the cell:
+<span class="whole">0 <span class="key"></span> 1.</span> <span class="hitkey">A line below</span> marks a token that
+is the next one in the text.
+Layers are <span class="localkey">local</span>, which see {config.sliding_window:,} tokens, the last
+one their own, or <span class="globalkey">global</span>. Point at a cell, or move with the arrow keys, to see the
+likeliest tokens.</p>
 <div class="scroll"><table class="lens">
 {chr(10).join(lines)}
 </table></div>
@@ -185,16 +187,18 @@ def shown(length: int, at: Sequence[int]) -> str:
     return f"The last {len(at):,} of {length:,} tokens are shown; the model has read them all."
 
 
-def explained(lens: str, config: Gemma2Config, top: str) -> str:
+def explained(lens: str, config: Gemma2Config, names: Sequence[str]) -> str:
     """What the cells are, in a sentence or two, as HTML."""
+    stream = all(name == "hook_embed" or ".hook_resid_" in name for name in names)
+    what = "a layer's residual stream" if stream else "the value at a site, as if it were the residual stream,"
     cap = f"{config.final_logit_softcapping:g}"
     tail = f"through the final norm, the head and the final cap (logits within ±{cap})"
     if lens == "logit":
-        how = f"a layer's residual stream goes {tail}, as if the layers after it did nothing"
+        how = f"{what} goes {tail}, as if the layers after it did nothing"
     else:
-        what = {"jacobian": "multiplied by the average Jacobian", "tuned": "changed by a trained affine map"}[lens]
-        how = f"a layer's residual stream is {what}, and then goes {tail}"
-    ends = top == f"blocks.{config.num_hidden_layers - 1}.hook_resid_post"
+        way = {"jacobian": "multiplied by the average Jacobian", "tuned": "changed by a trained affine map"}[lens]
+        how = f"{what} is {way}, and then goes {tail}"
+    ends = names[-1] == f"blocks.{config.num_hidden_layers - 1}.hook_resid_post"
     end = " The top row is the model's own prediction." if ends else ""
     return f"Each cell is the likeliest next token at one layer and one position: {how}.{end}"
 

@@ -21,7 +21,7 @@ body { margin: 0 auto; max-width: 76rem; padding: 2rem 1.25rem 4rem; background:
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .4rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
 p { max-width: 46rem; margin: .5rem 0; } .dim { color: var(--dim); }
 code, .token, td.number { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .86em; }
-.token { white-space: pre; border-bottom: 1px dotted var(--line); } .scroll { overflow-x: auto; }
+.token { white-space: pre; unicode-bidi: isolate; border-bottom: 1px dotted var(--line); } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: .6rem 0; } th, td { padding: .22rem .5rem; border: 1px solid var(--line);
   text-align: left; font-weight: normal; vertical-align: top; } th { color: var(--dim); font-size: .86em; }
 td.number { text-align: right; } figure { margin: 1rem 0; } figcaption { color: var(--dim); font-size: .9em; }
@@ -46,10 +46,12 @@ def page(title: str, body: str, *, style: str = "", script: str = "", foot: str 
 
 
 def readable(tokenizer: Tokenizer, token: int) -> str:
-    """A token as text in which spaces and newlines can be seen: `·the`, `⏎`. Ids without a piece are shown as such."""
+    """A token as text in which everything can be seen: `·the`, `⏎`; what has no shape is spelled, as `\\u200b`. Ids
+    without a piece are shown as such."""
     if token >= len(tokenizer):
         return f"<{token}>"
-    return tokenizer.piece(token).replace("▁", "·").replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
+    text = tokenizer.piece(token).replace("▁", "·").replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def in_html(text: str) -> str:

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma2.cache import HybridCache
 from gemma2.checks import check_count
 from gemma2.config import GLOBAL, LOCAL, Gemma2Config
-from gemma2.generate import PREFILL_CHUNK
 from gemma2.model import Gemma2
 from gemma2.ops import upcast
 from gemma2.research.ablate import ablate
 from gemma2.research.watch import model_of
+from gemma2.scoring import hidden
 
 UNCHANGED = "unchanged"
 PASS = 1024  # tokens of a pass: short windows are computed together
@@ -123,15 +122,7 @@ def batches(ids: Sequence[int], context: int, bos: int) -> list[Tensor]:
     last = [found.pop()] if len(found) > 1 and len(found[-1]) != len(found[0]) else []
     rows = max(1, PASS // context)
     parts = [found[start : start + rows] for start in range(0, len(found), rows)] + ([last] if last else [])
-    return [torch.tensor(part) for part in parts]
-
-
-def hidden(model: Gemma2, tokens: Tensor) -> Tensor:
-    """What the head reads for tokens [b t]: [b t d], in chunks with a cache, so that scores stay small."""
-    if tokens.shape[1] <= PREFILL_CHUNK:
-        return model.model(tokens)
-    cache = HybridCache(model.config, *tokens.shape)
-    return torch.cat([model.model(part, cache=cache) for part in tokens.split(PREFILL_CHUNK, dim=1)], dim=1)
+    return [torch.tensor(part, device="cpu") for part in parts]
 
 
 def parts(model: Gemma2, shape: torch.Size) -> Iterator[slice]:

@@ -16,7 +16,21 @@ from torch import Tensor
 
 from gemma2 import ops
 from gemma2.model import Gemma2
-from gemma2.research.lens_words import INVERSE, RESULT, SCALE, PosSlice, named, residual_directions, shown, sliced
+from gemma2.research.lens_words import (
+    GRAD,
+    INVERSE,
+    RESULT,
+    SCALE,
+    PosSlice,
+    Z,
+    check_one_row,
+    named,
+    of_scale,
+    residual_directions,
+    shown,
+    sliced,
+)
+from gemma2.research.sites import chosen
 
 
 class ActivationCache(Mapping[str, Tensor]):
@@ -24,7 +38,7 @@ class ActivationCache(Mapping[str, Tensor]):
 
     Names are those of `gemma2.research.sites`, with TransformerLens's `hook_scale` in the place of `hook_inv_scale`;
     every alias is taken too, `hook_inv_scale` among them, and -1 is the last layer. `hook_result` is computed when it
-    is asked for.
+    is asked for. With gradients, `cache["blocks.3.hook_resid_post_grad"]` is one.
 
     Attributes:
         model: whose values they are.
@@ -45,6 +59,9 @@ class ActivationCache(Mapping[str, Tensor]):
         name = self._site(key)
         if name.endswith(SCALE):
             return 1 / self._value(name.replace(SCALE, INVERSE))
+        if name.endswith(SCALE + GRAD):
+            inverse = name.replace(SCALE, INVERSE)
+            return of_scale(self._value(inverse), self._value(inverse.removesuffix(GRAD)))
         if name.endswith(RESULT):
             return self._head_results(int(name.split(".")[1]))
         return self._value(name)
@@ -56,7 +73,7 @@ class ActivationCache(Mapping[str, Tensor]):
         return len(self.values_by_site)
 
     def __contains__(self, key: object) -> bool:
-        return self._site(key).replace(SCALE, INVERSE) in self.values_by_site
+        return self._site(key).replace(SCALE, INVERSE).replace(RESULT, Z) in self.values_by_site
 
     def __repr__(self) -> str:
         return f"ActivationCache with keys {list(self)}"
@@ -69,9 +86,7 @@ class ActivationCache(Mapping[str, Tensor]):
     def remove_batch_dim(self) -> ActivationCache:
         """Take the batch axis away, in place. Raises ValueError for more than one row."""
         if self.has_batch_dim:
-            rows = {len(value) for value in self.values_by_site.values()} - {1}
-            if rows:
-                raise ValueError(f"the batch axis cannot be removed: it has {rows.pop()} rows")
+            check_one_row({len(value) for value in self.values_by_site.values()})
             self.values_by_site = {name: value[0] for name, value in self.values_by_site.items()}
             self.has_batch_dim = False
         return self
@@ -251,6 +266,10 @@ class ActivationCache(Mapping[str, Tensor]):
     def _value(self, name: str) -> Tensor:
         if name in self.values_by_site:
             return self.values_by_site[name]
+        try:
+            chosen(self.model.config, name.replace(SCALE, INVERSE).replace(RESULT, Z).removesuffix(GRAD))
+        except ValueError as error:
+            raise KeyError(str(error)) from None
         kept = ", ".join(list(self)[:4])
         raise KeyError(
             f"{name} is not in this cache, which holds {kept} ...: run again with a names_filter that has it"

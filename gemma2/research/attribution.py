@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gemma2.checks import check_count
 from gemma2.model import Gemma2, RMSNorm
+from gemma2.research.marks import embedding_rows
 from gemma2.research.seen import Seen, capture
 from gemma2.research.sites import chosen
 from gemma2.research.watch import model_of
@@ -92,7 +93,7 @@ def attribute(
     logits = inner.softcap(raw).gather(-1, ids).double()
     raw = raw.gather(-1, ids).double()
     # [b n k d]: what a unit of the stream at this coordinate adds to the raw logit.
-    unit = _rows(inner, ids) * _gain(final) * seen["ln_final.hook_inv_scale"].double()[:, :, None]
+    unit = embedding_rows(inner, ids).double() * _gain(final) * seen["ln_final.hook_inv_scale"].double()[:, :, None]
     names = list(chosen(config, ADDED))
     parts = torch.stack([_dot(seen[name].double(), unit) for name in names])
     by_head = _heads(inner, seen, unit) if heads else raw.new_empty(config.num_hidden_layers, *raw.shape, 0)
@@ -121,13 +122,6 @@ def _ids(targets: Sequence[int] | Tensor | None, raw: Tensor) -> Tensor:
     if given.ndim != 3 or given.shape[:2] != (b, n):
         raise ValueError(f"targets are {list(given.shape)}: give k ids, or ids [b n k], here [{b}, {n}, k]")
     return given
-
-
-def _rows(model: Gemma2, ids: Tensor) -> Tensor:
-    """The embedding's rows of these ids, [... d] in float64."""
-    embedding = model.model.embed_tokens
-    matrix: Any = getattr(embedding, "matrix", None)  # a twin that holds it in a form of its own makes these rows alone
-    return (matrix.at(ids) if hasattr(matrix, "at") else embedding.weight[ids]).double()
 
 
 def _gain(norm: RMSNorm) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gemma2.research.seen import Seen
 from gemma2.research.sites import Site, chosen
 from gemma2.research.watch import Passes, acting, check_shown, model_of
-from gemma2.research.where import Where, check_where, marked
+from gemma2.research.where import Met, Where, check_where, marked
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,13 @@ def edit(
             place, of the same shape, dtype and device; or None, and the value stays. It must not write into the value.
             Scores and patterns have their keys in the order of positions.
         positions: change these tokens only: positions in the text (0 is the BOS), a slice of them, or negative numbers,
-            which count from the end of each pass.
+            which count from the end of each pass. A position, or a step, that no pass had is told in a warning at the
+            end of the block.
         steps: change these passes only, counted from 0 since the block began: in a generation, 0 is the prompt, and
             every token after it is one. A number, a list or a slice.
     Raises:
         ValueError: a name that is no site, a site that a twin hides; inside the block, an edit that returns something
-            of another shape, dtype or device.
+            of another shape, dtype or device, or that wrote into the value, which other sites may share.
     """
     inner = model_of(model)
     where, when = check_where(positions), check_where(steps)
@@ -88,14 +89,25 @@ def edit(
     check_shown(inner, by_site)
     with ExitStack() as stack:
         passes = stack.enter_context(Passes(inner))
+        met, steps_met = Met(where, "position"), Met(when, "step")
 
         def act(site: Site, value: Tensor) -> Tensor | None:
-            if when is not None and not bool(marked(when, torch.tensor([[passes.number]], device="cpu")).any()):
-                return None
+            if when is not None:
+                step = torch.tensor([[passes.number]], device="cpu")
+                steps_met.meet(step)
+                if not bool(marked(when, step).any()):
+                    return None
             hook = Hook(site, passes.number, passes.located(value.shape[site.axis]))
+            met.meet(hook.positions)
             changed = value
             for function in by_site[site.name]:
+                version = None if changed.is_inference() else changed._version
                 found = function(changed, hook)
+                if version is not None and changed._version != version:
+                    raise ValueError(
+                        f"{site.name}: the edit wrote into the value, which other sites may share: return a changed "
+                        "value instead, as value * 0.5 or value.clone()"
+                    )
                 if found is not None:
                     _check_like(found, changed, site)
                     changed = found
@@ -108,6 +120,8 @@ def edit(
 
         stack.enter_context(acting(inner, by_site, act))
         yield
+    met.warn()
+    steps_met.warn()
 
 
 def zero() -> Edit:
@@ -120,7 +134,7 @@ def mean(source: Seen | Tensor) -> Edit:
 
     def change(value: Tensor, hook: Hook) -> Tensor:
         if isinstance(source, Tensor):
-            return source.to(value).expand_as(value)
+            return _broadcast(source, value, hook)
         other = source.stacked(hook.name)
         return other.mean(dim=(0, hook.site.axis), keepdim=True).to(value).expand_as(value)
 
@@ -149,7 +163,7 @@ def replace(source: Seen | Tensor) -> Edit:
 
     def change(value: Tensor, hook: Hook) -> Tensor:
         if isinstance(source, Tensor):
-            return source.to(value).expand_as(value)
+            return _broadcast(source, value, hook)
         other, axis = source.stacked(hook.name).to(value), hook.site.axis
         if "s" in hook.site.shape.split() and other.shape[-1] != value.shape[-1]:
             raise ValueError(f"{hook.name} has {value.shape[-1]} keys here and {other.shape[-1]} in the other run")
@@ -167,7 +181,7 @@ def replace(source: Seen | Tensor) -> Edit:
 
 def add(direction: Tensor, coefficient: float = 1.0) -> Edit:
     """value + coefficient * direction; the direction [d] is used as it is, not normalised."""
-    return lambda value, hook: value + coefficient * direction.to(value)
+    return lambda value, hook: value + coefficient * _broadcast(direction, value, hook)
 
 
 def steer(direction: Tensor, coefficient: float) -> Edit:
@@ -179,7 +193,7 @@ def remove(direction: Tensor) -> Edit:
     """The value without its part along a direction [d]: x - (x . u) u, with the unit vector u."""
 
     def change(value: Tensor, hook: Hook) -> Tensor:
-        unit = direction.to(value) / direction.to(value).norm()
+        unit = _broadcast(direction.to(value) / direction.to(value).norm(), value, hook)
         return value - (value * unit).sum(dim=-1, keepdim=True) * unit
 
     return change
@@ -200,6 +214,15 @@ def silence(heads: int | Iterable[int]) -> Edit:
         return value.index_fill(axis, torch.tensor(indices, device=value.device), 0.0)
 
     return change
+
+
+def _broadcast(given: Tensor, value: Tensor, hook: Hook) -> Tensor:
+    """A given tensor in the value's shape, dtype and device. Raises ValueError where it has no such shape."""
+    try:
+        return given.to(value).expand_as(value)
+    except RuntimeError:
+        shapes = f"{list(given.shape)} does not broadcast to {list(value.shape)} [{hook.site.shape}]"
+        raise ValueError(f"{hook.name}: the tensor given has another shape than the value: {shapes}") from None
 
 
 def _check_like(found: Any, value: Tensor, site: Site) -> None:

@@ -16,11 +16,14 @@ from torch import Tensor
 from gemma2 import ops
 from gemma2.atomic import check_target, naming_a_full_disk, replacing
 from gemma2.errors import BadModelFile
+from gemma2.model import Gemma2
+from gemma2.research.marks import difference, marks_of
 from gemma2.research.sites import in_table
 
 KINDS = ("jacobian", "tuned")
 KIND = "gemma2_lens"  # its key in the file's metadata
 WEIGHT, BIAS = ".weight", ".bias"
+MARKS = {"marks.embedding": "embedding", "marks.norms": "norms"}
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,15 @@ class FittedLens:
         weights: site -> [d d], the row is the coordinate after the map.
         biases: site -> [d]; a Jacobian lens has none.
         about: what it was fitted on, for people: text to text.
+        marks: of the model that it was fitted on, see `gemma2.research.marks`. A lens of one's own making may have
+            none, and is then taken for any model of its width.
     """
 
     kind: str
     weights: Mapping[str, Tensor]
     biases: Mapping[str, Tensor] = field(default_factory=dict)
     about: Mapping[str, str] = field(default_factory=dict)
+    marks: Mapping[str, Tensor] = field(default_factory=dict)
 
     def carry(self, name: str, value: Tensor) -> Tensor:
         """A value [... d] of a site, carried to the last layer. It is computed in float32, or float64 for float64, and
@@ -59,12 +65,25 @@ class FittedLens:
             if own != width:
                 raise ValueError(f"this lens is for a model of width {own}, not {width}")
 
+    def check_model(self, names: Iterable[str], model: Gemma2) -> None:
+        """As `check`, and raises ValueError for a model whose weights show that it is not the one of the fit. Another
+        dtype, or a quantized form of the same weights, is taken."""
+        self.check(names, model.config.hidden_size)
+        found = difference(marks_of(model), self.marks) if self.marks else None
+        if found is not None:
+            raise ValueError(
+                f"this lens was fitted on another model than this: {found}. To use it all the same, give "
+                "dataclasses.replace(lens, marks={})"
+            )
+
     def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Write it as a safetensors file, whole or not at all. Raises OSError; FileExistsError unless `force`."""
+        """Write it as a safetensors file, in float32, whole or not at all. Raises OSError; FileExistsError unless
+        `force`."""
         target = Path(path).expanduser()
         check_target(target, force=force)
         tensors = {f"{name}{WEIGHT}": weight for name, weight in self.weights.items()}
         tensors |= {f"{name}{BIAS}": bias for name, bias in self.biases.items()}
+        tensors |= {name: self.marks[mark] for name, mark in MARKS.items() if mark in self.marks}
         whole = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
         with replacing(target) as (partial,), naming_a_full_disk(target):
             save_file(whole, partial, {KIND: self.kind, **self.about})
@@ -88,21 +107,23 @@ def open_lens(path: str | Path) -> FittedLens:
     kind = about.pop(KIND, None)
     if kind not in KINDS:
         raise BadModelFile(f"{target}: not a lens: its metadata has no {KIND}, which is {' or '.join(KINDS)}")
-    weights, biases = dict[str, Tensor](), dict[str, Tensor]()
+    weights, biases, marks = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     for name, tensor in tensors.items():
         site, dot, part = name.rpartition(".")
-        into = {WEIGHT: weights, BIAS: biases}.get(dot + part)
-        if into is None or not _is_stream(site):
+        into = {WEIGHT: weights, BIAS: biases}.get(dot + part, marks)
+        if name not in MARKS and (into is marks or not _is_stream(site)):
             raise BadModelFile(f"{target}: {name} is neither {WEIGHT} nor {BIAS} of a site of the residual stream")
         if not bool(tensor.isfinite().all()):
             raise BadModelFile(f"{target}: {name} holds NaN or infinity")
-        into[site] = tensor
+        into[MARKS.get(name, site)] = tensor
     widths = {size for weight in weights.values() for size in weight.shape}
     widths |= {bias.numel() for bias in biases.values()}
     square = all(weight.ndim == 2 for weight in weights.values()) and all(bias.ndim == 1 for bias in biases.values())
     if len(widths) != 1 or not square or biases.keys() - weights.keys():
         raise BadModelFile(f"{target}: the maps are not all [d d], and biases [d], of one width d")
-    return FittedLens(kind, _ordered(weights), _ordered(biases), about)
+    if len(marks) not in (0, len(MARKS)):
+        raise BadModelFile(f"{target}: of {' and '.join(MARKS)} one is missing")
+    return FittedLens(kind, _ordered(weights), _ordered(biases), about, marks)
 
 
 def _is_stream(name: str) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,42 +12,12 @@ from torch.nn import functional as F
 
 from gemma2.ops import upcast
 from gemma2.research.activation_cache import ActivationCache
-from gemma2.research.aliases import canonical
-from gemma2.research.edits import Edit, Hook, edit
+from gemma2.research.hooked_hooks import Hooks, NamesFilter, with_gradient
 from gemma2.research.hooked_text import HookedText, Input
-from gemma2.research.lens_words import INVERSE, RESULT, SCALE, PosSlice, Z, residual_directions, shown, sliced
+from gemma2.research.lens_words import GRAD, PosSlice, residual_directions, sliced
 from gemma2.research.seen import capture
-from gemma2.research.sites import Site, chosen, in_table, sites
-from gemma2.research.watch import Passes, acting
-from gemma2.twins import hidden_by
-
-NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
-Function = Callable[[Tensor, "HookPoint"], Tensor | None]
-Hooks = Sequence[tuple[str | Callable[[str], bool], Function]]
-
-
-@dataclass(frozen=True)
-class HookPoint:
-    """Where a hook function stands, as it is told.
-
-    Attributes:
-        name: of the site, as TransformerLens has it.
-        step: which pass it is, from 0 since the hooks were set.
-        positions: of the value's tokens [b t]; negative for padding.
-        ctx: a dict of this site's own, which lasts as long as the hooks.
-    """
-
-    name: str
-    step: int
-    positions: Tensor
-    ctx: dict[str, Any]
-
-    def layer(self) -> int:
-        """The number of the layer. Raises ValueError for a site that is in none."""
-        parts = self.name.split(".")
-        if parts[0] != "blocks":
-            raise ValueError(f"{self.name} is in no layer")
-        return int(parts[1])
+from gemma2.research.sites import Site, in_table
+from gemma2.research.watch import acting
 
 
 @dataclass(frozen=True)
@@ -68,8 +37,13 @@ class HookedConfig:
     dtype: torch.dtype
 
 
+class _Reached(Exception):
+    """The pass has come to where it should end."""
+
+
 class Hooked(HookedText):
-    """A Gemma 2 with TransformerLens's methods. Made by `hooked`; `HookedText` has those for texts."""
+    """A Gemma 2 with TransformerLens's methods. Made by `hooked`; `HookedText` has those for texts, and `HookedHooks`
+    those for hooks."""
 
     @property
     def cfg(self) -> HookedConfig:
@@ -95,13 +69,30 @@ class Hooked(HookedText):
         return residual_directions(self.model, every, self.to_single_token).T
 
     def __call__(
-        self, input: Input, return_type: str | None = "logits", loss_per_token: bool = False, prepend_bos: bool = True
+        self,
+        input: Input,
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool = True,
+        *,
+        stop_at_layer: int | None = None,
     ) -> Any:
-        """Logits [b t v]; or by `return_type` "loss", the mean cross-entropy of each next token, "both", or None."""
+        """Logits [b t v]; or by `return_type` "loss", the mean cross-entropy of each next token, "both", or None.
+
+        Texts of unequal length are padded on the right, and the loss counts padding as text, as in TransformerLens.
+
+        Args:
+            stop_at_layer: compute the layers before this one only, and return the residual stream [b t d], whatever
+                `return_type` is. 0 is the embedding alone; negative numbers count from the last layer.
+        """
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f'return_type is "logits", "loss", "both" or None, not {return_type!r}')
+        layers = None if stop_at_layer is None else self._before(stop_at_layer)
         tokens = self._ids(input, prepend_bos)
-        logits = self.model(tokens)
+        with self._standing():
+            if layers is not None:
+                return self._stream(tokens, layers)
+            logits = self.model(tokens)
         if return_type in ("logits", None):
             return logits if return_type else None
         loss = F.cross_entropy(upcast(logits[:, :-1]).transpose(1, 2), tokens[:, 1:].long(), reduction="none")
@@ -113,10 +104,12 @@ class Hooked(HookedText):
     def run_with_cache(
         self,
         input: Input,
+        return_type: str | None = "logits",
         *,
         names_filter: NamesFilter = None,
         device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
+        incl_bwd: bool = False,
         pos_slice: PosSlice = None,
         **options: Any,
     ) -> tuple[Any, ActivationCache]:
@@ -126,74 +119,66 @@ class Hooked(HookedText):
             names_filter: a name, a glob, a list of them, or a function that is asked about each name; default all.
             device: to keep the values on.
             remove_batch_dim: leave the batch axis out, which must be 1.
+            incl_bwd: the gradients of the loss too, whose names end in "_grad"; needs `return_type="loss"`. Gradients
+                of the parameters are not computed.
             pos_slice: of the tokens to keep: a number, a list, a slice or its arguments.
-            options: of the call, as `return_type`.
+            return_type, options: of the call.
         Raises:
-            ValueError: names that are no sites, or a filter that chooses none.
+            ValueError: names that are no sites, a filter that chooses none, gradients of what is not a loss.
         """
         picked = self._picked(names_filter)
-        with capture(self.model, list(picked), device=device) as seen:
-            found = self(input, **options)
-        values = {name: sliced(value, pos_slice, in_table(name).axis) for name, value in seen.items()}
+        if incl_bwd and (return_type != "loss" or options.get("loss_per_token") or "stop_at_layer" in options):
+            raise ValueError('incl_bwd takes gradients of the mean loss: give return_type="loss", and all layers')
+        nodes: dict[str, Tensor] = {}
+
+        def keep(site: Site, value: Tensor) -> Tensor:
+            nodes[site.name] = with_gradient(site.name, value)
+            return nodes[site.name]
+
+        with self._standing(), capture(self.model, list(picked), device=device) as seen:
+            with acting(self.model, picked if incl_bwd else (), keep):
+                found = self(input, return_type, **options)
+            values = dict(seen)
+            if incl_bwd:
+                gradients = torch.autograd.grad(found, list(nodes.values()), materialize_grads=True)
+                values |= {name + GRAD: one.to(device) for name, one in zip(nodes, gradients, strict=True)}
+        values = {name: sliced(one, pos_slice, in_table(name.removesuffix(GRAD)).axis) for name, one in values.items()}
         cache = ActivationCache(values, self.model, self.to_single_token)
         return found, cache.remove_batch_dim() if remove_batch_dim else cache
 
-    @contextmanager
-    def hooks(self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = ()) -> Iterator[Hooked]:
-        """Call functions at sites in every pass inside the block, also while generating.
-
-        Args:
-            fwd_hooks: (name, glob or function of names; function(value, hook) -> what takes its place, or None). The
-                value is a copy, so that the function may write into it; what it wrote counts, as in TransformerLens.
-            bwd_hooks: the same for gradients, in the backward pass of what was computed inside the block. At a norm's
-                scale they are told the gradient of `hook_inv_scale`.
-        Raises:
-            ValueError: as `gemma2.research.edit`.
-        """
-        edits: dict[str, list[Edit]] = {}
-        for where, function in _pairs(fwd_hooks):
-            for site, name in self._picked(where).items():
-                edits.setdefault(site, []).append(_edit(function, name))
-        back: dict[str, list[tuple[Function, dict[str, Any]]]] = {}
-        for where, function in _pairs(bwd_hooks):
-            for site in self._picked(where):
-                back.setdefault(site, []).append((function, {}))
-        with ExitStack() as stack:
-            if edits:
-                stack.enter_context(edit(self.model, edits))
-            if back:
-                passes = stack.enter_context(Passes(self.model))
-                stack.enter_context(acting(self.model, back, _backward(back, passes)))
-            yield self
-
-    def run_with_hooks(self, input: Input, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **options: Any) -> Any:
+    def run_with_hooks(
+        self,
+        input: Input,
+        *args: Any,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **options: Any,
+    ) -> Any:
         """One pass with hooks, see `hooks`. Gradients reach `bwd_hooks` also when `backward()` is called later."""
-        with self.hooks(fwd_hooks, bwd_hooks):
-            return self(input, **options)
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+            return self(input, *args, **options)
 
-    def _picked(self, names: NamesFilter) -> dict[str, str]:
-        """The sites that a filter chooses, in the order of computation -> the names that they are told by."""
-        config = self.model.config
-        if names is None or callable(names):
-            found = {
-                name: shown(name)
-                for name, site in sites(config).items()
-                if hidden_by(self.model, site.module) is None and (names is None or names(shown(name)))
-            }
-            if not found:
-                raise ValueError("the filter chose no site: it is asked about names as blocks.0.hook_resid_post")
-            return found
-        listed = [names] if isinstance(names, str) else names
-        if not isinstance(listed, list | tuple):
-            raise ValueError(f"names are text, a list of it or a function of a name, not {names!r}")
-        wanted = [canonical(name) for name in listed]
-        # TransformerLens's scale is kept as its reciprocal, and a head's result is made from z.
-        by_ours = {name.replace(SCALE, INVERSE).replace(RESULT, Z): name for name in wanted}
-        picked = {}
-        for ours, name in by_ours.items():
-            for site in chosen(config, ours):
-                picked[site] = shown(site) if SCALE in name else site
-        return {site: picked[site] for site in sites(config) if site in picked}
+    def _before(self, layer: int) -> int:
+        """How many layers there are before one. Raises ValueError for one that is not there."""
+        n = self.model.config.num_hidden_layers
+        if type(layer) is not int or not -n <= layer <= n:
+            raise ValueError(f"stop_at_layer must be from {-n} to {n}, not {layer!r}")
+        return layer % n if layer < 0 else layer
+
+    def _stream(self, tokens: Tensor, layers: int) -> Tensor:
+        """The residual stream after so many layers, without computing what follows."""
+        found: list[Tensor] = []
+
+        def stop(site: Site, value: Tensor) -> None:
+            found.append(value)
+            raise _Reached
+
+        site = f"blocks.{layers - 1}.hook_resid_post" if layers else "hook_embed"
+        with suppress(_Reached), acting(self.model, site, stop):
+            self.model.model(tokens)
+        return found[0]
 
 
 def hooked(model: Any) -> Hooked:
@@ -212,45 +197,3 @@ def hooked(model: Any) -> Hooked:
         ValueError: neither.
     """
     return Hooked(model)
-
-
-def _pairs(hooks: Any) -> Hooks:
-    """Raises ValueError for what is not a list of (name or filter, function)."""
-    if not isinstance(hooks, list | tuple):
-        raise ValueError(f"hooks are a list of (name, function), not {hooks!r}")
-    for pair in hooks:
-        if not isinstance(pair, list | tuple) or len(pair) != 2 or not callable(pair[1]):
-            raise ValueError(f"a hook is (name, function(value, hook)), not {pair!r}")
-    return hooks
-
-
-def _edit(function: Function, name: str) -> Edit:
-    """A TransformerLens hook function as an edit."""
-    ctx: dict[str, Any] = {}
-
-    def change(value: Tensor, hook: Hook) -> Tensor | None:
-        inverse = name.endswith(SCALE)
-        given = 1 / value if inverse else value.clone()
-        before = None if given.is_inference() else given._version
-        found = function(given, HookPoint(name, hook.step, hook.positions, ctx))
-        if found is None:
-            if before is not None and given._version == before:
-                return None
-            found = given
-        return 1 / found if inverse and isinstance(found, Tensor) else found
-
-    return change
-
-
-def _backward(
-    functions: dict[str, list[tuple[Function, dict[str, Any]]]], passes: Passes
-) -> Callable[[Site, Tensor], Tensor]:
-    def act(site: Site, value: Tensor) -> Tensor:
-        if not value.requires_grad:
-            raise ValueError(f"{site.name} takes no gradient: call with gradients enabled")
-        for function, ctx in functions[site.name]:
-            hook = HookPoint(site.name, passes.number, passes.located(value.shape[site.axis]), ctx)
-            value.register_hook(lambda gradient, function=function, hook=hook: function(gradient, hook))
-        return value
-
-    return act

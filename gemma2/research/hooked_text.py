@@ -1,4 +1,4 @@
-"""The half of `research.hooked` that has to do with text: ids and their spellings, and generation."""
+"""The part of `research.hooked` that has to do with text: ids and their spellings, and generation."""
 
 from __future__ import annotations
 
@@ -11,24 +11,22 @@ from torch import Tensor
 from gemma2.checks import check_count
 from gemma2.gemma import Gemma
 from gemma2.generate import generate_ids
-from gemma2.model import Gemma2
+from gemma2.research.hooked_hooks import HookedHooks
 from gemma2.research.lens_words import residual_directions
-from gemma2.research.watch import model_of
 from gemma2.sampling import Sampling
 
 Input = str | Sequence[str] | Tensor  # a text, several, or token ids [t] or [b t]
 
 
-class HookedText:
+class HookedText(HookedHooks):
     """TransformerLens's methods for texts.
 
     Attributes:
-        model: the `Gemma2` itself; nothing in it is changed.
         gemma: the `Gemma` it came from, which has the tokenizer; or None.
     """
 
     def __init__(self, model: Any) -> None:
-        self.model: Gemma2 = model_of(model)
+        super().__init__(model)
         self.gemma = model if isinstance(model, Gemma) else None
 
     @torch.no_grad()
@@ -37,6 +35,7 @@ class HookedText:
         input: Input,
         max_new_tokens: int = 10,
         stop_at_eos: bool = True,
+        *,
         do_sample: bool = True,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -73,16 +72,18 @@ class HookedText:
             finished=finished,
             progress=verbose,
         )
-        for new in steps:
-            for number, token in enumerate(new):
-                rows[number].append(self._special("eos") if number in finished else token)
-                if token in stops:
-                    finished.add(number)
+        with self._standing():
+            for new in steps:
+                for number, token in enumerate(new):
+                    rows[number].append(self._special("eos") if number in finished else token)
+                    if token in stops:
+                        finished.add(number)
         if return_type == "str" or (return_type == "input" and not isinstance(input, Tensor)):
             texts = [self._gemma("text").tokenizer.decode(row) for row in rows]
             return texts[0] if isinstance(input, str) or len(texts) == 1 else texts
         width = max(map(len, rows))
-        return torch.tensor([[0] * (width - len(row)) + row for row in rows], device=self.model.device)
+        padded = [[self._special("pad")] * (width - len(row)) + row if len(row) < width else row for row in rows]
+        return torch.tensor(padded, device=self.model.device)
 
     def to_tokens(self, input: str | Sequence[str], prepend_bos: bool = True) -> Tensor:
         """Ids [b t] of a text or several, after a BOS. Shorter rows are padded on the right, where no token sees it."""

@@ -17,6 +17,7 @@ from gemma2.checks import check_count
 from gemma2.model import Gemma2
 from gemma2.research.edits import Hook, edit
 from gemma2.research.fitted import FittedLens
+from gemma2.research.marks import marks_of
 from gemma2.research.watch import model_of, watching
 
 SKIPPED = 16  # first positions of a text, which attend to the BOS more than to anything else
@@ -40,12 +41,12 @@ def fit_jacobian(
 
     Args:
         model: a `Gemma2`, a `Gemma`, or one of them in a wrapper. The more exact its dtype, the better.
-        texts: token ids [b t], or a list of them; all longer than `skip`.
+        texts: several, each as token ids [b t] or as a list of ids; all longer than `skip`.
         layers: default all.
         skip: leave so many first positions t of each text out.
         progress: called with the number of rows that are done, of all texts.
     Raises:
-        ValueError: no text, one that is too short, a layer that is not there.
+        ValueError: no text, one that is not ids or too short, a layer that is not there.
     """
     inner = model_of(model)
     config, skip = inner.config, check_count("skip", skip)
@@ -67,7 +68,9 @@ def fit_jacobian(
             progress(done)
         sources += len(batch) * (batch.shape[1] - skip)
     about = {"texts": str(sum(map(len, batches))), "positions": str(sources), "skipped": str(skip)}
-    return FittedLens("jacobian", {name: total / sources for name, total in sums.items()}, about=about)
+    return FittedLens(
+        "jacobian", {name: total / sources for name, total in sums.items()}, about=about, marks=marks_of(inner)
+    )
 
 
 def layer_sites(model: Gemma2, layers: Iterable[int] | None) -> list[str]:
@@ -86,8 +89,21 @@ def last_site(model: Gemma2) -> str:
 
 
 def as_batches(texts: Iterable[Tensor | Sequence[int]]) -> list[Tensor]:
-    """Token ids [b t] of each text, of lists of ids too. Raises ValueError for none, and where gradients cannot be."""
-    batches = [text if isinstance(text, Tensor) else torch.tensor([list(text)], device="cpu") for text in texts]
+    """Token ids [b t] of each text, of lists of ids too. Raises ValueError for none, for what are no ids, and where
+    gradients cannot be."""
+    if isinstance(texts, str | Tensor):
+        raise ValueError("texts are several: give a list of them, as [tokens]")
+    batches = []
+    for number, text in enumerate(texts):
+        if isinstance(text, Tensor):
+            ids = text
+        elif isinstance(text, Sequence) and len(text) and all(type(one) is int for one in text):
+            ids = torch.tensor([list(text)], device="cpu")
+        else:
+            raise ValueError(f"text {number} must be token ids, as a tensor [b t] or a list, not {str(text)[:60]!r}")
+        if ids.ndim != 2 or not ids.numel():
+            raise ValueError(f"text {number} must be token ids [b t], not of shape {list(ids.shape)}")
+        batches.append(ids)
     if not batches:
         raise ValueError("there is no text to fit the lens on")
     if torch.is_inference_mode_enabled():

@@ -21,7 +21,7 @@ from gemma2.checks import check_count
 from gemma2.model import Gemma2
 from gemma2.research.fitted import FittedLens
 from gemma2.research.seen import Seen, capture
-from gemma2.research.sites import chosen
+from gemma2.research.sites import chosen, missing
 from gemma2.research.watch import model_of
 from gemma2.research.where import Where, check_there, check_where, columns
 
@@ -62,13 +62,14 @@ def logit_lens(
         positions: which tokens to look at, as in `capture`; default all. Logits of all take b x t x v numbers.
         fitted: a Jacobian or tuned lens, which carries each value to the last layer first.
     Raises:
-        ValueError: a site of another width, a name that is no site, a lens that does not have the site.
+        ValueError: a site of another width, a name that is no site, a lens that does not have the site or was fitted on
+            another model.
         KeyError: a site that was not captured.
     """
     inner, where = model_of(model), check_where(positions)
     names = sites_of_width(inner, sites)
     if fitted is not None:
-        fitted.check(names, inner.config.hidden_size)
+        fitted.check_model(names, inner)
     check_there(where, source.positions if isinstance(source, Seen) else source)
     seen = _seen(inner, source, names)
     return _each(inner, seen, names, where, fitted)
@@ -123,7 +124,7 @@ def lens_table(
         raise ValueError(f"top must be at most the vocabulary's {inner.config.vocab_size}, not {top}")
     names = sites_of_width(inner, sites)
     if fitted is not None:
-        fitted.check(names, inner.config.hidden_size)
+        fitted.check_model(names, inner)
     check_there(where, tokens)
     seen = _seen(inner, tokens, names)
     at = columns(where, seen.positions)
@@ -157,9 +158,9 @@ def sites_of_width(model: Gemma2, sites: Iterable[str] | str) -> list[str]:
 
 def _seen(model: Gemma2, source: Tensor | Seen, names: list[str]) -> Seen:
     if isinstance(source, Seen):
-        missing = [name for name in names if name not in source.names]
-        if missing:
-            raise KeyError(f"{missing[0]} was not captured; captured were {', '.join(source.names[:4])} ...")
+        absent = [name for name in names if name not in source.names]
+        if absent:
+            raise KeyError(missing(absent[0], source.names))
         return source
     with torch.no_grad(), capture(model, names) as seen:
         model.model(source)  # without the head

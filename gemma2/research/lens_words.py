@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 from gemma2 import ops
 from gemma2.model import Gemma2
 from gemma2.research.aliases import canonical
+from gemma2.research.marks import embedding_rows
 
 SCALE, INVERSE = "hook_scale", "hook_inv_scale"  # TransformerLens's, and its reciprocal, which this model has
+GRAD = "_grad"  # at the end of a gradient's name in a cache
 RESULT, Z = "attn.hook_result", "attn.hook_z"  # a head's result is made from z
 SHORTER = {
     "attn": "pattern",
@@ -35,7 +37,9 @@ def shown(site: str) -> str:
 
 def named(key: Any, layers: int) -> str:
     """The name that a cache's key stands for: a name or an alias; "k6"; or ("resid_post", 5), where -1 is the last
-    layer. A `hook_scale` stays one."""
+    layer. A `hook_scale` stays one, and a gradient's ending stays."""
+    if isinstance(key, str) and key.endswith(GRAD):
+        return named(key.removesuffix(GRAD), layers) + GRAD
     short = None if isinstance(key, tuple) else SHORT.fullmatch(str(key))
     if short:
         key = (short[1], int(short[2]), short[3])
@@ -58,8 +62,13 @@ def residual_directions(model: Gemma2, tokens: str | int | Tensor, to_single_tok
         tokens = to_single_token(tokens)
     ids = torch.as_tensor(tokens, device=model.device)
     ids = ids.reshape(()) if ids.numel() == 1 else ids
-    rows = model.model.embed_tokens.weight[ids]
-    return (ops.upcast(rows) * (1.0 + ops.upcast(model.model.norm.weight))).to(rows.dtype)
+    rows = embedding_rows(model, ids)
+    return (ops.upcast(rows) * (1.0 + ops.upcast(model.model.norm.weight))).to(model.dtype)
+
+
+def of_scale(gradient: Tensor, inverse: Tensor) -> Tensor:
+    """The gradient of a scale from that of its reciprocal, and the other way with the scale for the reciprocal."""
+    return -gradient * inverse.square()
 
 
 def sliced(value: Tensor, which: PosSlice, dim: int) -> Tensor:
@@ -72,3 +81,9 @@ def sliced(value: Tensor, which: PosSlice, dim: int) -> Tensor:
         which = slice(*which)
     index = torch.arange(value.shape[dim], device=value.device)[which] if isinstance(which, slice) else which
     return value.index_select(dim, torch.as_tensor(index, device=value.device))
+
+
+def check_one_row(rows: Set[int]) -> None:
+    """Raises ValueError for values with other counts of rows than one, whose batch axis is to be left out."""
+    if rows - {1}:
+        raise ValueError(f"the batch axis cannot be removed: it has {max(rows)} rows")

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from gemma2 import ops
 from gemma2.model import Gemma2
-from gemma2.research.ablation import batches, hidden, parts
-from gemma2.research.watch import check_shown, model_of
+from gemma2.research.ablation import batches, parts
+from gemma2.research.sites import Site
+from gemma2.research.watch import acting, model_of
+from gemma2.scoring import hidden
 
 BINS, END = 40, 2.0  # of the histogram of |x| / cap; what is beyond its end counts in the last bin
 
@@ -112,21 +114,21 @@ def saturation(
 @contextmanager
 def _scores(model: Gemma2, told: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
     """Call told(layer, scores [b h t s] before the cap, which are visible [b 1 t s]) in every pass inside the block."""
-    check_shown(model, [f"blocks.{i}.attn.hook_scores_raw" for i in range(model.config.num_hidden_layers)])
-    with ExitStack() as hooks:
-        for i, layer in enumerate(model.model.layers):
-            attend = layer.get_submodule("self_attn.attend")
-            visible: list[Tensor] = []
+    visible: dict[str, Tensor] = {}  # by site
 
-            def enter(module: nn.Module, inputs: tuple[Tensor, ...], visible: list[Tensor] = visible) -> None:
-                positions, keys = inputs[3:5]
-                visible[:] = [ops.visible(positions, keys, module.window)]  # type: ignore[arg-type]
+    def enter(site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            positions, keys = inputs[3:5]  # scores come with their keys in the order of positions
+            visible[site] = ops.visible(positions, keys.sort(dim=1).values, module.window)  # type: ignore[arg-type]
 
-            def see(
-                module: nn.Module, inputs: object, scores: Tensor, i: int = i, visible: list[Tensor] = visible
-            ) -> None:
-                told(i, scores, visible.pop())
+        return hook
 
-            hooks.callback(attend.register_forward_pre_hook(enter).remove)
-            hooks.callback(attend.get_submodule("hook_scores_raw").register_forward_hook(see).remove)
+    def see(site: Site, scores: Tensor) -> None:
+        told(int(site.name.split(".")[1]), scores, visible.pop(site.name))
+
+    names = [f"blocks.{i}.attn.hook_scores_raw" for i in range(model.config.num_hidden_layers)]
+    with acting(model, names, see), ExitStack() as hooks:
+        for i, name in enumerate(names):
+            attend = model.get_submodule(f"model.layers.{i}.self_attn.attend")
+            hooks.callback(attend.register_forward_pre_hook(enter(name)).remove)
         yield

@@ -19,9 +19,9 @@ from gemma2.atomic import naming_a_full_disk, replacing
 from gemma2.memory import free_memory
 from gemma2.model import Gemma2
 from gemma2.research.aliases import canonical
-from gemma2.research.sites import Site, chosen, in_table
+from gemma2.research.sites import Site, chosen, in_table, missing
 from gemma2.research.watch import Passes, acting, check_shown, model_of
-from gemma2.research.where import Where, check_where, columns, marked
+from gemma2.research.where import Met, Where, check_where, columns, marked
 
 LARGE = 2**30  # bytes of one pass, from which on a capture says what it keeps
 POSITIONS = "positions"  # their name in a file
@@ -123,7 +123,7 @@ class Seen(Mapping[str, Tensor]):
 
     def _value(self, number: int, name: str) -> Tensor:
         if name not in self.names:
-            raise KeyError(f"{name} was not captured; captured were {', '.join(self.names[:4])} ...")
+            raise KeyError(missing(name, self.names))
         if not self.passes:
             raise KeyError(f"{name}: there was no pass yet")
         try:
@@ -152,7 +152,8 @@ def capture(
         model: a `Gemma2`, a `Gemma`, or one of them in a wrapper.
         sites: names, globs or aliases, see `gemma2.research.sites.chosen`.
         positions: which tokens to keep: positions in the text (0 is the BOS), a slice of them, or negative numbers,
-            which count from the end of each pass. Default all. Of scores, queries are chosen and never keys.
+            which count from the end of each pass. Default all. Of scores, queries are chosen and never keys. A
+            position that no pass had is told in a warning at the end of the block.
         device, dtype: to keep the values in; default as they are.
         to: a folder for the values, one safetensors file a pass, instead of the memory. It is made, and must not exist.
     Raises:
@@ -166,7 +167,7 @@ def capture(
     folder = None if to is None else Path(to).expanduser()
     if folder is not None:
         folder.mkdir(parents=True)
-    seen = Seen(picked)
+    seen, met = Seen(picked), Met(where, "position")
     with Passes(inner) as passes:
 
         def begin(tokens: Tensor) -> None:
@@ -178,6 +179,7 @@ def capture(
         def keep(site: Site, value: Tensor) -> None:
             now, at, value = seen.passes[-1], passes.located(value.shape[site.axis]), value.detach()
             if where is not None:
+                met.meet(at)
                 value = site.take(value, columns(where, at))
             if not now.positions.numel():
                 now.positions = passes.located().cpu() if where is None else at.gather(1, columns(where, at)).cpu()
@@ -189,6 +191,7 @@ def capture(
                 yield seen
         finally:
             _store(seen, folder)
+    met.warn()
 
 
 def opened(folder: str | Path) -> Seen:

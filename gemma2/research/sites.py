@@ -7,7 +7,7 @@ reciprocal of its `hook_scale`), `ln1`, `ln2`, `ln_final`, `logits_raw` and `log
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -218,6 +218,15 @@ def chosen(config: Gemma2Config, patterns: Iterable[str] | str = "*") -> dict[st
         for name, site in known.items()
         if name in exact or any(fnmatchcase(name, pattern) for pattern in globs)
     }
+
+
+def missing(name: str, kept: Sequence[str]) -> str:
+    """What to say of a name that is not among the sites that were kept."""
+    try:
+        in_table(name)
+    except KeyError:
+        return f"no site is called {name!r} (gemma2 trace --list shows all)"
+    return f"{name} was not captured; captured were {', '.join(kept[:4])}{' ...' if len(kept) > 4 else ''}"
 
 
 def _near(pattern: str, config: Gemma2Config) -> str:

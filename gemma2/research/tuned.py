@@ -16,6 +16,7 @@ from gemma2.model import Gemma2
 from gemma2.research.fitted import FittedLens
 from gemma2.research.jacobian import as_batches, last_site, layer_sites
 from gemma2.research.lens import unembed
+from gemma2.research.marks import marks_of
 from gemma2.research.seen import capture
 from gemma2.research.watch import model_of
 
@@ -37,7 +38,7 @@ def fit_tuned(
 
     Args:
         model: a `Gemma2`, a `Gemma`, or one of them in a wrapper.
-        texts: token ids [b t], or a list of them.
+        texts: several, each as token ids [b t] or as a list of ids.
         layers: default all; the last one's map stays the identity, because there is nothing to learn.
         steps: of Adam, on the positions of one text each, in turn.
         rate: the learning rate, which falls to zero in a line.
@@ -81,8 +82,15 @@ def fit_tuned(
         progress(step, sum(losses) / len(losses))
     eye = torch.eye(d, device=device)
     weights = {name: (eye + turn.detach()).cpu() for name, turn in turns.items()}
-    about = {"texts": str(sum(map(len, batches))), "steps": str(steps), "rate": str(rate), "seed": str(seed)}
-    return FittedLens("tuned", weights, {name: shift.detach().cpu() for name, shift in shifts.items()}, about)
+    about = {
+        "texts": str(sum(map(len, batches))),
+        "steps": str(steps),
+        "positions": str(positions),
+        "rate": str(rate),
+        "seed": str(seed),
+    }
+    biases = {name: shift.detach().cpu() for name, shift in shifts.items()}
+    return FittedLens("tuned", weights, biases, about, marks_of(inner))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,3 +63,30 @@ def check_there(where: Where, tokens: Tensor) -> None:
     for one in several or (where,):
         if not bool(marked(one, at).any()):
             raise ValueError(f"position {one} is not in the text, which has {t} tokens")
+
+
+class Met:
+    """Which of the positions that are meant came by, so that those that never did can be told.
+
+    A block cannot refuse a position beyond its first pass: a generation may reach it.
+
+    Args:
+        where: the positions, or the steps.
+        name: what they are, for the warning.
+    """
+
+    def __init__(self, where: Where, name: str) -> None:
+        self.name, self.any = name, False
+        self.left: list[int | slice] = [where] if isinstance(where, int | slice) else [*(where or ())]
+
+    def meet(self, positions: Tensor) -> None:
+        """Some tokens come by, at positions [b t]."""
+        self.any = True
+        if self.left:
+            self.left = [one for one in self.left if not bool(marked(one, positions).any())]
+
+    def warn(self) -> None:
+        """Warn of those that did not come, where others could have."""
+        if self.any and self.left:
+            said = ", ".join(map(str, self.left))
+            warnings.warn(f"{self.name} {said}: no pass of this block had it, so nothing was done there", stacklevel=4)

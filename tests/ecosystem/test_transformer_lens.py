@@ -161,6 +161,53 @@ def test_without_fold_ln_its_numbers_are_others_where_the_final_gain_is_used(exa
     assert close(ours.accumulated_resid(apply_ln=True) * gain, others.accumulated_resid(apply_ln=True))
 
 
+def test_gradients_and_added_hooks_are_its_own(exact: gemma2.Gemma, folded: Any) -> None:
+    tokens = TOKENS[:, :40]
+    caches = [m.run_with_cache(tokens, return_type="loss", incl_bwd=True) for m in (hooked(exact), folded)]
+    (loss, ours), (expected, others) = caches
+    assert close(loss, expected)
+    names = [name for name in others if name.endswith("_grad")]
+    assert len(names) == 5 + 24 * exact.config.num_hidden_layers
+    for name in names:
+        if ".ln1." in name:  # it calls this norm for queries, keys and values, and keeps the gradient of one of them
+            assert not close(ours[name], others[name]), name
+            continue
+        # What the head reads has the gain in it here, and W_U has it there.
+        ours_name = "ln_final.hook_normalized_grad" if name == "unembed.hook_in_grad" else name
+        assert close(ours[ours_name], others[name]), name
+
+    def told_by(model: Any) -> tuple[list[Any], Tensor]:
+        """Two functions at one site and one at the next, which has the same tensor, and what comes to the embedding."""
+        told: list[Any] = []
+
+        def times(factor: float) -> Any:
+            def hook_function(gradient: Tensor, hook: Any) -> tuple[Tensor]:
+                told.append((hook.name, gradient.clone()))
+                return (gradient * factor,)
+
+            return hook_function
+
+        model.add_hook("blocks.2.hook_resid_post", times(3.0), "bwd")
+        model.add_hook("blocks.2.hook_resid_post", times(5.0), "bwd")
+        model.add_hook("blocks.3.hook_resid_pre", times(2.0), dir="bwd")
+        model.add_hook(lambda name: name == "blocks.1.hook_mlp_out", lambda value, hook: value * 2)
+        model.add_hook("blocks.1.hook_mlp_out", lambda value, hook: value + 1)
+        kept, forward, back = model.get_caching_hooks(["hook_embed"], incl_bwd=True)
+        hooks = {"fwd_hooks": forward, "bwd_hooks": back, "reset_hooks_end": False}
+        loss = model.run_with_hooks(tokens, return_type="loss", **hooks)
+        loss.backward()
+        model.reset_hooks()
+        assert torch.equal(model(tokens, return_type="loss"), caches[model is folded][0])
+        return [*told, (str(sorted(kept)), kept["hook_embed_grad"])], loss.detach()
+
+    (found, loss), (theirs, their_loss) = told_by(hooked(exact)), told_by(folded)
+    assert [name for name, _ in found] == [name for name, _ in theirs] and len(found) == 4 and close(loss, their_loss)
+    assert all(close(one, other) for (_, one), (_, other) in zip(found, theirs, strict=True))
+    for layer in (0, 2, -1, 6):
+        assert close(hooked(exact)(tokens, stop_at_layer=layer), folded(tokens, stop_at_layer=layer))
+    exact.model.zero_grad(set_to_none=True)
+
+
 def test_its_words_for_texts_give_its_tokens(pocket: gemma2.Gemma, theirs: Any, their_tokenizer: Any) -> None:
     theirs.set_tokenizer(their_tokenizer)
     ours, text = hooked(pocket), "And God said, Let there be light"

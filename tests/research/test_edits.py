@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -168,3 +169,51 @@ def test_a_packed_and_compiled_model_takes_edits_while_it_generates() -> None:
         changed = gemma.generate(text, 8)
     assert changed != before and gemma.generate(text, 8) == before
     assert len(seen.passes) == 8 and not any(bool(one.values["blocks.3.hook_mlp_out"].any()) for one in seen.passes)
+
+
+def test_positions_and_steps_that_no_pass_had_are_told_at_the_end_of_the_block() -> None:
+    said = pytest.warns(UserWarning, match="position 50: no pass of this block had it")
+    with said, torch.no_grad(), edit(MODEL, {MID: zero()}, positions=[7, 50]):
+        MODEL(TOKENS)
+    with pytest.warns(UserWarning, match="position -50: no pass"), torch.no_grad(), capture(MODEL, MID, positions=-50):
+        MODEL(TOKENS)
+    with pytest.warns(UserWarning, match="step 2: no pass"), torch.no_grad(), edit(MODEL, {MID: zero()}, steps=[0, 2]):
+        MODEL(TOKENS)
+        MODEL(TOKENS)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        with edit(MODEL, {MID: zero()}, positions=[25, -1], steps=slice(0, None)), capture(MODEL, MID, positions=25):
+            list(generate_ids(MODEL, TOKENS.tolist(), 4))
+        with edit(MODEL, {MID: zero()}, positions=50):  # nothing ran
+            pass
+
+
+def test_an_edit_that_writes_into_the_value_is_refused(plain: dict[str, Tensor]) -> None:
+    def write(value: Tensor, hook: Hook) -> Tensor:
+        return value.mul_(0)
+
+    def quietly(value: Tensor, hook: Hook) -> None:
+        value[:, 0] = 0.0
+
+    for function in (write, quietly):
+        refused = pytest.raises(ValueError, match=rf"{MID}: the edit wrote into the value")
+        with refused, torch.no_grad(), edit(MODEL, {MID: function}):
+            MODEL(TOKENS)
+    with torch.no_grad():
+        assert torch.equal(MODEL(TOKENS), plain["logits"])
+
+
+@pytest.mark.parametrize(
+    "ready",
+    [
+        add(torch.ones(10)),
+        steer(torch.ones(10), 2.0),
+        remove(torch.ones(10)),
+        replace(torch.ones(3, 24)),
+        mean(torch.ones(10)),
+    ],
+)
+def test_a_ready_edit_with_a_tensor_of_another_shape_names_the_site_and_both_shapes(ready: Edit) -> None:
+    refused = pytest.raises(ValueError, match=rf"{MID}: .*does not broadcast to \[1, 24, \d+\] \[b t d\]")
+    with refused, torch.no_grad(), edit(MODEL, {MID: ready}):
+        MODEL(TOKENS)

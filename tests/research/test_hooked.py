@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import gemma2
-from gemma2.research import capture, hooked
+from gemma2.research import capture, edit, hooked
 from gemma2.research.activation_cache import ActivationCache
-from gemma2.research.hooked import HookPoint
+from gemma2.research.hooked_hooks import HookPoint
 from tests.conftest import ids, tiny
 
 MODEL = tiny("27b").double()
@@ -82,67 +82,6 @@ def test_a_filter_is_a_name_a_glob_a_list_or_a_function_of_transformer_lens_name
         cache["resid_post", 0]
     with pytest.raises(ValueError, match="it has 2 rows"):
         cache.remove_batch_dim()
-
-
-@torch.no_grad()
-def test_hooks_change_what_they_return_or_write_and_see_what_stands_before() -> None:
-    model, plain, told = hooked(MODEL), MODEL(TOKENS), list[tuple[str, int, int]]()
-
-    def returns(value: Tensor, hook: HookPoint) -> Tensor:
-        told.append((hook.name, hook.layer(), hook.step))
-        return torch.zeros_like(value)
-
-    def writes(value: Tensor, hook: Any) -> None:
-        value[:] = 0
-
-    def writes_and_returns(value: Tensor, hook: Any) -> Tensor:
-        value[:] = 0
-        return value
-
-    def looks(value: Tensor, hook: Any) -> None:
-        hook.ctx["norm"] = float(value.norm())
-
-    name = "blocks.2.hook_mlp_out"
-    found = [model.run_with_hooks(TOKENS, fwd_hooks=[(name, f)]) for f in (returns, writes, writes_and_returns)]
-    assert told == [(name, 2, 0)]
-    assert not torch.equal(found[0], plain) and all(torch.equal(found[0], other) for other in found[1:])
-    assert torch.equal(model.run_with_hooks(TOKENS, fwd_hooks=[(lambda name: True, looks)]), plain)
-    with model.hooks(fwd_hooks=[(lambda name: name == "blocks.2.hook_mlp_out", returns)]) as same:
-        logits, cache = same.run_with_cache(TOKENS, names_filter=name)
-        assert torch.equal(logits, found[0]) and not cache[name].any()
-    with torch.inference_mode():
-        assert torch.equal(model.run_with_hooks(TOKENS, fwd_hooks=[(name, writes)]), found[0])
-    twice = model.run_with_hooks(TOKENS, fwd_hooks=[(name, returns), (name, lambda value, hook: value + 1)])
-    assert torch.equal(
-        twice, model.run_with_hooks(TOKENS, fwd_hooks=[(name, lambda value, hook: torch.ones_like(value))])
-    )
-    assert torch.equal(MODEL(TOKENS), plain)
-
-
-@torch.no_grad()
-def test_an_edit_of_the_scale_is_one_of_its_reciprocal() -> None:
-    model = hooked(MODEL)
-    scale = model.run_with_hooks(TOKENS, fwd_hooks=[("blocks.1.ln2.hook_scale", lambda value, hook: value * 4)])
-    inverse = model.run_with_hooks(TOKENS, fwd_hooks=[("blocks.1.ln2.hook_inv_scale", lambda value, hook: value / 4)])
-    close(scale, inverse)
-    assert not torch.allclose(scale, MODEL(TOKENS))
-
-
-def test_backward_hooks_are_told_the_gradient_of_a_site() -> None:
-    model, found = hooked(MODEL), dict[str, Tensor]()
-
-    def keep(gradient: Tensor, hook: HookPoint) -> None:
-        found[hook.name] = gradient
-
-    name = "blocks.1.hook_resid_mid"
-    model.run_with_hooks(TOKENS, bwd_hooks=[(name, keep)], return_type="loss").backward()
-    shift = torch.zeros(2, 24, 288, dtype=torch.float64, requires_grad=True)
-    with model.hooks(fwd_hooks=[(name, lambda value, hook: value + shift)]):
-        (expected,) = torch.autograd.grad(model(TOKENS, return_type="loss"), shift)
-    close(found[name], expected)
-    MODEL.zero_grad(set_to_none=True)
-    with torch.no_grad(), pytest.raises(ValueError, match="takes no gradient"):
-        model.run_with_hooks(TOKENS, bwd_hooks=[(name, keep)])
 
 
 @torch.no_grad()
@@ -218,6 +157,54 @@ def test_texts_and_ids_are_those_of_the_tokenizer(pocket: gemma2.Gemma) -> None:
     assert model.cfg.n_layers == 6 and model.cfg.d_vocab == 4096 and hooked(MODEL).cfg.n_key_value_heads == 4
 
 
+@torch.no_grad()
+def test_a_pass_stops_at_a_layer_and_gives_the_stream_before_it() -> None:
+    model, blocks = hooked(MODEL), list[str]()
+    _, cache = model.run_with_cache(TOKENS)
+    for layer in range(-4, 5):
+        stream, some = model.run_with_cache(TOKENS, "loss", stop_at_layer=layer)
+        before = layer % 4 if layer < 0 else layer
+        expected = cache["resid_pre", before] if before < 4 else cache["resid_post", 3]
+        assert torch.equal(stream, expected) and torch.equal(model(TOKENS, stop_at_layer=layer), expected)
+        assert len(some) == 1 + 29 * before and f"blocks.{before}.hook_resid_pre" not in some
+    hooks: Any = [("*hook_resid_*", lambda value, hook: blocks.append(hook.name) or value * 2)]  # type: ignore[func-returns-value]
+    found = model.run_with_hooks(TOKENS, fwd_hooks=hooks, stop_at_layer=1)
+    with edit(MODEL, {"*hook_resid_*": lambda value, hook: value * 2}), capture(MODEL, "*resid_post") as seen:
+        MODEL(TOKENS)
+    assert torch.equal(found, seen["resid_post", 0]) and blocks == [
+        f"blocks.0.hook_resid_{at}" for at in ("pre", "mid", "post")
+    ]
+    for wrong in (5, -5, True, 1.0):
+        with pytest.raises(ValueError, match="stop_at_layer must be from -4 to 4, not"):
+            model(TOKENS, stop_at_layer=wrong)  # type: ignore[arg-type]
+    assert not any(module._forward_hooks for module in MODEL.modules())
+
+
+def test_gradients_are_cached_beside_values_and_parameters_get_none() -> None:
+    model = hooked(MODEL)
+    names = ["blocks.*.hook_resid_*", "blocks.1.ln2.hook_scale", "blocks.2.attn.hook_pattern", "hook_embed", "logits"]
+    loss, cache = model.run_with_cache(TOKENS, return_type="loss", names_filter=names, incl_bwd=True)
+    assert torch.equal(loss, model(TOKENS, return_type="loss"))
+    assert all(parameter.grad is None for parameter in MODEL.parameters())
+    ours = [name for name in cache if not name.endswith("_grad")]
+    assert len(ours) == 16 and all(f"{name}_grad" in cache for name in ours) and len(cache) == 32
+    for name in ours:
+        zero = torch.zeros_like(cache[name]).requires_grad_()
+        with model.hooks([(name, lambda value, hook, zero=zero: value + zero)]):
+            (expected,) = torch.autograd.grad(model(TOKENS, return_type="loss"), zero)
+        close(cache[f"{name}_grad"], expected, 1e-10)
+    assert torch.equal(cache["resid_post_grad", 2], cache["blocks.2.hook_resid_post_grad"])
+    _, one = model.run_with_cache(
+        TOKENS[:1], "loss", names_filter=names, incl_bwd=True, pos_slice=-1, remove_batch_dim=True
+    )
+    assert one["blocks.2.attn.hook_pattern_grad"].shape == (8, 24) and one["hook_embed_grad"].shape == (288,)
+    for options in ({}, {"return_type": "both"}, {"return_type": "loss", "loss_per_token": True}):
+        with pytest.raises(ValueError, match='incl_bwd takes gradients of the mean loss: give return_type="loss"'):
+            model.run_with_cache(TOKENS, incl_bwd=True, **options)
+    with torch.no_grad(), pytest.raises(ValueError, match="takes no gradient: call with gradients enabled"):
+        model.run_with_cache(TOKENS, "loss", incl_bwd=True)
+
+
 def test_generation_returns_what_it_was_given_in_front_and_hooks_act_in_it(pocket: gemma2.Gemma) -> None:
     model, text = hooked(pocket), "And God said"
     expected = text + pocket.generate(text, 6)
@@ -268,18 +255,6 @@ def test_a_packed_and_compiled_model_from_a_gguf_has_the_same_words() -> None:
     assert written[0].startswith(text) and written[0] != written[1] and not torch.isnan(logits).any()
 
 
-def test_no_hook_stays_when_a_function_fails() -> None:
-    def fails(value: Tensor, hook: Any) -> None:
-        raise RuntimeError("inside")
-
-    with pytest.raises(RuntimeError, match="inside"):
-        hooked(MODEL).run_with_hooks(
-            TOKENS, fwd_hooks=[("blocks.0.hook_resid_post", fails)], bwd_hooks=[("*_mid", fails)]
-        )
-    for module in MODEL.modules():
-        assert not module._forward_hooks and not module._forward_pre_hooks
-
-
 def test_what_cannot_be_is_named_before_anything_is_computed(pocket: gemma2.Gemma) -> None:
     model: Any = hooked(pocket)
     wrong = list[tuple[Any, str]]()
@@ -295,7 +270,10 @@ def test_what_cannot_be_is_named_before_anything_is_computed(pocket: gemma2.Gemm
     wrong += [(lambda: model.run_with_hooks("And", fwd_hooks="hook_embed"), "hooks are a list")]
     wrong += [(lambda: model.run_with_hooks("And", fwd_hooks=[("nope", print)]), "no site is called 'nope'")]
     wrong += [
-        (lambda: model.run_with_hooks("And", [("hook_embed", lambda value, hook: value[:, :1])]), "returned shape")
+        (
+            lambda: model.run_with_hooks("And", fwd_hooks=[("hook_embed", lambda value, hook: value[:, :1])]),
+            "returned shape",
+        )
     ]
     wrong += [(lambda: model.to_str_tokens(torch.zeros(2, 3, dtype=torch.long)), r"ids must be \[t\] or \[1 t\]")]
     for call, message in wrong:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,19 @@ from torch import Tensor
 
 import gemma2
 from gemma2.errors import BadModelFile
-from gemma2.research import FittedLens, capture, edit, fit_jacobian, fit_tuned, lens_table, logit_lens, open_lens
+from gemma2.research import (
+    FittedLens,
+    ablate,
+    capture,
+    edit,
+    fit_jacobian,
+    fit_tuned,
+    lens_table,
+    logit_lens,
+    open_lens,
+)
 from gemma2.research.jacobian import last_site
+from gemma2.research.marks import difference, marks_of
 from tests.conftest import ids, tiny
 
 MODEL = tiny("9b", num_hidden_layers=3).double()
@@ -120,6 +132,41 @@ def test_a_lens_for_another_model_or_site_is_refused(jacobian: FittedLens) -> No
         lens_table(MODEL, TEXTS[0], "hook_embed", fitted=jacobian)
 
 
+def test_a_lens_knows_its_model_in_every_dtype_and_form_and_refuses_another(
+    jacobian: FittedLens, tmp_path: Path
+) -> None:
+    jacobian.save(tmp_path / "lens.safetensors")
+    for lens in (jacobian, open_lens(tmp_path / "lens.safetensors")):
+        for same in (MODEL, tiny("9b", num_hidden_layers=3).bfloat16(), tiny("9b", num_hidden_layers=3).half()):
+            list(logit_lens(same, TEXTS[0], fitted=lens))
+            lens_table(same, TEXTS[0], fitted=lens)
+        other = tiny("9b", seed=1, num_hidden_layers=3)
+        for read in (logit_lens, lens_table):
+            with pytest.raises(ValueError, match=r"another model than this: the gains of its norms differ by up to \d"):
+                read(other, TEXTS[0], fitted=lens)
+            read(other, TEXTS[0], fitted=replace(lens, marks={}))
+        fresh = [gemma2.Gemma2(MODEL.config) for _ in range(2)]  # whose norms are all zero
+        own = replace(lens, marks=marks_of(fresh[0]))
+        logit_lens(fresh[0], TEXTS[0], fitted=own)
+        with pytest.raises(ValueError, match=r"another model than this: its embedding differs by 1\d\d%"):
+            logit_lens(fresh[1], TEXTS[0], fitted=own)
+        with pytest.raises(ValueError, match="it has another number of layers"):
+            logit_lens(tiny("9b"), TEXTS[0], STREAMS[0], fitted=lens)
+
+
+def test_packed_and_narrow_forms_of_a_model_have_its_marks(pocket: gemma2.Gemma) -> None:
+    own, path = marks_of(pocket.model), "pocket:pocket-q8_0.gguf"
+    forms: list[Any] = [{"dtype": "bfloat16"}, {"weights": "int4"}]
+    models = [gemma2.load("pocket", device="cpu", **form) for form in forms]
+    for gemma in (*models, gemma2.load(path, device="cpu", weights="packed", fast=True)):
+        assert difference(marks_of(gemma.model), own) is None
+        with ablate(gemma, post_norms=False, embed_scale=False, window=None):
+            assert difference(marks_of(gemma.model), own) is None
+    nudged = {name: value * 1.02 for name, value in own.items()}
+    assert "norms differ" in (difference(nudged, own) or "")
+    assert marks_of(tiny("2b").to("meta")) == {}
+
+
 KIND = {"gemma2_lens": "jacobian"}
 
 
@@ -134,6 +181,7 @@ KIND = {"gemma2_lens": "jacobian"}
         ({f"{STREAMS[0]}.bias": torch.ones(2)}, KIND, "not all"),
         ({"logits.weight": torch.ones(2, 2)}, KIND, "logits.weight is neither"),
         ({}, KIND, "not all"),
+        ({f"{STREAMS[0]}.weight": torch.eye(2), "marks.norms": torch.ones(2)}, KIND, "one is missing"),
     ],
 )
 def test_a_file_with_something_else_is_refused(
@@ -157,6 +205,12 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"texts": []}, "there is no text"),
+        ({"texts": TEXTS[0]}, "texts are several: give a list of them"),
+        ({"texts": "And God said"}, "texts are several"),
+        ({"texts": ["And God said"]}, "text 0 must be token ids, as a tensor"),
+        ({"texts": [TEXTS[0], TEXTS[0][0]]}, r"text 1 must be token ids \[b t\], not of shape \[12\]"),
+        ({"texts": [[]]}, "text 0 must be token ids"),
+        ({"texts": [3, 4]}, "text 0 must be token ids"),
         ({"skip": 9}, "text 1 has 9 tokens, and its first 9 are skipped"),
         ({"layers": [4]}, "layers must be some of 0 to 2, not 4"),
         ({"layers": []}, "layers must be some of 0 to 2, not none"),

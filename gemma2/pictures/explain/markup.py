@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gemma2.config import LOCAL, Gemma2Config
+from gemma2.pictures.data import script_json
 from gemma2.pictures.explain.panels import AFTER, BEFORE, Panel
 from gemma2.pictures.explain.run import Run, Scores
 from gemma2.pictures.page import in_html, readable
@@ -64,13 +65,12 @@ def body(run: Run, full: Mapping[int, Sequence[Panel]], data: dict[str, Any], to
         parts.append(
             f'<section class="chapter {kind}" id="{key}">\n<h2>{html.escape(heading)}</h2>{way}\n{inside}\n</section>'
         )
-    held = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     return (
         f"{_head(run, list(full), name)}\n"
         '<div class="strip" role="toolbar" aria-label="tokens of the text"></div>\n'
         f'<div class="columns">\n<nav aria-label="panels"><ol>{"".join(links)}</ol></nav>\n'
         f"<main>\n{HINT}\n{chr(10).join(parts)}\n</main>\n</div>\n"
-        f'<div class="tip" hidden></div>\n<script type="application/json" id="data">{held}</script>'
+        f'<div class="tip" hidden></div>\n<script type="application/json" id="data">{script_json(data)}</script>'
     )
 
 
@@ -117,7 +117,8 @@ def _cut(run: Run) -> str:
     return (
         f'<p class="cut">The text has {len(run.ids):,} tokens. The first and the last {len(run.drawn) // 2} are drawn; '
         f"the {left:,} between them were computed too and are left out of the drawings. Masks, shares of keys seen and "
-        "nearness to the cap are of all tokens.</p>"
+        "nearness to the cap are of all tokens. Lengths in the lines of the other layers, and the numbers in their "
+        "tables, are of the drawn tokens.</p>"
     )
 
 
@@ -220,7 +221,6 @@ def _fields(config: Gemma2Config, layer: int) -> dict[str, str]:
         "f": f"{config.intermediate_size:,}",
         "v": f"{config.vocab_size:,}",
         "group": str(h // config.num_key_value_heads),
-        "scale": f"{d**0.5:.4g}",
         "scalar": f"{config.query_pre_attn_scalar:g}",
         "qscale": f"{config.query_pre_attn_scalar**-0.5:.4g}",
         "cap": f"{config.attn_logit_softcapping:g}",

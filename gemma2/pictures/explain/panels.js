@@ -142,7 +142,7 @@ const draws = {
     const found = D.scores[layerOf(name)], t = D.length, step = Math.ceil(t / 384), n = Math.ceil(t / step), at = D.tokens[state.token].position;
     const sees = (q, k) => k >= found.first[q] && k < found.first[q] + found.count[q];
     const side = Math.min(360, n * Math.max(1, Math.min(22, Math.floor(360 / n))));
-    const cells = grid({ rows: n, columns: n, most: 1, paint: colour(found.window ? "local" : "global"), width: `${side}px`, height: `${side}px`, marked: step > 4 || t > 200 ? -1 : Math.floor(at / step), value: (q, k) => (sees(q * step, k * step) ? (q * step === at ? 1 : 0.55) : k > q ? 0 : NaN), tell: (q, k) => `position ${q * step} ${sees(q * step, k * step) ? "sees" : "does not see"} position ${k * step}` });
+    const cells = grid({ rows: n, columns: n, most: 1, paint: colour(found.window ? "local" : "global"), width: `${side}px`, height: `${side}px`, marked: t > 200 ? -1 : Math.floor(at / step), value: (q, k) => (sees(q * step, k * step) ? (q * step === at ? 1 : 0.55) : k > q ? 0 : NaN), tell: (q, k) => `position ${q * step} ${sees(q * step, k * step) ? "sees" : "does not see"} position ${k * step}` });
     const from = found.first[at], last = from + found.count[at] - 1;
     const words = make("div", {});
     words.append(make("p", {}, token(state.token), ` at position ${at} sees ${found.count[at].toLocaleString("en")} key${found.count[at] === 1 ? "" : "s"}: position${from === last ? "" : "s"} ${from === last ? from : `${from} to ${last}`}.`));
@@ -164,7 +164,7 @@ const draws = {
     const row = Array.from({ length: N }, (_, k) => value(head, state.token, k));
     let moved = 0;
     for (let k = 0; k < N; k++) if (!Number.isNaN(row[k])) moved = Math.max(moved, Math.abs(row[k] - raw(head, state.token, k)));
-    box.append(heads(name, { masked: true }), first(row, `, head ${head}, looking at the first tokens`), facts(["the cap moved a score of this row by at most", format(moved, 3)]));
+    box.append(heads(name, { masked: true }), first(row, `, head ${head}, looking at the first tokens`), facts([`the cap moved a ${D.length > N ? "drawn " : ""}score of this row by at most`, format(moved, 3)]));
   },
   pattern(box, name) {
     const head = Math.min(state.head, headsOf(name) - 1), value = scored(name);
@@ -173,7 +173,7 @@ const draws = {
     const best = row.map((x, k) => [x, k]).sort((a, b) => b[0] - a[0]).slice(0, 3);
     const sum = row.reduce((a, b) => a + b, 0);
     box.append(heads(name, { plain: true, masked: true }), make("p", {}, token(state.token), ` in head ${head} looks at`), columns([["weight", D.scores[layerOf(name)].window ? "local-bar" : "global-bar", (k) => row[k]]]),
-      first(row, `, head ${head}, on the first tokens`), facts(["most on", best.map(([x, k]) => `${D.tokens[k].text} ${format(x, 3)}`).join(", ")], ["sum", format(sum + rest, 4)], ...(D.length > N ? [["of that on tokens that are not drawn", format(rest, 3)]] : [])));
+      first(row, `, head ${head}, on the first tokens`), facts([D.length > N ? "most on, of the drawn tokens" : "most on", best.map(([x, k]) => `${D.tokens[k].text} ${format(x, 3)}`).join(", ")], ["sum", format(sum + rest, 4)], ...(D.length > N ? [["of that on tokens that are not drawn", format(rest, 3)]] : [])));
   },
   sum(box, name, [before, added]) {
     const [a, b, c] = [before, added, name].map((one) => D.sites[one]);

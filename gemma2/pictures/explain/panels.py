@@ -17,7 +17,7 @@ class Panel:
         says: what happens there, in one or two sentences; holds fields for the numbers of the config.
         owner: the class in model.py (for the tokens, in tokenizer.py) with the line.
         line: of that class.
-        draws: the function in explain.js that draws it.
+        draws: the function in panels.js that draws it.
         beside: other sites that it draws: for a norm its input, for a sum its parts.
         module: whose output it is, by its path in `Gemma2`, or, in the tables below, in its layer; a site's is known.
     """
@@ -77,8 +77,8 @@ BEFORE = [
     Panel(
         "hook_embed",
         "Embedding",
-        "Each id picks its row of a table of {v} rows. The row is multiplied by {scale}, the square root of the width "
-        "{d}. The same table is the head at the end, there without that factor.",
+        "Each id picks its row of a table of {v} rows. The row is multiplied by the square root of the width {d}, "
+        "rounded to the dtype of the weights. The same table is the head at the end, there without that factor.",
         "ScaledEmbedding",
         'return F.embedding(tokens, self.weight) * torch.tensor(self.scale, dtype=self.weight.dtype, device="cpu")',
         "embedding",
