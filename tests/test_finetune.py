@@ -240,6 +240,17 @@ def test_what_cannot_be_is_one_line(given: list[str], match: str, model: Path, t
     assert not (tmp_path / "out").exists()
 
 
+def test_what_cannot_be_read_or_written_is_said_before_a_model_is_looked_for(tmp_path: Path) -> None:
+    data = written(tmp_path / "data.jsonl")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for given, match in (
+        ([str(data), "--out", str(tmp_path / "no" / "out")], "no: no such folder to write to"),
+        ([str(data), "--out", str(tmp_path / "file")], "file: is a file; name a folder"),
+        ([str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "out")], r"No such file.*none\.jsonl"),
+    ):
+        stopped(["no-model", *given, *options()], match)
+
+
 def test_a_file_of_settings_with_a_wrong_name_is_refused(model: Path, tmp_path: Path) -> None:
     stated = json.loads((SCRIPT.parents[1] / "configs" / "train" / "full.json").read_text(encoding="utf-8"))
     del stated["rate"]
