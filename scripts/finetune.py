@@ -204,6 +204,8 @@ def write_result(run: Training, out: Path, source: str) -> Path:
 def check_out(out: Path, resume: bool, force: bool) -> None:
     """Raises OSError where the folder holds something that would be lost or mixed up."""
     inside = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{out.absolute().parent}: no such folder to write to")
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out}: is a file; name a folder")
     if resume:
@@ -296,7 +298,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, ImportError, NonFiniteError) as error:
         raise SystemExit(f"finetune: error: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("finetune: interrupted; --resume goes on from the last state") from None
+        kept = "--resume goes on from the last state" if (args.out / STATE).exists() else "no state was written before"
+        raise SystemExit(f"finetune: interrupted; {kept}") from None
 
 
 if __name__ == "__main__":

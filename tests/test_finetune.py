@@ -240,6 +240,17 @@ def test_what_cannot_be_is_one_line(given: list[str], match: str, model: Path, t
     assert not (tmp_path / "out").exists()
 
 
+def test_what_cannot_be_read_or_written_is_said_before_a_model_is_looked_for(tmp_path: Path) -> None:
+    data = written(tmp_path / "data.jsonl")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for given, match in (
+        ([str(data), "--out", str(tmp_path / "no" / "out")], "no: no such folder to write to"),
+        ([str(data), "--out", str(tmp_path / "file")], "file: is a file; name a folder"),
+        ([str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "out")], r"No such file.*none\.jsonl"),
+    ):
+        stopped(["no-model", *given, *options()], match)
+
+
 def test_a_file_of_settings_with_a_wrong_name_is_refused(model: Path, tmp_path: Path) -> None:
     stated = json.loads((SCRIPT.parents[1] / "configs" / "train" / "full.json").read_text(encoding="utf-8"))
     del stated["rate"]
@@ -257,7 +268,7 @@ def test_the_pocket_model_learns_a_reply_and_the_result_loads_everywhere(tmp_pat
         tmp_path / "chat.jsonl", [{"messages": [ask, {"role": "assistant", "content": "I am the pocket."}]}] * 2
     )
     out = tmp_path / "out"
-    given = options(steps=12, rate=2e-3, recompute=True, evaluate_every=6, batch=1, accumulate=2)
+    given = options(steps=12, rate=2e-3, recompute=True, evaluate_every=6)
     finetune.main(["pocket", str(data), "--out", str(out), "--held-out", str(data), *given])
     log = json.loads((out / "training.json").read_text(encoding="utf-8"))
     assert len(log["losses"]) == 12 and log["losses"][-1] < 0.2 < log["losses"][0] and log["result"] == "model"
@@ -286,7 +297,7 @@ def test_the_pocket_model_learns_a_reply_and_the_result_loads_everywhere(tmp_pat
 @pytest.mark.posix
 def test_a_run_that_is_killed_goes_on_with_the_same_losses_to_the_bit(model: Path, tmp_path: Path) -> None:
     data = written(tmp_path / "data.jsonl")
-    common = [str(model), str(data), *options(epochs=20, save_every=3, evaluate_every=7), "--held-out", str(data)]
+    common = [str(model), str(data), *options(epochs=20, save_every=10, evaluate_every=14), "--held-out", str(data)]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finetune.main([*common, "--out", str(whole)])
     child = subprocess.Popen([sys.executable, SCRIPT, *common, "--out", str(broken)], stdout=subprocess.DEVNULL)

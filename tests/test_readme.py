@@ -70,7 +70,7 @@ def test_the_page_for_users_of_transformers_runs_and_prints_what_it_shows(
     check_code((ROOT / "docs" / "from-transformers.md").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", ["explain.md", "lenses.md", "sites.md", "weights.md"])
+@pytest.mark.parametrize("name", ["explain.md", "lenses.md", "sites.md", "training.md", "weights.md"])
 def test_the_code_of_a_page_runs_and_prints_what_it_shows(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

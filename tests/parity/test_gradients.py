@@ -71,7 +71,7 @@ PLANTED: dict[str, tuple[Make, str]] = {
 }
 
 
-@pytest.fixture(params=["2b", "9b", "27b"])
+@pytest.fixture(params=["9b", *(pytest.param(size, marks=pytest.mark.long) for size in ("2b", "27b"))])
 def opened(request: pytest.FixtureRequest, folder: Callable[..., Path]) -> Checkpoint:
     return open_local(folder(size=request.param))
 
@@ -94,6 +94,7 @@ def test_mistakes_of_a_backward_pass_are_found_where_they_begin(opened: Checkpoi
         assert first == f"{weight}.weight", (name, [(row.name, row.ratio) for row in rows][:12])
 
 
+@pytest.mark.long
 def test_in_bfloat16_a_mistake_is_found_at_its_place_or_later(folder: Callable[..., Path]) -> None:
     opened = open_local(folder(size="9b"))
     ours, order = Ourselves(opened, torch.bfloat16), backward_order(opened.config)
@@ -134,7 +135,7 @@ def test_a_weight_without_a_gradient_or_with_one_that_is_not_finite_differs(fold
 
 
 def test_the_case_is_part_of_the_verdict_and_names_the_first_weight(folder: Callable[..., Path]) -> None:
-    path = folder(size="27b")
+    path = folder(size="9b")
     opened = open_local(path)
     make, weight = PLANTED["attention cap"]
     theirs = planted(open_reference("self", path, torch.float32), make)
