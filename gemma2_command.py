@@ -30,6 +30,7 @@ COMMANDS = {
     "attention": "show where each head of a model looks",
     "explain": "write a page that shows the whole forward pass of a text",
     "ablate": "change one part of the architecture at a time and measure it on a text",
+    "eval": "measure a model on benchmarks, beside the values of the model card",
     "compare": "measure how far models are from one of them on a text",
     "verify": "check batch, cache, compile, device and save against one plain pass",
 }

@@ -50,16 +50,23 @@ def chat_ids(
             f"{tokenizer.where}: the vocabulary has no <start_of_turn> and <end_of_turn>, which chat needs: write the "
             "turns that the model was trained on into a prompt for generate(special=True)"
         )
-    if system not in ("merge", None):
-        raise ValueError(f'system must be "merge" or None, not {system!r}; its text is a message of the role "system"')
-    turns = _turns(messages, merge=system is not None)
-    open_turn = _open_turn(turns, continue_final_message)
+    turns, open_turn = spoken(messages, system=system, continue_final_message=continue_final_message)
     start, end = (tokenizer.special[name] for name in TURNS)
     newline = tokenizer.encode("\n", bos=False)
     ids = [tokenizer.special["bos"]]
     for role, content in turns:
         ids += [start, *tokenizer.encode(f"{role}\n{content}", bos=False), end, *newline]
     return [*ids, start, *tokenizer.encode(open_turn, bos=False)]
+
+
+def spoken(
+    messages: Conversation, *, system: str | None = None, continue_final_message: bool | None = None
+) -> tuple[list[tuple[str, str]], str]:
+    """The turns of which `chat_ids` makes ids: each one's role and text, and the text of the model's open turn."""
+    if system not in ("merge", None):
+        raise ValueError(f'system must be "merge" or None, not {system!r}; its text is a message of the role "system"')
+    turns = _turns(messages, merge=system is not None)
+    return turns, _open_turn(turns, continue_final_message)
 
 
 def listed(messages: Conversation) -> list[Mapping[str, Any]]:

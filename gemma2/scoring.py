@@ -258,10 +258,14 @@ def _score_rows(model: Gemma2, rows: Sequence[_Window], batch: int | None, tick:
     if batch is not None:
         check_count("batch", batch, least=1)
     found = [Scored(*torch.empty(2, 0))] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))  # the longest first: what fits once, fits always
+    alike: dict[tuple[int, ...], list[int]] = {}  # one token asked after the same ids: choices of one question
+    for i, row in enumerate(rows):
+        alike.setdefault(tuple(row.ids) if len(row.asked) == 1 else (-1, i), []).append(i)
+    # The longest first: what fits once, fits always.
+    order = sorted(alike.values(), key=lambda group: -len(rows[group[0]].ids))
     while order:
-        many = batch or max(1, TOKENS // len(rows[order[0]].ids))
-        now, order = order[:many], order[many:]
+        many = batch or max(1, TOKENS // len(rows[order[0][0]].ids))
+        now, order = [i for group in order[:many] for i in group], order[many:]
         scored = _score_batch(model, [rows[i] for i in now])
         for i, one in zip(now, scored, strict=True):
             found[i] = one
@@ -270,19 +274,24 @@ def _score_rows(model: Gemma2, rows: Sequence[_Window], batch: int | None, tick:
 
 
 def _score_batch(model: Gemma2, rows: Sequence[_Window]) -> list[Scored]:
-    tokens, positions = left_padded([row.ids for row in rows], model.device)
+    """Rows that read the same ids are computed once."""
+    places = {ids: place for place, ids in enumerate(dict.fromkeys(tuple(row.ids) for row in rows))}
+    at = [places[tuple(row.ids)] for row in rows]
+    tokens, positions = left_padded([list(ids) for ids in places], model.device)
     if any_hooked(model):
-        return _score_hooked(model, rows, tokens, positions)
+        return _score_hooked(model, rows, at, tokens, positions)
     states, asked = hidden(model, tokens, positions), [len(row.asked) for row in rows]
     t = states.shape[1]
-    states = torch.cat([states[row, t - count :] for row, count in enumerate(asked)])
+    states = torch.cat([states[place, t - count :] for place, count in zip(at, asked, strict=True)])
     targets = torch.tensor([id for row in rows for id in row.asked], device=states.device, dtype=torch.int64)
     scored = token_logprobs(model, states, targets)
     parts = zip(scored.logprobs.split(asked), scored.greedy.split(asked), strict=True)
     return [Scored(logprobs, greedy) for logprobs, greedy in parts]
 
 
-def _score_hooked(model: Gemma2, rows: Sequence[_Window], tokens: Tensor, positions: Tensor) -> list[Scored]:
+def _score_hooked(
+    model: Gemma2, rows: Sequence[_Window], at: Sequence[int], tokens: Tensor, positions: Tensor
+) -> list[Scored]:
     """The same in whole passes of the model, so that hooks see all tokens at every site, the head's among them."""
     (b, t), parts = tokens.shape, list[list[Scored]]([[] for _ in rows])
     piece = max(1, min(PIECE, 4 * LOGITS // model.config.vocab_size) // b)
@@ -290,12 +299,12 @@ def _score_hooked(model: Gemma2, rows: Sequence[_Window], tokens: Tensor, positi
     for start in range(0, t, piece):
         part = slice(start, start + piece)
         logits = model(tokens[:, part], positions[:, part], store)
-        for row, (window, found) in enumerate(zip(rows, parts, strict=True)):
+        for place, window, found in zip(at, rows, parts, strict=True):
             before = t - len(window.asked)  # columns that no token is asked after
             first, end = max(start, before), start + logits.shape[1]
             if first < end:
                 targets = torch.tensor(window.asked[first - before : end - before], device=logits.device)
-                found.append(_picked(logits[row, first - start :], targets))
+                found.append(_picked(logits[place, first - start :], targets))
     return [_chained(found, model.dtype) for found in parts]
 
 

@@ -41,6 +41,8 @@ NEEDS = {
     "research/pretrained.py": "transformers",
     "parity/references/llama_cpp.py": "llama_cpp",
     "bench/peers/llama_cpp.py": "llama_cpp",
+    "evaluate/harness.py": "lm_eval",
+    "evaluate/tasks.py": "lm_eval",
 }
 
 
@@ -101,6 +103,8 @@ def test_files_that_import_an_optional_peer_at_once_are_imported_only_when_asked
         "research/pretrained.py",
         "parity/references/llama_cpp.py",
         "bench/peers/llama_cpp.py",
+        "evaluate/harness.py",
+        "evaluate/tasks.py",
     ]
     modules = {f"gemma2.{name.removesuffix('.py').replace('/', '.')}" for name in needy}
     for path in files():

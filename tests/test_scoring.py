@@ -59,6 +59,28 @@ def test_texts_in_a_list_score_as_each_alone(pocket: gemma2.Gemma) -> None:
         torch.testing.assert_close(found.logprobs, alone.logprobs, rtol=0, atol=1e-12)
 
 
+def test_choices_of_one_question_are_computed_once(pocket: gemma2.Gemma, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read = pocket.model, list[tuple[int, ...]]()
+
+    def watched(model: Any, tokens: Tensor, positions: Tensor) -> Tensor:
+        read.append(tuple(tokens.shape))
+        return hidden(model, tokens, positions)
+
+    monkeypatch.setattr("gemma2.scoring.hidden", watched)
+    question, other = pocket.tokenizer.encode("And God said"), pocket.tokenizer.encode("Thou")
+    pairs = [(question, [n]) for n in (500, 900, 700)] + [(question, [500, 600]), (other, [7, 9]), (question, [300])]
+    found = score_ids(model, pairs)
+    assert read == [(3, len(question) + 1)]  # the question, the question and 500, the other with 7
+    for (before, after), one in zip(pairs, found, strict=True):
+        logprobs, greedy = plain(model, [*before, *after])
+        torch.testing.assert_close(one.logprobs, logprobs[-len(after) :], rtol=0, atol=1e-12)
+        assert torch.equal(one.greedy, greedy[-len(after) :])
+    with capture(model, ["ln_final.*"]):  # a pass that is watched takes another way
+        watched_scores = score_ids(model, pairs)
+    for one, again in zip(found, watched_scores, strict=True):
+        torch.testing.assert_close(one.logprobs, again.logprobs, rtol=0, atol=1e-12)
+
+
 def test_a_continuation_is_scored_behind_its_context(pocket: gemma2.Gemma) -> None:
     row = pocket.tokenizer.encode("In the beginning God created")
     logprobs, _ = plain(pocket.model, row)

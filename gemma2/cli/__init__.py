@@ -18,6 +18,7 @@ from gemma2.cli import (
     chat,
     compare,
     convert,
+    eval,
     explain,
     generate,
     inspect,
@@ -93,6 +94,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         attention,
         explain,
         ablate,
+        eval,
         compare,
         verify,
     ):

@@ -2,7 +2,7 @@
 same token ids, the first site that differs, and whether that is rounding or a
 mistake. MODEL runs on the CPU, in the dtype of REF and once more in float64.
 Exit 0 if both agree up to rounding, 1 if they differ, 2 if the comparison could
-not run."""
+not run. In MODEL's place may stand a pack (PACK.json): docs/packs.md."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from gemma2.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gemma2.cli.options import REVISION, add_command, add_debug, add_model
+from gemma2.cli.packs import is_pack, run_pack
 from gemma2.cli.prompts import add_text_options, read_text
 from gemma2.cli.show import escaped, table
 from gemma2.load import locate, parse_dtype
@@ -38,9 +39,13 @@ MORE = """REF is one of
                           trace:FILE if its name ends otherwise
   self:model=MODEL2       another checkpoint of the same shape, as a modified or
                           quantized copy of MODEL
+  FILE.jsonl              MaxText's golden logits: its first line, or line N of
+                          maxtext:FILE:N
   self:KEY=VALUE,...      MODEL again with another dtype=, device=, numerics= or
                           weights=; these and model= go together, as in
                           self:model=copy,dtype=float32; self changes nothing
+With a pack in MODEL's place, REF is what a port wrote (port.json), a trace, or
+self:model=MODEL.
 
 examples:
   gemma2 parity pocket --against transformers
@@ -110,6 +115,8 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if is_pack(args.model):
+        return run_pack(args)
     refuse_unused(args)
     dtype = parse_dtype(args.dtype, force_float16=True)
     if args.html:

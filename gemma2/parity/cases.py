@@ -82,6 +82,8 @@ def _begins(reference: Reference, ids: Sequence[int], bos: int) -> tuple[bool, s
 
 def _same_config(reference: Reference, ours: Ourselves) -> tuple[bool, str]:
     """As each system states them: a number may differ before any value shows it, as a window in a short prompt."""
+    if isinstance(reference, Recorded) and not reference.states_config:
+        raise CannotDo(f"{reference.system} states no config")
     stated, own = dataclasses.asdict(reference.config), dataclasses.asdict(ours.config)
     differ = [name for name in stated if stated[name] != own[name] and name not in ASIDE]
     said = [f"{name}: theirs {_short(stated[name])}, ours {_short(own[name])}" for name in differ[:3]]

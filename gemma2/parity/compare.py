@@ -155,7 +155,7 @@ def predicted(model: Gemma2, ids: list[int], given: Values | None = None) -> dic
 
         return put
 
-    with ExitStack() as hooks, _in_float64(model):
+    with ExitStack() as hooks, in_dtype(model, torch.float64):
         for path, names in by_module.items():
             hooks.callback(model.get_submodule(path).register_forward_hook(hook(names)).remove)
         model(_tokens(model, ids))
@@ -176,31 +176,31 @@ def _tokens(model: Gemma2, ids: list[int]) -> Tensor:
 
 
 @contextmanager
-def _in_float64(model: Gemma2) -> Iterator[None]:
-    """The model computes in float64 inside: each module's weights are widened while it runs, one module at a time, so
-    that even a large model needs no second copy of itself."""
-    narrow: dict[nn.Module, dict[str, Any]] = {}
+def in_dtype(model: Gemma2, dtype: torch.dtype) -> Iterator[None]:
+    """The model computes in this dtype inside: each module's weights are converted while it runs, one module at a time,
+    so that even a large model needs no second copy of itself."""
+    stored: dict[nn.Module, dict[str, Any]] = {}
 
-    def widen(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def convert(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         for owner in _owners(module, inputs):
-            narrow[owner] = {name: weight for name, weight in owner._parameters.items() if weight is not None}
-            for name, weight in narrow[owner].items():
-                owner._parameters[name] = nn.Parameter(weight.detach().double(), requires_grad=False)
-        return tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+            stored[owner] = {name: weight for name, weight in owner._parameters.items() if weight is not None}
+            for name, weight in stored[owner].items():
+                owner._parameters[name] = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+        return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
     def restore(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         for owner in _owners(module, inputs):
-            owner._parameters.update(narrow.pop(owner, {}))
+            owner._parameters.update(stored.pop(owner, {}))
 
     with ExitStack() as hooks:
         try:
             for module in model.modules():
                 if module._parameters or module is model.lm_head:
-                    hooks.callback(module.register_forward_pre_hook(widen).remove)
+                    hooks.callback(module.register_forward_pre_hook(convert).remove)
                     hooks.callback(module.register_forward_hook(restore).remove)
             yield
-        finally:  # after an error, else the model would stay half in float64
-            for module, parameters in narrow.items():
+        finally:  # after an error, else the model would stay half converted
+            for module, parameters in stored.items():
                 module._parameters.update(parameters)
 
 

@@ -32,7 +32,7 @@ def test_two_processes_have_the_logits_sites_gradients_and_texts_of_one(what: st
         for rank in range(RANKS)
     ]
     try:
-        said = [rank.communicate(timeout=120)[0] for rank in ranks]
+        said = [rank.communicate(timeout=300)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

@@ -15,7 +15,8 @@ from gemma2.errors import BadModelFile, ContextOverflow
 from gemma2.numerics.changes import Storage
 
 SPECS = (
-    "transformers, llama.cpp, gemma_pytorch:FOLDER, trace:FILE, FILE.safetensors, self:model=MODEL2, self:KEY=VALUE,..."
+    "transformers, llama.cpp, gemma_pytorch:FOLDER, trace:FILE, FILE.safetensors, FILE.jsonl, maxtext:FILE:N, "
+    "self:model=MODEL2, self:KEY=VALUE,..."
 )
 # Two models that differ in one of these have no site in common. Any other number may differ: that is what comparing is
 # for.
@@ -74,7 +75,8 @@ def open_reference(spec: str, path: Path, dtype: torch.dtype | None = None) -> R
 
     Args:
         spec: `transformers`; `llama.cpp`; `gemma_pytorch:FOLDER` with the folder of its source, whose code is run;
-            `trace:FILE` or a name ending in .safetensors; `self`, or `self:` and any of model= (another checkpoint, say
+            `trace:FILE` or a name ending in .safetensors; `maxtext:FILE`, with `:N` for line N, or a name ending in
+            .jsonl; `self`, or `self:` and any of model= (another checkpoint, say
             a modified copy), dtype=, device= and numerics=, separated by commas.
         path: the checkpoint, a local folder or file.
         dtype: to compute in, where the system leaves a choice; default the checkpoint's own.
@@ -96,6 +98,10 @@ def open_reference(spec: str, path: Path, dtype: torch.dtype | None = None) -> R
         from gemma2.parity.references.trace import Recorded
 
         reference = Recorded(Path(spec.removeprefix("trace:")))
+    elif spec.startswith("maxtext:") or spec.endswith(".jsonl"):
+        from gemma2.parity.references.maxtext import open_maxtext
+
+        reference = open_maxtext(spec, opened.config, dtype)
     elif spec == "transformers":
         from gemma2.parity.references.transformers import Transformers
 
@@ -108,6 +114,8 @@ def open_reference(spec: str, path: Path, dtype: torch.dtype | None = None) -> R
         from gemma2.parity.references.gemma_pytorch import GemmaPyTorch
 
         reference = GemmaPyTorch(Path(rest), opened, dtype or opened.weights.dtype)
+    elif spec.endswith(".json"):
+        raise ValueError(f"{spec}: a pack stands in MODEL's place: gemma2 parity {spec} --against self:model={path}")
     else:
         cure = f"; to compare with this checkpoint give self:model={spec}" if Path(spec).exists() else ""
         raise ValueError(f"no reference {spec!r}; there are {SPECS}{cure}")

@@ -23,7 +23,7 @@ class Recorded:
     storage: Storage | None = None
 
     def __init__(self, path: Path) -> None:
-        self._trace = Trace(path)
+        self._path, self._trace = path, Trace(path)
         about = self._trace.about
         self.system, self.config, self.versions = about.system, about.config, about.versions
         self.dtype = RUNNABLE[about.dtype]
@@ -31,10 +31,13 @@ class Recorded:
         self.sites = frozenset(self._trace.names)
         self.longest: int | None = len(self.ids)
 
+    @property
+    def states_config(self) -> bool:
+        """Whether `config` is what the record says, and not what it is compared with."""
+        return True
+
     def run(self, ids: Sequence[int], sites: Iterable[str]) -> dict[str, Tensor]:
-        if list(ids) != self.ids:
-            given = f"it holds values for its own {len(self.ids)} token ids, not for these {len(ids)}"
-            raise self._cannot(f"{given}; leave out --prompt, --ids and --file")
+        self._check_ids(ids)
         return {name: self._trace[name] for name in parse_sites(self, sites)}
 
     def with_window(self, window: int) -> Reference:
@@ -46,5 +49,10 @@ class Recorded:
     def batched(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         raise self._cannot("it has one row")
 
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if list(ids) != self.ids:
+            given = f"it holds values for its own {len(self.ids)} token ids, not for these {len(ids)}"
+            raise self._cannot(f"{given}; leave out --prompt, --ids and --file")
+
     def _cannot(self, why: str) -> CannotDo:
-        return CannotDo(f"{self._trace.path}: a trace is a record: {why}")
+        return CannotDo(f"{self._path}: a trace is a record: {why}")
