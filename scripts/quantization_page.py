@@ -1,9 +1,10 @@
 """The page about quantization: the pocket model in every type that `gemma2 convert` writes, beside the model itself.
 
     python scripts/quantization_page.py --measure held-out.txt docs/quantization    # pocket.json and atlas.png, minutes
+    python scripts/quantization_page.py --llama-cpp held-out.txt docs/quantization  # adds llama.cpp's KL to pocket.json
     python scripts/quantization_page.py docs/quantization/pocket.json > docs/quantization.md
 
-Without --measure nothing is computed: the page is printed from the recorded run. Its text is in
+Without these options nothing is computed: the page is printed from the recorded run. Its text is in
 docs/quantization/template.md.
 """
 
@@ -17,6 +18,8 @@ import math
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from gemma2.cli import main as gemma2
 from gemma2.convert import TYPES
@@ -43,6 +46,31 @@ def measure(text: Path, folder: Path) -> None:
         shown = ["compare", "pocket", files[SHOWN], "--limit", str(ATLAS), "--no-speed", "--atlas", "--atlas-limit"]
         run([*shown, str(ATLAS), *common, "--png", str(folder / "atlas.png"), "--force"])
     (folder / "pocket.json").write_text(json.dumps(rounded(record)) + "\n", encoding="utf-8")
+
+
+def beside_llama_cpp(text: Path, folder: Path) -> None:
+    """Add to the record what llama.cpp's own logits give, on one window of the text. Needs llama-cpp-python."""
+    from compare_llama_cpp import llama_cpp_logits
+
+    from gemma2 import load
+    from gemma2.evaluate.compare import compare
+
+    a = load("pocket", dtype="float32", device="cpu")
+    ids = a.tokenizer.encode(text.read_text(encoding="utf-8"))[: ATLAS + 1]
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as made:
+        logprobs: dict[str, torch.Tensor] = {}
+        for name in ("f32", *QUANTIZED):
+            file = str(Path(made) / f"{name}.gguf")
+            run(["convert", "pocket", file, "--type", name])
+            logprobs[name] = llama_cpp_logits(Path(file), ids)[:-1].double().log_softmax(dim=-1)
+            p, q = logprobs["f32"], logprobs[name]
+            theirs = (p.exp() * (p - q)).sum(dim=-1).mean()
+            ours = compare(a, load(file, dtype="float32", device="cpu"), ids[1:]).kl.mean()
+            found[name] = {"theirs": float(theirs), "ours": float(ours), "tokens": len(ids) - 1}
+    path = folder / "pocket.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(record | {"llama.cpp": rounded(found)}) + "\n", encoding="utf-8")
 
 
 def run(arguments: list[str]) -> str:
@@ -149,6 +177,11 @@ def ranked(atlas: dict[str, Any]) -> str:
     return markdown(head, lines)
 
 
+def llama_cpp(record: dict[str, Any]) -> str:
+    lines = [[name, short(one["ours"]), short(one["theirs"])] for name, one in record.items()]
+    return markdown(["file", "KL here", "KL of llama.cpp's logits"], lines)
+
+
 def kinds(record: dict[str, Any]) -> str:
     """For every type the KL of each kind of matrices, and the matrix that is worth most."""
     names = [group["name"] for group in record["b"][0]["atlas"]["kinds"]]
@@ -194,6 +227,7 @@ def page(record: dict[str, Any]) -> str:
         alone=short(sum(m["kl"] for m in shown["matrices"])),
         ranked=ranked(shown),
         kinds=kinds(atlas),
+        llama_cpp=llama_cpp(record["llama.cpp"]),
         sites=sites(shown),
         shown=SHOWN,
         ranked_count=RANKED,
@@ -203,12 +237,14 @@ def page(record: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", metavar="TEXT", type=Path, help="measure on this text first, in UTF-8")
-    parser.add_argument(
-        "record", type=Path, help="the record; with --measure the folder to write it and the picture to"
-    )
+    parser.add_argument("--llama-cpp", metavar="TEXT", type=Path, help="add llama.cpp's KL on this text to the record")
+    parser.add_argument("record", type=Path, help="the record; with one of the options the folder that it is in")
     args = parser.parse_args()
     if args.measure is not None:
         measure(args.measure, args.record)
+    if args.llama_cpp is not None:
+        beside_llama_cpp(args.llama_cpp, args.record)
+    if args.measure is not None or args.llama_cpp is not None:
         return
     print(page(json.loads(args.record.read_text(encoding="utf-8"))), end="")
 

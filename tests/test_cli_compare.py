@@ -132,13 +132,25 @@ def test_forms_of_weights_are_for_each_b_and_leave_floats_alone(
     for name, path in (("f32", floats), ("tq1_0", ternary)):
         convert("pocket", path, type=name, progress=False)
     options = ["--limit", "12", "--json", "--text", str(text), *PLAIN]
-    assert main(["compare", "pocket", floats, ternary, "--weights", "packed", *options]) == 0
+    assert main(["compare", "pocket", floats, ternary, "--weights", "packed", "--fast", *options]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [one["stored"]["type"] for one in found["b"]] == ["F32", "TQ1_0"] and "weights packed" in found["about"]
     assert found["b"][0]["summary"]["kl"]["value"] < 1e-9
     assert main(["compare", "pocket", "pocket", "--weights", "int4", *options]) == 0
     (one,) = json.loads(capsys.readouterr().out)["b"]
     assert one["stored"]["bits"] < 8 and one["summary"]["kl"]["value"] > 1e-4
+
+
+def test_a_text_of_one_token_and_one_beyond_the_context_are_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "text"
+    cases = (("And", "float64", "1 token, in one window."), ("void " * 515, "float32", "in 2 windows of 1,024 tokens"))
+    for text, dtype, said in cases:
+        path.write_text(text, encoding="utf-8")
+        assert main(["compare", "pocket", Q8, "--text", str(path), "--dtype", dtype, *PLAIN]) == 0
+        out, err = capsys.readouterr()
+        assert said in out and f"{dtype} on cpu" in out and err == ""
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,11 @@ def labels(sources: Sequence[str]) -> list[str]:
 
 
 def said_of_text(args: argparse.Namespace, cut: Cut, tokens: int) -> str:
-    part = f"the first {len(cut.ids):,} of {tokens:,} tokens" if len(cut.ids) < tokens else f"{tokens:,} tokens"
+    part = (
+        f"the first {len(cut.ids):,} of {tokens:,} tokens"
+        if len(cut.ids) < tokens
+        else f"{tokens:,} token{'s' * (tokens != 1)}"
+    )
     count, stride = len(cut.rows), max(cut.scored[1:], default=0)
     apart = "side by side" if stride == cut.longest else f"of which each after the first scores its last {stride:,}"
     how = "one window" if count == 1 else f"{count:,} windows of {cut.longest:,} tokens, {apart}"

@@ -152,7 +152,7 @@ def groups(atlas: Atlas) -> list[tuple[str, ...]]:
 
 
 def in_json(a: Measured, others: Sequence[Measured], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Everything, for programs, and the text of each passage. What is not finite becomes null, since JSON has no such."""
+    """Everything, for programs, and the text of each passage. What is not finite becomes null: JSON has no such."""
     whole = {"a": _plain(a, tokenizer), "b": [_plain(one, tokenizer) for one in others]}
     found: dict[str, Any] = _finite(whole)
     return found
