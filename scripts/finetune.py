@@ -122,7 +122,8 @@ def rows_of(step: int, rows: Sequence[Example], settings: Settings) -> list[Exam
 
 
 def train(run: Training, rows: Sequence[Example], held: Sequence[Example], out: Path, about: dict[str, Any]) -> None:
-    """Raises NonFiniteError where a loss or a gradient is not finite; that step changes nothing."""
+    """Raises NonFiniteError where a loss or a gradient is not finite; that step changes nothing. The loss of the last
+    step's rows is computed once more at the end, with the weights that this step made."""
     settings, done, start = run.settings, run.progress, run.progress.step
     saved, drawn = start or None, time.monotonic()
     run.model.train()
@@ -133,13 +134,17 @@ def train(run: Training, rows: Sequence[Example], held: Sequence[Example], out: 
         for step in range(start, run.total + 1):
             due = step % settings.evaluate_every == 0 or step == run.total
             if held and due and all(at != step for at, _ in done.held_out):
-                done.held_out.append((step, run.held_out(held)))
+                loss = run.held_out(held)
+                if not math.isfinite(loss):
+                    raise NonFiniteError(_stopped(step, f"after step {step}: the held-out loss is {loss}", saved, out))
+                done.held_out.append((step, loss))
             if step == run.total:
                 break
             random = finetune_state.random_state(run.device)
             loss, norm = run.gradient(rows_of(step, rows, settings))
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise NonFiniteError(_stopped(step, loss, norm, saved, out))
+                what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradients is {norm}"
+                raise NonFiniteError(_stopped(step, f"step {step + 1}: {what}", saved, out))
             # A state is written only now, when its weights have given a finite loss.
             if step > start and step % settings.save_every == 0:
                 finetune_state.save(out / STATE, about, done, run.trained, run.optimizer, random)
@@ -152,15 +157,20 @@ def train(run: Training, rows: Sequence[Example], held: Sequence[Example], out: 
             held_out = f", held out {done.held_out[-1][1]:.3f}" if held else ""
             bar.set_postfix_str(f"loss {loss:.3f}{held_out}")
             bar.update()
-    if not all(bool(values.isfinite().all()) for _, values in run.trained):
-        raise NonFiniteError(_stopped(run.total, math.nan, math.nan, saved, out))
+    # No step has seen the weights that the last one made.
+    loss = run.held_out(rows_of(run.total - 1, rows, settings))
+    if not math.isfinite(loss) or not all(bool(values.isfinite().all()) for _, values in run.trained):
+        what = "weights are not finite" if math.isfinite(loss) else f"the loss is {loss}"
+        raise NonFiniteError(_stopped(run.total, f"after step {run.total}: {what}", saved, out))
 
 
-def _stopped(step: int, loss: float, norm: float, saved: int | None, out: Path) -> str:
-    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradients is {norm}"
-    kept = "no state was written before" if saved is None else f"{out / STATE} holds the state after step {saved}"
+def _stopped(step: int, what: str, saved: int | None, out: Path) -> str:
+    """A line about a run that stops before step `step`, counted from 0, has changed anything."""
+    kept = "no state was written before"
+    if saved is not None:
+        kept = f"{out / STATE} holds the state after step {saved}, of which --finish writes the result"
     cure = "--rate or --clip is too high" if step else "the weights or --dtype are the cause, not the training"
-    return f"step {step + 1}: {what}; stopped, and {kept} ({cure})"
+    return f"{what}; stopped, and {kept} ({cure})"
 
 
 def write_log(out: Path, about: dict[str, Any], progress: Progress, picture: bool = True, **more: Any) -> None:

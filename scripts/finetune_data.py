@@ -76,6 +76,8 @@ def _record(data: bytes, where: str) -> Record:
         raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
     except RecursionError:
         raise ValueError(f"{where}: JSON that is nested too deeply") from None
+    except ValueError:  # Python's limit on the digits of whole numbers
+        raise ValueError(f"{where}: JSON with a number of too many digits") from None
     there = [key for key in KEYS if isinstance(line, dict) and key in line]
     if len(there) != 1:
         given = data.decode().strip()

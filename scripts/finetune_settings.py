@@ -13,6 +13,7 @@ from finetune_data import LONG
 
 from gemma2.checkpoints.dtypes import RUNNABLE
 from gemma2.checkpoints.hf_config import configs
+from gemma2.errors import first_line
 from gemma2.fast.forms import FORMS
 
 METHODS, SCHEDULES = ("lora", "full"), ("linear", "constant")
@@ -123,8 +124,8 @@ def read_settings(args: argparse.Namespace) -> Settings:
         path = configs() / "train" / f"{args.settings}.json"
     try:
         stated = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({first_line(error)})") from None
     names = [one.name for one in fields(Settings)]
     if not isinstance(stated, dict) or set(stated) != set(names):
         odd = sorted(set(stated) ^ set(names)) if isinstance(stated, dict) else ["no object"]
@@ -148,7 +149,7 @@ def check(settings: Settings, path: Path) -> None:
     def among(name: str, known: Any, none: bool = False) -> None:
         value = getattr(settings, name)
         listed = ", ".join(known) + (" or none" if none else "")
-        need(name, (none and value is None) or value in known, f"one of {listed}")
+        need(name, (none and value is None) or value in list(known), f"one of {listed}")
 
     def number(name: str, least: float, whole: bool = True) -> None:
         value = getattr(settings, name)
@@ -165,6 +166,7 @@ def check(settings: Settings, path: Path) -> None:
         number(name, 1)
     for name in ("warmup", "seed"):
         number(name, 0)
+    need("seed", settings.seed < 2**32, "below 2^32")
     for name in ("rate", "decay", "clip"):
         number(name, 0, whole=False)
     if settings.steps is not None:

@@ -96,7 +96,7 @@ def save(
 def load(path: Path) -> dict[str, Any]:
     """What `save` wrote. Raises ValueError for anything else, OSError."""
     if not path.is_file():
-        raise ValueError(f"{path}: there is no state to go on from; leave --resume out to begin")
+        raise ValueError(f"{path}: there is no state to go on from; leave --resume and --finish out to begin")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:

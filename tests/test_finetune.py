@@ -134,6 +134,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "neither": (b'{"prompt": "x"}', r'line 3: must be {"text": ...} or {"messages": \[...\]}'),
     "both": (b'{"text": "x", "messages": [1]}', r"line 3: must be"),
     "a number": (b'{"text": 3}', r"line 3: text must be a string, not int"),
+    "many digits": (b'{"text": "x", "n": ' + b"1" * 5000 + b"}", r"line 3: JSON with a number of too many digits"),
     "a lone surrogate": (b'{"text": "a\\ud800"}', r"line 3: text is not valid UTF-8: lone surrogate at character 1"),
     "nested": (b'{"text": ' + b"[" * 100_000 + b"}", r"line 3: (JSON that is nested|not JSON)"),
     "no reply": (b'{"messages": [{"role": "user", "content": "x"}]}', "line 3: there is no reply of the assistant"),
@@ -222,6 +223,7 @@ def test_each_file_of_settings_has_every_one_and_each_is_an_option(
         (["--batch", "0"], "batch must be a whole number from 1 on, not 0"),
         (["--long", "drop"], "long must be one of refuse, cut, split, not 'drop'"),
         (["--dtype", "int8"], "dtype must be one of"),
+        (["--seed", str(2**32)], "seed must be below 2^32, not 4294967296"),
         (["--rank", "4"], "rank must be none where the method is full"),
         (["--weights", "int8"], "weights must be none where the method is full"),
         (["--length", "100000"], "--length 100,000 is beyond the model's context of 256"),
@@ -257,8 +259,12 @@ def test_a_file_of_settings_with_a_wrong_name_is_refused(model: Path, tmp_path: 
     mine = tmp_path / "mine.json"
     mine.write_text(json.dumps(stated | {"learning_rate": 1}), encoding="utf-8")
     data = written(tmp_path / "data.jsonl")
-    with pytest.raises(SystemExit, match=r"mine\.json: must have every setting .* no other: learning_rate, rate"):
-        finetune.main([str(model), str(data), "--out", str(tmp_path / "out"), "--settings", str(mine)])
+    run = [str(model), str(data), "--out", str(tmp_path / "out"), "--settings", str(mine)]
+    stopped(run, r"mine\.json: must have every setting .* no other: learning_rate, rate")
+    mine.write_text(json.dumps(stated | {"rate": 1e-3, "dtype": []}), encoding="utf-8")
+    stopped(run, r"dtype must be one of .*, not \[\] \(.*mine\.json or --dtype\)")
+    mine.write_text("[" * 100_000, encoding="utf-8")
+    stopped(run, r"mine\.json: not JSON")
 
 
 def test_the_pocket_model_learns_a_reply_and_the_result_loads_everywhere(tmp_path: Path) -> None:
@@ -353,6 +359,20 @@ def test_a_first_loss_that_is_not_finite_blames_no_rate(model: Path, tmp_path: P
     run = [str(tmp_path / "broken"), str(data), "--out", str(out), *options()]
     stopped(run, r"step 1: .* no state was written before \(the weights or --dtype are the cause, not the training\)")
     assert not (out / "model").exists()
+    stopped([*run, "--force", "--held-out", str(data)], r"after step 0: the held-out loss is nan; .* not the training\)")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    log = json.loads((out / "training.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert log["held_out"] == [] and log["stopped"].startswith("after step 0: ")
+
+
+def test_weights_that_the_last_step_has_broken_are_no_result(model: Path, tmp_path: Path) -> None:
+    data, out = written(tmp_path / "data.jsonl"), tmp_path / "out"
+    changes = options(rate=1e37, warmup=0, schedule="constant", clip=0, steps=1)
+    stopped([str(model), str(data), "--out", str(out), *changes], r"after step 1: the loss is nan; stopped.*--rate or")
+    assert not (out / "model").exists() and len(losses(out)) == 1
 
 
 def kept_state(common: list[str], out: Path) -> Path:
