@@ -264,6 +264,9 @@ def test_texts_and_windows_that_cannot_be_are_refused(pair: tuple[gemma2.Gemma, 
         (TEXT, {"window": 257}, "window 257 is longer than the context of a model, 256"),
         (TEXT, {"window": 8, "stride": 9}, "stride 9 is longer than the window of 8"),
         (TEXT, {"limit": 0}, "limit must be a positive integer"),
+        ([5, 4096], {}, r"token id 4096 at 1 is not an integer in \[0, 4096\)"),
+        ([-1], {}, "token id -1 at 0"),
+        ([5.5], {}, "token id 5.5 at 0"),
     ]
     for text, options, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -414,6 +417,31 @@ def test_an_atlas_of_what_is_no_quantized_form_is_refused(pair: tuple[gemma2.Gem
             atlas(one, plain, TEXT, {})
     with pytest.raises(ValueError, match=r"`stored` does not say how model\.embed_tokens\.weight is stored"):
         atlas(a, b, TEXT, {})
+
+
+def test_the_atlas_of_a_model_beside_itself_is_nothing(pair: tuple[gemma2.Gemma, gemma2.Gemma]) -> None:
+    a = pair[0]
+    sizes = {name: Stored("F64", p.nbytes, p.numel()) for name, p in a.model.named_parameters()}
+    found = atlas(a, a, TEXT, sizes, limit=3)
+    assert found.kl == 0 and not any(matrix.kl or matrix.error for matrix in found.matrices) and found.others == []
+    assert not any(site.error for site in found.sites)
+
+
+def test_matrices_that_are_of_the_right_kind_already_are_not_copied(
+    pair: tuple[gemma2.Gemma, gemma2.Gemma], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = pair
+    sizes = {name: Stored("F64", p.nbytes, p.numel()) for name, p in b.model.named_parameters()}
+    put: list[tuple[str, int]] = []
+
+    def seen(model: gemma2.Gemma2, values: dict[str, Tensor]) -> Any:
+        put.extend((name, value.data_ptr()) for name, value in values.items())
+        return swapped(model, values)
+
+    monkeypatch.setattr("gemma2.evaluate.atlas.swapped", seen)
+    atlas(a, b, TEXT, sizes, limit=2)
+    theirs = {name: p.data_ptr() for name, p in b.model.named_parameters()}
+    assert put[:15] == [(name, theirs[name]) for name, _ in put[:15]]
 
 
 def test_other_parameters_that_differ_are_named(pair: tuple[gemma2.Gemma, gemma2.Gemma]) -> None:

@@ -302,8 +302,8 @@ def _weight(model: Gemma2, name: str) -> Tensor:
 
 
 def _like(own: Tensor, values: Tensor) -> Tensor:
-    """Values in the dtype and on the device of A's; those of a form are made."""
-    return torch.empty_like(own).copy_(values)
+    """Values in the dtype and on the device of A's: no copy where they are so; those of a form are made."""
+    return values.detach().to(own.device, own.dtype)
 
 
 def _error(own: Tensor, other: Tensor) -> float:

@@ -46,13 +46,15 @@ def site_errors(a: Gemma2, b: Gemma2, cut: Cut) -> list[SiteError]:
         wide = wanted.float() if a.device.type == "mps" else wanted.double()
         sums[name] += torch.stack([(value.to(wide.dtype) - wide).square().sum(), wide.square().sum()]).double().cpu()
 
-    with torch.no_grad(), watching(a, values.__setitem__), watching(b, see):
+    turns = ((a, values.__setitem__), (b, see))
+    with torch.no_grad():
         for row in cut.rows:
             tokens = cut.tokens([row])
             stores = [HybridCache(model.config, 1, tokens.shape[1]) for model in (a, b)]
             for part in tokens.split(PIECE, dim=1):
-                for model, store in zip((a, b), stores, strict=True):
-                    model(part.to(model.device), cache=store)
+                for (model, act), store in zip(turns, stores, strict=True):
+                    with watching(model, act):  # one at a time: B may be A
+                        model(part.to(model.device), cache=store)
     errors = {name: float((found[0] / found[1].clamp_min(1e-300)).sqrt()) for name, found in sums.items()}
     return [SiteError(name, _layer_of(name), error) for name, error in errors.items()]
 

@@ -17,7 +17,7 @@ from gemma2.config import Gemma2Config
 from gemma2.gemma import Gemma
 from gemma2.model import Gemma2
 from gemma2.scoring import TOKENS, hidden, windows
-from gemma2.tokenizer import Tokenizer
+from gemma2.tokenizer import Tokenizer, parse_ids
 
 Tick = Callable[[int], object]  # called with a number of tokens whenever a model has computed so many
 
@@ -80,8 +80,9 @@ def cut_text(
         stride: tokens by which a next window ends later than the one before; default: half of the window.
         limit: use so many of the first tokens; default: all.
     Raises:
-        ValueError: no tokens, wrong counts, a window beyond a model's context.
+        ValueError: no tokens, ids outside a vocabulary, wrong counts, a window beyond a model's context.
     """
+    configs = list(configs)
     context = min(config.max_position_embeddings for config in configs)
     window = check_count("window", context if window is None else window, least=2)
     if window > context:
@@ -91,7 +92,8 @@ def cut_text(
         raise ValueError(f"stride {stride} is longer than the window of {window}: tokens between them would not count")
     if limit is not None:
         check_count("limit", limit, least=1)
-    ids = tokenizer.encode(text, bos=False) if isinstance(text, str) else list(text)
+    ids = tokenizer.encode(text, bos=False) if isinstance(text, str) else text
+    ids = parse_ids(ids, min(config.vocab_size for config in configs))
     if not ids:
         raise ValueError("the text has no tokens")
     ids = ids[:limit]
