@@ -370,7 +370,7 @@ def test_a_first_loss_that_is_not_finite_blames_no_rate(model: Path, tmp_path: P
 
 def test_weights_that_the_last_step_has_broken_are_no_result(model: Path, tmp_path: Path) -> None:
     data, out = written(tmp_path / "data.jsonl"), tmp_path / "out"
-    changes = options(rate=3e37, warmup=0, schedule="constant", clip=0, steps=1)
+    changes = options(rate=3.3e37, warmup=0, schedule="constant", clip=0, steps=1)
     stopped([str(model), str(data), "--out", str(out), *changes], r"after step 1: the loss is nan; stopped.*--rate or")
     assert not (out / "model").exists() and len(losses(out)) == 1
 
