@@ -359,7 +359,9 @@ def test_a_first_loss_that_is_not_finite_blames_no_rate(model: Path, tmp_path: P
     run = [str(tmp_path / "broken"), str(data), "--out", str(out), *options()]
     stopped(run, r"step 1: .* no state was written before \(the weights or --dtype are the cause, not the training\)")
     assert not (out / "model").exists()
-    stopped([*run, "--force", "--held-out", str(data)], r"after step 0: the held-out loss is nan; .* not the training\)")
+    stopped(
+        [*run, "--force", "--held-out", str(data)], r"after step 0: the held-out loss is nan; .* not the training\)"
+    )
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")

@@ -37,6 +37,9 @@ def run_pack(args: argparse.Namespace) -> int:
         "--explain": args.explain,
         "--from": args.start,
         "--html": args.html,
+        "--no-cases": args.no_cases or None,
+        "--gradients": args.gradients or None,
+        "--revision": args.revision,
     }
     unused = [option for option, value in given.items() if value is not None]
     if unused:

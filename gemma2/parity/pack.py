@@ -195,7 +195,14 @@ def parse_port(path: Path, stated: dict[str, Any], pack: Pack) -> Pack:
     ids = stated.setdefault("ids", pack.ids)
     if ids != pack.ids:
         raise BadModelFile(f"{path}: its ids are not those of {pack.path}, of which there are {len(pack.ids)}")
-    return _parsed(path, stated, pack.config)
+    port = _parsed(path, stated, pack.config)
+    for name in port.sites.keys() & pack.sites.keys():
+        ours, theirs = pack.sites[name].seen, port.sites[name].seen
+        left = ["channels"] if ours.channels and not theirs.channels else []
+        left += ["masked"] if ours.masked is not None and theirs.masked is None else []
+        if left:
+            raise BadModelFile(f"{path}: {name} does not state {' and '.join(left)}, by which the pack judges it too")
+    return port
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -239,34 +246,37 @@ def _site(where: str, stated: dict[str, Any], shape: tuple[int, ...]) -> Site:
         raise BadModelFile(f"{where}: masked must be a whole number")
     if not isinstance(at, list) or not all(type(i) is int for i in at):
         raise BadModelFile(f"{where}: at must be a list of whole numbers")
-    rms, largest = _numbers(where, [stated["rms"], stated["max"]], 2)
-    channels = _numbers(where, stated["channels"], NUMBERS) if "channels" in stated else ()
+    rms, largest = (_numbers(f"{where}: {key}", [stated[key]], 1)[0] for key in ("rms", "max"))
+    channels = _numbers(f"{where}: channels", stated["channels"], NUMBERS) if "channels" in stated else ()
     seen = Summary(
         shape,
         rms,
         largest,
         tuple(at),
-        _numbers(where, stated["projection"], NUMBERS),
+        _numbers(f"{where}: projection", stated["projection"], NUMBERS),
         channels,
         masked,
         str(stated.get("bits", "")),
     )
-    error = {dtype: _numbers(where, [x], 1)[0] for dtype, x in _object(stated.get("error", {}), where).items()}
+    error, allowed = (_object(stated.get(key, {}), f"{where}: {key}") for key in ("error", "allowed"))
     count = 2 if channels else 1
-    allowed = {dtype: _numbers(where, x, count) for dtype, x in _object(stated.get("allowed", {}), where).items()}
-    return Site(seen, error, allowed)
+    return Site(
+        seen,
+        {dtype: _numbers(f"{where}: error", [x], 1)[0] for dtype, x in error.items()},
+        {dtype: _numbers(f"{where}: allowed", x, count) for dtype, x in allowed.items()},
+    )
 
 
 def _numbers(where: str, given: object, count: int) -> tuple[float, ...]:
     """Numbers; null, which JSON has for what is not finite, is NaN."""
     if not isinstance(given, list) or len(given) != count:
-        raise BadModelFile(f"{where}: needs a list of {count} numbers")
+        raise BadModelFile(f"{where} must be a list of {count} number{'s' * (count > 1)}")
     if not all(x is None or (isinstance(x, int | float) and not isinstance(x, bool)) for x in given):
-        raise BadModelFile(f"{where}: holds something that is not a number")
+        raise BadModelFile(f"{where} holds something that is not a number")
     try:
         return tuple(math.nan if x is None else float(x) for x in given)
     except OverflowError:  # a whole number of hundreds of digits
-        raise BadModelFile(f"{where}: holds a number beyond float64") from None
+        raise BadModelFile(f"{where} holds a number beyond float64") from None
 
 
 def _object(given: object, where: str) -> dict[str, Any]:

@@ -62,6 +62,7 @@ BAD = {
     "tokens must be a list of token ids in [0, 4096)": b'{"tokens": [5000], "logits": [[1.0]]}',
     "must be [1, 4096] or wider": b'{"tokens": [2], "logits": [[1.0]]}',
     "must be 2 lists of numbers, all of one length": b'{"tokens": [2, 3], "logits": [[1.0], [1.0, 2.0]]}',
+    "must be 1 lists of numbers": b'{"tokens": [2], "logits": [[' + b"1" * 400 + b"]]}",
     "has 0 lines": b"",
     "is not valid": b'{"tokens": "\xff"}',
 }

@@ -232,6 +232,15 @@ def test_a_number_beyond_all_bounds_differs_and_does_not_stop_the_comparison(mad
     assert found.first == "ln_final" and not found.rows[0].differs
 
 
+def test_a_port_that_leaves_out_what_a_pack_judges_by_is_refused(made: Path) -> None:
+    pack, stated = read_pack(made), json.loads(made.read_text(encoding="utf-8"))
+    for name, key in (("ln_final", "channels"), ("blocks.0.attn.hook_attn_scores", "masked")):
+        port = copy.deepcopy(stated)
+        del port["sites"][name][key], port["sites"][name]["allowed"]
+        with pytest.raises(gemma2.BadModelFile, match=rf"^port: {name} does not state {key}, by which"):
+            parse_port(Path("port"), port, pack)
+
+
 def broken(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def made_of(pack: dict[str, Any]) -> dict[str, Any]:
         new = copy.deepcopy(pack)
@@ -249,11 +258,15 @@ FAULTS = {
     "'blocks.9.ln1' is not a site": broken(lambda p: p["sites"].update({"blocks.9.ln1": {}})),
     "does not state rms": broken(lambda p: p["sites"]["ln_final"].pop("rms")),
     "is [9, 7], and its ids and config make it [9, 112]": broken(lambda p: p["sites"]["ln_final"].update(shape=[9, 7])),
-    "needs a list of 32 numbers": broken(lambda p: p["sites"]["ln_final"].update(projection=[1.0] * 31)),
-    "holds something that is not a number": broken(lambda p: p["sites"]["ln_final"].update(channels=["a"] * 32)),
+    "ln_final: projection must be a list of 32 numbers": broken(
+        lambda p: p["sites"]["ln_final"].update(projection=[1.0] * 31)
+    ),
+    "ln_final: channels holds something that is not a number": broken(
+        lambda p: p["sites"]["ln_final"].update(channels=["a"] * 32)
+    ),
     "dtype '[]' is not one of": broken(lambda p: p.update(dtype=[])),
     "at must be a list of whole numbers": broken(lambda p: p["sites"]["ln_final"].update(at=5)),
-    "holds a number beyond float64": broken(lambda p: p["sites"]["ln_final"].update(rms=10**400)),
+    "ln_final: rms holds a number beyond float64": broken(lambda p: p["sites"]["ln_final"].update(rms=10**400)),
     "must be a JSON object": broken(lambda p: p.update(sites=[])),
     "this is a port's file": broken(lambda p: p["sites"]["ln_final"].pop("allowed")),
 }
@@ -283,7 +296,8 @@ def test_what_cannot_be_compared_or_made_is_refused(made: Path, tmp_path: Path, 
     assert "its ids are not those of" in complaint("parity", made, "--against", port, code=2)
     assert "a pack holds no weights" in complaint("parity", made, "--against", "self:dtype=float32", code=2)
     assert "is compared with port.json" in complaint("parity", made, "--against", "transformers", code=2)
-    assert "leave out --prompt" in complaint("parity", made, "--against", port, "--prompt", "a", code=2)
+    for option in (["--prompt", "a"], ["--gradients"], ["--no-cases"], ["--revision", "main"]):
+        assert f"leave out {option[0]}" in complaint("parity", made, "--against", port, *option, code=2)
     assert "another model than that of" in complaint("parity", made, "--against", "self:model=pocket", code=2)
     assert "no such file" in complaint("parity", tmp_path / "no.json", "--against", port, code=2).lower()
     assert "is there already" in complaint("trace", "pocket", "--prompt", "a", "--pack", made, code=1)

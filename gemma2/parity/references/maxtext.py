@@ -45,7 +45,7 @@ class MaxTextLogits(Recorded):
             raise BadModelFile(f"{where}: tokens must be a list of token ids in [0, {vocab})")
         try:
             logits = torch.tensor(stated[LOGITS], dtype=torch.float32, device="cpu")
-        except (ValueError, TypeError, RuntimeError):
+        except (ValueError, TypeError, RuntimeError, OverflowError):  # the last: a whole number of hundreds of digits
             raise BadModelFile(f"{where}: logits must be {len(ids)} lists of numbers, all of one length") from None
         if logits.ndim != 2 or logits.shape[0] != len(ids) or logits.shape[1] < vocab:
             raise BadModelFile(f"{where}: logits are {list(logits.shape)}, and must be [{len(ids)}, {vocab}] or wider")
