@@ -23,6 +23,7 @@ import torch
 
 from gemma2.cli import main as gemma2
 from gemma2.convert import TYPES
+from gemma2.evaluate.compare_report import DRAWN, short
 
 WINDOW, TOKENS, ATLAS = 1024, 10240, 512
 QUANTIZED = [name for name in TYPES if name not in ("f32", "f16", "bf16")]
@@ -94,10 +95,6 @@ def rounded(value: Any) -> Any:
 def markdown(head: list[str], lines: list[list[str]]) -> str:
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def short(value: float) -> str:
-    return "0" if value == 0 else "< 1e-8" if abs(value) < 1e-8 else f"{value:.3g}"
 
 
 def sizes(record: dict[str, Any]) -> str:
@@ -195,17 +192,9 @@ def kinds(record: dict[str, Any]) -> str:
 
 
 def sites(atlas: dict[str, Any]) -> str:
-    shown = (
-        "hook_resid_post",
-        "attn.hook_attn_scores",
-        "attn.hook_pattern",
-        "attn.hook_z",
-        "mlp.hook_post",
-        "hook_mlp_out",
-    )
     errors = {site["name"]: site["error"] for site in atlas["sites"]}
     count = len(atlas["layers"])
-    lines = [[f"`{name}`", *(f"{errors[f'blocks.{i}.{name}']:.1%}" for i in range(count))] for name in shown]
+    lines = [[f"`{name}`", *(f"{errors[f'blocks.{i}.{name}']:.1%}" for i in range(count))] for name in DRAWN]
     return markdown(["site", *(f"layer {i}" for i in range(count))], lines)
 
 

@@ -76,7 +76,7 @@ def tables(a: Measured, others: Sequence[Measured]) -> list[Table]:
         sizes.append(_sizes(one, f"{found.after:.4f}", ratio))
         same = share(found.same.value) if found.same.low is None else interval(found.same, ".2%")
         numbers = (found.median, found.high, found.most)
-        distance.append((one.name, interval(found.kl, ".3g"), *map(_short, numbers), same, f"{found.change:.3%}"))
+        distance.append((one.name, interval(found.kl, ".3g"), *map(short, numbers), same, f"{found.change:.3%}"))
     return [
         Table("Size, perplexity and speed", SIZES, sizes),
         Table(f"How far each is from {a.name}", DISTANCE, distance),
@@ -108,8 +108,8 @@ def chart(one: Measured, atlas: Atlas, a: str, layers: int) -> Chart:
             lines[site.kind].append((site.layer, site.error))
     other = f" {len(atlas.others)} parameters that are no matrices differ from A's: {', '.join(atlas.others[:3])}."
     text = (
-        f"{atlas.tokens:,} tokens. With all matrices of {one.name}, {a} is {_short(atlas.kl)} nats from itself; the "
-        f"matrices one at a time add up to {_short(sum(m.kl for m in atlas.matrices))}."
+        f"{atlas.tokens:,} tokens. With all matrices of {one.name}, {a} is {short(atlas.kl)} nats from itself; the "
+        f"matrices one at a time add up to {short(sum(m.kl for m in atlas.matrices))}."
     )
     return Chart(
         name=one.name,
@@ -136,9 +136,9 @@ def ranked(atlas: Atlas, most: int = RANKED) -> list[tuple[str, ...]]:
             f"{m.stored.bits:.3g}",
             f"{m.stored.weights:,}",
             f"{m.error:.2%}",
-            _short(m.kl),
-            _short(m.gain),
-            _short(m.worth),
+            short(m.kl),
+            short(m.gain),
+            short(m.worth),
         )
         for m in atlas.ranked[:most]
     ]
@@ -148,7 +148,7 @@ def ranked(atlas: Atlas, most: int = RANKED) -> list[tuple[str, ...]]:
 def groups(atlas: Atlas) -> list[tuple[str, ...]]:
     """KL of the layers and of the kinds of matrices, as text cells, the head first."""
     head = ("together", "weights", "KL in nats")
-    return [head, *((group.name, f"{group.weights:,}", _short(group.kl)) for group in (*atlas.layers, *atlas.kinds))]
+    return [head, *((group.name, f"{group.weights:,}", short(group.kl)) for group in (*atlas.layers, *atlas.kinds))]
 
 
 def in_json(a: Measured, others: Sequence[Measured], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def _ratio(found: Summary) -> str:
     return f"{value:.4f}" if low is None or high is None else f"{value:.4f} [{low:.4f}, {high:.4f}]"
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Three digits. What is less than float32's rounding is not given any."""
     return "0" if value == 0 else "< 1e-8" if abs(value) < 1e-8 else f"{value:.3g}"
 
