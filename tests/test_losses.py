@@ -281,6 +281,22 @@ def test_what_is_no_target_is_named() -> None:
         cross_entropy(model, model(TOKENS), TARGETS)
 
 
+def test_another_number_may_mark_what_is_ignored() -> None:
+    model = tiny(num_hidden_layers=1).double()
+    targets = TARGETS.masked_fill(TARGETS == -100, 0)
+    with torch.no_grad():
+        found = cross_entropy(model, model.model(TOKENS), targets, ignore_index=0)
+        assert found == ours(model) == pytest.approx(plain(model).item(), rel=1e-12)
+    with pytest.raises(ValueError, match=r"target -100 at \[0, 0\] is outside .* and not 0, which is ignored"):
+        cross_entropy(model, model.model(TOKENS), TARGETS, ignore_index=0)
+
+
+def test_autocast_leaves_float64_as_it_is() -> None:
+    model = tiny(num_hidden_layers=1).double()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert ours(model) == pytest.approx(plain(model).item(), rel=1e-12)
+
+
 def test_a_sum_of_no_target_is_nothing_and_changes_nothing() -> None:
     model = tiny(num_hidden_layers=1)
     value, found = gradients(
