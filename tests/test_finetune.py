@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import signal
@@ -186,6 +187,44 @@ def test_a_batch_has_the_loss_of_its_rows_alone(pocket: gemma2.Gemma, tmp_path: 
     assert run.loss(rows).item() == pytest.approx(alone, rel=1e-12)
     _, positions, targets = batch(rows, run.device)
     assert (positions < 0).any() and bool((targets[positions < 0] == -100).all())
+
+
+def test_a_step_is_adamw_on_the_clipped_mean_gradient_over_all_passes(pocket: gemma2.Gemma, tmp_path: Path) -> None:
+    model = tiny("9b", vocab_size=4096, num_hidden_layers=1).double()
+    other = copy.deepcopy(model)
+    rows, total = rows_of(LINES, tmp_path, pocket.tokenizer), 4
+    given = settings(batch=2, accumulate=3, warmup=2, schedule="linear", clip=0.5, decay=0.3, rate=1e-2)
+    run = finetune.Training(gemma2.Gemma(model, pocket.tokenizer), given, total)
+    matrices, vectors = ([p for p in other.parameters() if (p.ndim > 1) == of] for of in (True, False))
+    plain = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}])
+    for step, rate in enumerate((0.5e-2, 0.75e-2, 0.5e-2, 0.25e-2)):  # it rises over 2 steps, and falls to 0
+        loss, norm = run.gradient(rows)
+        run.update()
+        run.progress.step = step + 1
+        plain.zero_grad()
+        logits = [other(torch.tensor([row.ids[:-1]]))[0] for row in rows]
+        mean = F.cross_entropy(torch.cat(logits), torch.tensor([id for row in rows for id in row.targets]))
+        mean.backward()
+        largest = torch.cat([p.grad.flatten() for p in other.parameters() if p.grad is not None]).norm().item()
+        assert (loss, norm) == (pytest.approx(mean.item(), rel=1e-9), pytest.approx(largest, rel=1e-6))
+        assert step or largest > 0.5  # clipping matters
+        for parameter in other.parameters():
+            assert parameter.grad is not None
+            parameter.grad *= min(1.0, 0.5 / largest)
+        for group in plain.param_groups:
+            group["lr"] = rate
+        plain.step()
+        for one, wanted in zip(model.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(one, wanted, rtol=0, atol=2e-6)
+
+
+def test_autocast_multiplies_in_bfloat16(pocket: gemma2.Gemma, tmp_path: Path) -> None:
+    gemma = gemma2.Gemma(tiny("9b", vocab_size=4096, num_hidden_layers=1), pocket.tokenizer)
+    rows = rows_of(LINES, tmp_path, pocket.tokenizer)
+    plain, rounded = (
+        finetune.Training(gemma, settings(autocast=autocast), 1).loss(rows).item() for autocast in (False, True)
+    )
+    assert 1e-5 < abs(rounded - plain) / plain < 0.05
 
 
 def settings(**changes: Any) -> Settings:

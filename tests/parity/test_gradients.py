@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from gemma2.checkpoints.checkpoint import Checkpoint
 from gemma2.cli import main
 from gemma2.model import GELUTanh, ScaledEmbedding, SoftCap, Tap, TiedHead
 from gemma2.parity.cases import AGREES, DIFFERS, NOT_RUN
+from gemma2.parity.compare import CHANCE
 from gemma2.parity.gradients import NAME, backward_order, compare_gradients
 from gemma2.parity.judge import judge
 from gemma2.parity.references import Reference, open_local, open_reference
@@ -116,6 +118,14 @@ def test_transformers_gradients_equal_ours_to_the_bit_and_sums_in_another_order_
     assert all(row.bitwise and row.ratio < 1 for row in rows)
     rows = compare_gradients(Ourselves(opened, torch.float32, numerics="gemma_pytorch"), ours, IDS)
     assert not any(row.bitwise for row in rows) and not any(row.differs for row in rows)
+
+
+def test_what_rounding_explains_is_our_own_error_in_the_same_dtype(folder: Callable[..., Path]) -> None:
+    opened = open_local(folder(size="9b"))
+    ours = Ourselves(opened, torch.bfloat16)
+    for row in compare_gradients(Ourselves(opened, torch.bfloat16), ours, IDS):
+        by_chance = 1 + CHANCE / math.sqrt(ours.model.get_parameter(row.name).numel())
+        assert row.bitwise and row.own_relative == pytest.approx(row.relative * by_chance, rel=1e-6), row.name
 
 
 def test_a_weight_without_a_gradient_or_with_one_that_is_not_finite_differs(folder: Callable[..., Path]) -> None:
