@@ -23,9 +23,10 @@ def is_plain(model: Gemma2) -> bool:
     """Whether the head and the cap compute nothing but Gemma 2's own arithmetic with the embedding's parameter, so that
     `slices` has their values. Twins, hooks and adapters there make it False."""
     head, cap, embedding = model.lm_head, model.softcap, model.model.embed_tokens
-    own = type(head) is TiedHead and type(cap) is SoftCap and type(embedding) is ScaledEmbedding
+    # A faster head says that it is the same product.
+    own = (type(head) is TiedHead or getattr(head, "is_product", False)) and type(cap) is SoftCap
     free = not any(hooked(module) or "forward" in vars(module) for module in (head, cap))
-    return own and free and type(embedding.weight) is nn.Parameter
+    return own and free and isinstance(embedding, ScaledEmbedding) and type(embedding.weight) is nn.Parameter
 
 
 def wide(x: Tensor) -> torch.dtype:

@@ -196,11 +196,15 @@ def hidden(model: Gemma2, tokens: Tensor, positions: Tensor | None = None) -> Te
             return torch.cat([inner(*part, store) for part in zip(ids, at, strict=True)], dim=1)
         x = inner.embed_tokens(tokens)
         rotary = list(zip(*(part.split(piece, dim=1) for part in inner.rotary_emb(positions, x.dtype)), strict=True))
+        after = torch.empty_like(x)  # two buffers in turn: what lives long is made once, and memory does not fragment
         for layer, slots in zip(inner.layers, store.layers, strict=True):
-            parts = zip(x.split(piece, dim=1), at, rotary, strict=True)
-            x = torch.cat([layer(*part, slots) for part in parts], dim=1)
+            for part, into, *more in zip(*(y.split(piece, dim=1) for y in (x, after)), at, rotary, strict=True):
+                into.copy_(layer(part, *more, slots))
             slots.reset()
-        return inner.norm(x)
+            x, after = after, x
+        for part, into in zip(x.split(piece, dim=1), after.split(piece, dim=1), strict=True):
+            into.copy_(inner.norm(part))
+        return after
 
 
 def logits_in_parts(model: Gemma2, states: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -20,15 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loss_memory import memory
 
 OURS, FAST, PEER = "gemma2", "gemma2, fast=True", "transformers"
-
-
-def resident(field: str) -> int:
-    """Bytes of this process: VmRSS now, or VmHWM at most. Linux."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024
 
 
 def scorer(name: str, model: str, dtype: str) -> Callable[[list[int]], float]:
@@ -55,14 +49,14 @@ def measure(name: str, model: str, tokens: int, rounds: int, dtype: str) -> dict
     ids = [2, *torch.randint(300, 4000, (tokens,), generator=generator).tolist()]
     score = scorer(name, model, dtype)
     score(ids[:16])  # which touches every weight
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins again
     times = []
     for _ in range(rounds):
         started = time.perf_counter()
         nats = score(ids)
         times.append(time.perf_counter() - started)
-    return {"name": name, "nats": nats, "seconds": times, "memory": resident("VmHWM") - before}
+    return {"name": name, "nats": nats, "seconds": times, "memory": memory("VmHWM") - before}
 
 
 def main() -> None:

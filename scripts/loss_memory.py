@@ -34,7 +34,8 @@ CASES = ("plain", "gemma2.losses")
 
 def memory(line: str) -> int:
     """Bytes of a line of /proc/self/status: VmRSS now, VmHWM at the peak."""
-    (found,) = (row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(line))
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    (found,) = (row for row in lines if row.startswith(line))
     return int(found.split()[1]) * 1024
 
 
@@ -70,7 +71,7 @@ def measure(case: str, tokens: int, vocab: int, width: int, dtype: torch.dtype, 
     """One loss and its gradients, which are saved in a file for the comparison."""
     differentiate(case, *given(16, 100, width, dtype))  # what the first call of a process loads and sets up
     model, states, targets = given(tokens, vocab, width, dtype)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
     before, started = memory("VmRSS"), (time.perf_counter(), time.process_time())
     found = differentiate(case, model, states, targets)
     most, seconds, busy = memory("VmHWM") - before, time.perf_counter() - started[0], time.process_time() - started[1]

@@ -242,5 +242,5 @@ def test_more_bad_input_is_one_line(capsys: Capture) -> None:
 def test_without_matplotlib_the_cure_is_said(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     assert main(["lens", "pocket", "--prompt", "a"]) == 1
-    assert "pip install matplotlib; or leave the PNG out" in capsys.readouterr().err
+    assert "--no-png, or no --png, leaves the picture out" in capsys.readouterr().err
     assert main(["lens", "pocket", "--prompt", "a", "--no-png"]) == 0

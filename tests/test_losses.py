@@ -213,7 +213,7 @@ def test_memory_is_a_fraction_of_that_of_the_plain_loss() -> None:
     script = Path(__file__).parents[1] / "scripts" / "loss_memory.py"
     sizes = {"tokens": 512, "vocab": 65536, "width": 64, "threads": 1}
     given = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
-    said = subprocess.run([sys.executable, script, *given], check=True, capture_output=True, text=True).stdout
+    said = subprocess.run([sys.executable, script, *given], check=True, capture_output=True, encoding="utf-8").stdout
     (ratio,) = (line.split("|")[2] for line in said.splitlines() if "ratio" in line)
     assert float(ratio) < 0.25, said  # 0.1 at 2,048 tokens of 256,000 pieces, where the logits are 16 times as many
 

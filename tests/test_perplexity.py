@@ -205,7 +205,7 @@ def test_texts_that_cannot_be_read_are_refused_before_a_model_is(
         assert main(["perplexity", "absent", "--text", str(tmp_path / name), "--protocol", "documents"]) == 2
         assert message in capsys.readouterr().err
     assert main(["perplexity", "absent", "--text", str(tmp_path / "absent.txt")]) == 1
-    (tmp_path / "two.jsonl").write_text('"a"\n"b"\n')
+    (tmp_path / "two.jsonl").write_text('"a"\n"b"\n', encoding="utf-8")
     assert main(["perplexity", "absent", "--text", str(tmp_path / "two.jsonl")]) == 2
     assert "takes one text" in capsys.readouterr().err
 
@@ -219,7 +219,7 @@ def test_score_prints_figures_tokens_and_json(
     assert f"{-found.total:.4f}" in out and f"{found.bits_per_byte:.6f}" in out and "·came" in out
     assert len(out.splitlines()) == 1 + len(found.ids) + 1 + 2
     pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text('{"context": "In the", "continuation": " beginning"}\n"And he said"\n')
+    pairs.write_text('{"context": "In the", "continuation": " beginning"}\n"And he said"\n', encoding="utf-8")
     assert main(["score", str(pairs), "--json", "--reference", *PLAIN]) == 0
     one, two = map(json.loads, capsys.readouterr().out.splitlines())
     assert one["total"] == pytest.approx(pocket.score(("In the", " beginning")).total, abs=1e-4)

@@ -68,6 +68,8 @@ class FastLinear(nn.Linear):
 class FastHead(TiedHead):
     """A head that takes x in another dtype than the embedding's too."""
 
+    is_product = True  # so `gemma2.head` may compute it by slices of the vocabulary
+
     def forward(self, x: Tensor, embedding: ScaledEmbedding) -> Tensor:
         check_same_device(x, embedding.weight)
         return product(embedding.weight, x)

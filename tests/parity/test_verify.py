@@ -12,6 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import gemma2
 from gemma2 import cache, ops
@@ -112,9 +113,11 @@ def test_a_compiler_that_miscompiles_fails(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 def test_torch_compile_itself_is_run_and_is_within_rounding() -> None:
+    before = counters["stats"]["unique_graphs"]
     found = certificate(tiny(**{**SMALL, "num_hidden_layers": 1}), compiled=True)
+    assert counters["stats"]["unique_graphs"] >= before + 2
     for name in ("compiled = eager", "compiled decoding"):
-        assert found[name].passed and found[name].seconds > 0.5, found[name]
+        assert found[name].passed, found[name]
 
 
 def test_a_compiler_that_is_missing_is_said_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:

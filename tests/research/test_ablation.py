@@ -68,7 +68,7 @@ def test_only_a_part_of_a_windows_logits_is_held_at_once_and_that_changes_no_fig
     whole = measure(MODEL, TEXT, switches, 40, bos=2)
     shapes: list[int] = []
     monkeypatch.setattr("gemma2.research.ablation.LOGITS", 512 * 6)
-    monkeypatch.setattr("gemma2.research.ablation.PREFILL_CHUNK", 8)
+    monkeypatch.setattr("gemma2.scoring.PIECE", 8)
     monkeypatch.setattr("gemma2.research.ablation.PASS", 40)
     with MODEL.lm_head.register_forward_hook(lambda module, inputs, out: shapes.append(out.shape[0] * out.shape[1])):
         parted = measure(MODEL, TEXT, switches, 40, bos=2)

@@ -64,7 +64,7 @@ def test_a_compiled_model_is_counted_as_the_plain_one() -> None:
 
 def test_a_cache_in_chunks_counts_the_same_and_no_hook_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = saturation(MODEL, TEXT, 70, bos=2)
-    monkeypatch.setattr("gemma2.research.ablation.PREFILL_CHUNK", 9)  # rings of 16 wrap
+    monkeypatch.setattr("gemma2.scoring.PIECE", 9)  # rings of 16 wrap
     before = state(MODEL)
     for one, other in zip(whole, saturation(MODEL, TEXT, 70, bos=2), strict=True):
         assert (one.name, one.count) == (other.name, other.count)
