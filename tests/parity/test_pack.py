@@ -19,7 +19,7 @@ from gemma2.parity.compare import in_dtype, observed, predicted
 from gemma2.parity.judge import DIFFERENCE, EQUAL, ROUNDING
 from gemma2.parity.judge_pack import judge_pack, open_port
 from gemma2.parity.machine import other_bits
-from gemma2.parity.pack import dumped, make_pack, parse_port, port_of, read_pack
+from gemma2.parity.pack import allowance, dumped, make_pack, parse_port, port_of, read_pack
 from gemma2.parity.summary import CHUNK, NUMBERS, distance, mix, projected, summarise
 from gemma2.parity.trace import About
 from gemma2.research import capture
@@ -154,9 +154,13 @@ def test_an_allowance_is_the_stated_multiple_of_our_own_error(model: gemma2.Gemm
     relative = (own - truth).norm().item() / length
     assert site["error"]["bfloat16"] == pytest.approx(relative, rel=1e-2)
     assert site["allowed"]["bfloat16"][0] == pytest.approx(2 * relative * (1 + 4 / math.sqrt(n)) * length, rel=1e-3)
-    change = (own.square().sum(0) - truth.square().sum(0)).norm().item()
-    left = 2 * relative * (1 + 4 / math.sqrt(n)) / math.sqrt(len(IDS)) * truth.square().sum(0).norm().item()
-    assert site["allowed"]["bfloat16"][1] == pytest.approx(2.5 * max(change, left), rel=1e-3)
+    change = (own.double().square().sum(0) - truth.square().sum(0)).norm().item()
+    assert site["allowed"]["bfloat16"][1] == pytest.approx(2.5 * change, rel=1e-3)
+    left = 2 * 1e-4 * (1 + 4 / math.sqrt(n)) / math.sqrt(len(IDS)) * truth.square().sum(0).norm().item()
+    assert allowance(name, truth, truth, 1e-4) == (
+        0.0,
+        pytest.approx([2e-4 * (1 + 4 / math.sqrt(n)) * length, 2.5 * left], rel=1e-3),
+    )
     assert site["allowed"]["float32"][0] < 1e-3 * site["allowed"]["bfloat16"][0]
     assert site["allowed"]["float64"][0] == pytest.approx(2e-9 * (1 + 4 / math.sqrt(n)) * length, rel=1e-3)
 
