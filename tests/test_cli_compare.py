@@ -44,7 +44,7 @@ def text(tmp_path: Path) -> Path:
 def test_the_tables_name_every_model_with_its_size_and_its_distance(
     text: Path, q4: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gemma2.evaluate.compare.NEW", 3)
+    monkeypatch.setattr("gemma2.evaluate.costs.NEW", 3)
     options = ["--window", "16", "--limit", "40", "--passages", "1", "--device", "cpu", "--samples", "20"]
     assert main(["compare", "pocket", Q8, str(q4), "--text", str(text), *options]) == 0
     out, err = capsys.readouterr()

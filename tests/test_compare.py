@@ -19,16 +19,8 @@ from gemma2.checkpoints.checkpoint import open_checkpoint
 from gemma2.convert import convert
 from gemma2.errors import NonFiniteError
 from gemma2.evaluate.atlas import Atlas, atlas, passes, swapped
-from gemma2.evaluate.compare import (
-    Comparison,
-    Stored,
-    check_comparable,
-    compare,
-    percentile,
-    speed,
-    stored,
-    total,
-)
+from gemma2.evaluate.compare import Comparison, check_comparable, compare, percentile
+from gemma2.evaluate.costs import Stored, speed, stored, total
 from gemma2.evaluate.states import Recorded, cut_text, head_of
 from gemma2.load import POCKET
 from gemma2.research import capture

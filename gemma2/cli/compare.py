@@ -22,8 +22,9 @@ from gemma2.cli.options import MODEL, add_command, add_common_options, add_loadi
 from gemma2.cli.prompts import read_file
 from gemma2.cli.show import escaped, table
 from gemma2.evaluate.atlas import LIMIT, atlas, check_plain, passes
-from gemma2.evaluate.compare import Stored, check_comparable, compare, speed, stored, total
+from gemma2.evaluate.compare import check_comparable, compare
 from gemma2.evaluate.compare_report import Measured, chart, groups, in_json, points, ranked, tables, told
+from gemma2.evaluate.costs import Stored, speed, stored, total
 from gemma2.evaluate.states import Cut, Recorded, cut_text
 from gemma2.fast.forms import check_form
 from gemma2.gemma import Gemma

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from gemma2.cache import NoCache
-from gemma2.evaluate.compare import Stored, check_comparable, compare_states
+from gemma2.evaluate.compare import check_comparable, compare_states
+from gemma2.evaluate.costs import Stored
 from gemma2.evaluate.site_errors import SiteError, site_errors
 from gemma2.evaluate.states import Cut, Tick, cut_text, head_of
 from gemma2.gemma import Gemma
@@ -117,7 +118,7 @@ def atlas(
         a: the float model, without twins. Its matrices are replaced one at a time, and are its own again afterwards.
         b: the same model, quantized: its values as floats, or in a form (`weights="packed"`).
         text: text, or token ids without a BOS.
-        stored: how B's matrices are stored, by the names of the parameters; see `gemma2.evaluate.compare.stored`.
+        stored: how B's matrices are stored, by the names of the parameters; see `gemma2.evaluate.costs.stored`.
         limit: use so many of the first tokens.
         window: tokens of a pass, its BOS included; default: 512, or the model's context if that is less.
         tick: called with 1 after each pass; `passes` says how many there are.
@@ -131,7 +132,7 @@ def atlas(
     _check_same_shapes(a.model, b.model, names)
     unknown = next((name for name in names if name not in stored), None)
     if unknown:
-        raise ValueError(f"`stored` does not say how {unknown} is stored: gemma2.evaluate.compare.stored gives it")
+        raise ValueError(f"`stored` does not say how {unknown} is stored: gemma2.evaluate.costs.stored gives it")
     context = min(one.config.max_position_embeddings for one in (a, b))
     window = min(WINDOW, context) if window is None else window
     cut = cut_text(text, a.tokenizer, (a.config, b.config), window=window, stride=window, limit=limit)

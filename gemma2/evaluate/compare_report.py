@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gemma2.evaluate.atlas import KINDS, Atlas
-from gemma2.evaluate.compare import Passage, Speed, Stored, Summary
+from gemma2.evaluate.compare import Passage, Summary
+from gemma2.evaluate.costs import Speed, Stored
 from gemma2.pictures.ablate_words import interval, share
 from gemma2.pictures.atlas import Cell, Chart
 from gemma2.pictures.compare import Point, Table, Told
