@@ -79,7 +79,8 @@ def explanation(found: PackJudgement, first: list[PackRow]) -> str:
     said = f", first at {row.site}: {why}"
     if row.moved:
         said += "; its values have the right sizes in other places: look at the order of axes and at the signs"
-    return said + (f"; so do {later} sites after it, perhaps for no other reason" if later else "")
+    more = "so does 1 site" if later == 1 else f"so do {later} sites"
+    return said + (f"; {more} after it, perhaps for no other reason" if later else "")
 
 
 def notable(row: PackRow) -> bool:

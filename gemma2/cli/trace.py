@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.model is None or (args.output is None and args.pack is None):
         raise ValueError(
-            "MODEL and -o FILE, or --pack FILE, are required: gemma2 trace MODEL --prompt TEXT -o FILE (MODEL may be "
-            "pocket)"
+            "MODEL and -o FILE are required, or --pack FILE in place of -o: gemma2 trace MODEL --prompt TEXT -o FILE "
+            "(MODEL may be pocket)"
         )
     if args.output and args.pack:
         raise ValueError("-o writes a trace and --pack a pack: give one of them")

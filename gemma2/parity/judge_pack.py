@@ -123,7 +123,7 @@ def open_port(spec: str, pack: Pack, sites: Iterable[str] | str = "*", dtype: to
     elif spec.endswith(".json"):
         return read_port(Path(spec), pack)
     else:
-        raise ValueError(f"{spec}: a pack is compared with {PORTS}; a model is compared with it as self:model=MODEL")
+        raise ValueError(f"{spec}: a pack is compared with {PORTS}")
     assert pack.config is not None
     for name in SHAPE:
         theirs, ours = getattr(reference.config, name), getattr(pack.config, name)

@@ -92,7 +92,8 @@ def make_pack(
     wanted = list(chosen(model.config, patterns))
     wrong = [number for number in ids if not 0 <= number < model.config.vocab_size]
     if wrong or not len(ids):
-        raise ValueError(f"token id {wrong[0]} is outside the vocabulary" if wrong else "give at least one token id")
+        vocabulary = f"the vocabulary [0, {model.config.vocab_size})"
+        raise ValueError(f"token id {wrong[0]} is outside {vocabulary}" if wrong else "give at least one token id")
     tokens = torch.tensor([list(ids)])
     truth: dict[str, Tensor] = {}
     found: dict[str, dict[str, Any]] = {}

@@ -196,7 +196,7 @@ def test_a_ports_file_is_judged_and_the_first_site_that_differs_is_named(
     out = capsys.readouterr().out.splitlines()
     assert out[-1].startswith(f"verdict: difference, first at {name}: ")
     assert "right sizes in other places" in out[-1] and out[-1].endswith(
-        "so do 1 sites after it, perhaps for no other reason"
+        "so does 1 site after it, perhaps for no other reason"
     )
     assert main(["parity", str(made), "--against", str(port), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
@@ -314,7 +314,7 @@ def test_what_cannot_be_compared_or_made_is_refused(made: Path, tmp_path: Path, 
         model.get_parameter("model.layers.1.mlp.up_proj.weight")[0] = torch.inf
     with pytest.raises(gemma2.NonFiniteError, match=r"blocks\.1\.mlp\.hook_pre_linear is not finite"):
         make_pack(model, IDS, About("x", "float32", model.config))
-    with pytest.raises(ValueError, match="token id 512 is outside"):
+    with pytest.raises(ValueError, match=r"token id 512 is outside the vocabulary \[0, 512\)"):
         make_pack(tiny(), [2, 512], About("x", "float32", model.config))
     assert not pack.exists()
 
