@@ -58,6 +58,9 @@ def test_the_tables_name_every_model_with_its_size_and_its_distance(
     lines = [re.split(r"\s{2,}", line) for line in sizes.splitlines()[2:]]
     assert [line[:2] for line in lines] == [["pocket", "bf16"], ["pocket-q8_0", "q8_0"], ["small & q4", "q4_0"]]
     assert [line[3] for line in lines] == ["16.00", "8.53", "5.26"]
+    a, b = (gemma2.load(name, dtype="float32", device="cpu") for name in ("pocket", q4))
+    wanted = compare(a, b, VERSES, window=16, limit=40).summary()
+    assert [lines[0][4], lines[2][4]] == [f"{wanted.before:.4f}", f"{wanted.after:.4f}"]
     assert all(float(speed) > 0 for line in lines for speed in line[-2:])
     kl = [float(re.split(r"\s{2,}", line)[1].split()[0]) for line in distance.splitlines()[2:]]
     assert 0 < kl[0] < 1e-3 < kl[1] < 0.1
@@ -93,7 +96,11 @@ def test_json_page_and_picture_hold_the_same_figures_with_the_atlas(
     assert not told.fetched and told.tables == 5 and told.drawings == 1 and told.worst == len(one["passages"]) > 0
     assert all(passage["text"].strip() in VERSES for passage in one["passages"])
     assert "small &amp; q4" in html and "Atlas of small &amp; q4" in html
-    assert f"{one['summary']['most']:.3g}" in html
+    assert f"{one['summary']['most']:.3g}" in html and html.count("<polyline") == 6
+    assert all(f'<td class="number sum">{layer["kl"]:.2g}</td>' in html for layer in atlas["layers"])
+    colours = re.findall(r'class="token[^>]*rgba\(var\(--warm\), ([\d.]+)\)', html)
+    kl = [max(x, 0.0) for passage in one["passages"] for x in passage["kl"]]
+    assert [float(colour) for colour in colours] == pytest.approx([0.7 * x / max(kl) for x in kl], abs=6e-4)
     assert main([*given, "-o", str(page)]) == 1 and "is there already" in capsys.readouterr().err
 
 
