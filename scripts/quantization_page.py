@@ -1,7 +1,8 @@
-"""The page about quantization: the pocket model in every type that `gemma2 convert` writes, beside the model itself.
+"""The page about quantization: the pocket model in every type that `gemma2 convert` writes, and in K and IQ types of
+llama.cpp's quantizer, beside the model itself.
 
     python scripts/quantization_page.py --measure held-out.txt docs/quantization    # pocket.json and atlas.png, minutes
-    python scripts/quantization_page.py --llama-cpp held-out.txt docs/quantization  # adds llama.cpp's KL to pocket.json
+    python scripts/quantization_page.py --llama-cpp held-out.txt docs/quantization  # adds to it what needs llama.cpp
     python scripts/quantization_page.py docs/quantization/pocket.json > docs/quantization.md
 
 Without these options nothing is computed: the page is printed from the recorded run. Its text is in
@@ -29,6 +30,8 @@ WINDOW, TOKENS, ATLAS = 1024, 10240, 512
 QUANTIZED = [name for name in TYPES if name not in ("f32", "f16", "bf16")]
 SHOWN = "q4_0"  # whose atlas is shown in full
 RANKED = 8
+# Written by llama.cpp's quantizer, without an importance matrix; those of two bits and less want one.
+LLAMA_CPP = ["q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k"]
 TEMPLATE = Path(__file__).parents[1] / "docs" / "quantization" / "template.md"
 
 
@@ -50,7 +53,9 @@ def measure(text: Path, folder: Path) -> None:
 
 
 def beside_llama_cpp(text: Path, folder: Path) -> None:
-    """Add to the record what llama.cpp's own logits give, on one window of the text. Needs llama-cpp-python."""
+    """Add to the record what llama.cpp's own logits give, on one window of the text, and the table of the types that it
+    writes itself. Needs llama-cpp-python."""
+    import llama_cpp
     from compare_llama_cpp import llama_cpp_logits
 
     from gemma2 import load
@@ -69,9 +74,18 @@ def beside_llama_cpp(text: Path, folder: Path) -> None:
             theirs = (p.exp() * (p - q)).sum(dim=-1).mean()
             ours = compare(a, load(file, dtype="float32", device="cpu"), ids[1:]).kl.mean()
             found[name] = {"theirs": float(theirs), "ours": float(ours), "tokens": len(ids) - 1}
+        files = [str(Path(made) / f"{name}.gguf") for name in LLAMA_CPP]
+        for name, file in zip(LLAMA_CPP, files, strict=True):
+            options = llama_cpp.llama_model_quantize_default_params()
+            options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name.upper()}")
+            if llama_cpp.llama_model_quantize(str(Path(made) / "f32.gguf").encode(), file.encode(), options):
+                raise SystemExit(f"llama.cpp does not quantize the pocket model to {name}")
+        table = ["compare", "pocket", *files, "--limit", str(TOKENS), "--window", str(WINDOW), "--stride", str(WINDOW)]
+        written = json.loads(run([*table, "--text", str(text), "--device", "cpu", "--no-speed", "--json"]))
     path = folder / "pocket.json"
     record = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(record | {"llama.cpp": rounded(found)}) + "\n", encoding="utf-8")
+    more = {"llama.cpp": rounded(found), "written by llama.cpp": rounded(written)}
+    path.write_text(json.dumps(record | more) + "\n", encoding="utf-8")
 
 
 def run(arguments: list[str]) -> str:
@@ -98,7 +112,9 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 
 def sizes(record: dict[str, Any]) -> str:
-    head = ["file", "bytes", "bits a weight", "perplexity", "times A's [95 %]", "prompt, tokens/s", "decode, tokens/s"]
+    head = ["file", "bytes", "bits a weight", "perplexity", "times A's [95 %]"]
+    timed = record["a"]["speed"] is not None
+    head += ["prompt, tokens/s", "decode, tokens/s"] if timed else []
     a, others = record["a"], record["b"]
     lines = []
     for one in (a, *others):
@@ -106,7 +122,7 @@ def sizes(record: dict[str, Any]) -> str:
         perplexity = others[0]["summary"]["before"] if summary is None else summary["after"]
         ends = [] if summary is None else [math.exp(summary["ratio"][name]) for name in ("value", "low", "high")]
         ratio = f"{ends[0]:.4f} [{ends[1]:.4f}, {ends[2]:.4f}]" if ends else "1"
-        speeds = [f"{one['speed'][name]:,.0f}" for name in ("prompt", "decode")]
+        speeds = [f"{one['speed'][name]:,.0f}" for name in ("prompt", "decode")] if timed else []
         stored = one["stored"]
         lines.append(
             [one["name"], f"{stored['bytes']:,}", f"{stored['bits']:.2f}", f"{perplexity:.3f}", ratio, *speeds]
@@ -217,6 +233,9 @@ def page(record: dict[str, Any]) -> str:
         ranked=ranked(shown),
         kinds=kinds(atlas),
         llama_cpp=llama_cpp(record["llama.cpp"]),
+        written_about=record["written by llama.cpp"]["about"],
+        written_sizes=sizes(record["written by llama.cpp"]),
+        written_distances=distances(record["written by llama.cpp"]),
         sites=sites(shown),
         shown=SHOWN,
         ranked_count=RANKED,
