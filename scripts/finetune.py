@@ -31,6 +31,7 @@ from tqdm import tqdm
 import gemma2
 from gemma2.atomic import check_space, replacing
 from gemma2.errors import NonFiniteError, first_line
+from gemma2.evaluate.identity import fingerprint
 from gemma2.load import parse_device
 from gemma2.losses import cross_entropy
 from gemma2.pictures.drawing import check_drawing, figure
@@ -258,7 +259,7 @@ def run(args: argparse.Namespace) -> None:
     each = math.ceil(len(rows) / (settings.batch * settings.accumulate))
     total = settings.steps or settings.epochs * each
     about = {
-        "model": finetune_state.fingerprint(gemma.model),
+        "model": fingerprint(gemma),
         "data": finetune_state.digest(args.data),
         "held-out file": finetune_state.digest(args.held_out) if args.held_out else None,
         "settings": asdict(settings),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemma2.atomic import replacing
 from gemma2.errors import first_line
@@ -34,16 +33,6 @@ class Progress:
     step: int = 0
     losses: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Of a model's weights, in whatever form it holds them."""
-    total = 0
-    for name, values in sorted(model.state_dict().items()):
-        total = zlib.crc32(f"{name} {list(values.shape)} {values.dtype}".encode(), total)
-        for part in values.detach().flatten().split(2**24):
-            total = zlib.crc32(part.cpu().contiguous().view(torch.uint8).numpy(), total)
-    return f"{total:08x}"
 
 
 def digest(path: Path) -> str:
