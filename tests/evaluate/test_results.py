@@ -64,6 +64,27 @@ def test_a_file_that_is_no_result_is_refused(text: str | bytes, tmp_path: Path) 
         folder.read("mmlu", 5, ABOUT)
 
 
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"model": 5},
+        {"seconds": "x"},
+        {"found": {}},
+        {"found": {"results": 5, "documents": {}}},
+        {"found": {"results": {"mmlu": {"acc,none": "x"}}, "documents": {}}},
+        {"found": {"results": {"mmlu": {"acc": 1}}, "documents": {}}},
+        {"found": {"results": {}, "documents": {"mmlu": "many"}}},
+    ],
+)
+def test_a_result_that_someone_broke_is_refused(broken: dict[str, Any], tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.write(result(), {})
+    path = folder.file("mmlu", 5)
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | broken), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"mmlu\.5-shot\.json: not a result of gemma2 eval"):
+        folder.read("mmlu", 5, ABOUT)
+
+
 def test_a_place_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="is a file; results need a folder"):
