@@ -112,7 +112,7 @@ def as_json(found: Perplexity) -> dict[str, object]:
 
 def lines(found: Perplexity) -> list[str]:
     """What people read."""
-    parts = {LLAMA_CPP: "chunks", DOCUMENTS: "documents"}.get(found.protocol, "windows")
+    parts = {LLAMA_CPP: "chunks", DOCUMENTS: "texts in windows"}.get(found.protocol, "windows")
     length = f"{len(found.running):,} {parts} of at most {found.context:,} tokens"
     step = "" if found.stride is None else f", stride {found.stride:,}"
     error = "" if found.plus_minus is None else f" +/- {found.plus_minus:.5f}"
