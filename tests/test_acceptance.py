@@ -40,7 +40,8 @@ def stand_in() -> dict[str, Any]:
     best = seen["logits"][0, -1].topk(10)
     prompts: list[Any] = [PROMPT, OTHER]
     long = [LONG, PROMPT]
-    last = {"position": len(ids) - 1, "first": seen["ln_final"][0, -1].tolist()}
+    state = seen["ln_final"][0, -1]
+    last = {"position": len(ids) - 1, "first": state.tolist(), "norm": float(state.norm())}
     embedded = seen["hook_embed"][0].bfloat16().float()
     rows = [{"position": i, "first": row[:3].tolist(), "last": row[-3:].tolist()} for i, row in enumerate(embedded)]
     shapes = shapes_of(gemma.config)
@@ -174,6 +175,27 @@ def test_a_choice_between_equals_is_a_near_tie_and_no_failure(
     assert "which are up to" in out and "leads" in out and "at new token 1" in out
 
 
+def test_a_norm_and_a_likeliest_token_that_was_not_published_are_seen(
+    stand_in: dict[str, Any], tmp_path: Path, capsys: Capture
+) -> None:
+    other = copy.deepcopy(stand_in)
+    other["checks"] = [check for check in other["checks"] if check["name"] in ("size", "likeliest", "residual")]
+    del other["checks"][1]["top"][0]  # what leads by more than the tolerance
+    other["checks"][2]["rows"][0]["norm"] += 2e-3
+    assert ran(tmp_path, other) == 1
+    out = capsys.readouterr().out
+    assert ("FAIL", "likeliest") in outcomes(out) and ("FAIL", "residual") in outcomes(out)
+    assert "257 values up to 0.002 apart" in out and "1 of them beyond, first number 256" in out
+
+
+def test_a_value_without_a_tolerance_is_equal_once_rounded(stand_in: dict[str, Any], tmp_path: Path) -> None:
+    printed = copy.deepcopy(stand_in)
+    rows = next(check for check in printed["checks"] if check["name"] == "embedding")["rows"]
+    for row in rows:
+        row["first"] = [x * (1 + 5e-4) for x in row["first"]]  # less than half a step of bfloat16
+    assert ran(tmp_path, printed, "--only", "embedding") == 0
+
+
 def test_a_figure_whose_run_is_not_known_differs_and_does_not_fail(
     stand_in: dict[str, Any], tmp_path: Path, capsys: Capture
 ) -> None:
@@ -227,6 +249,8 @@ def test_a_quantized_files_perplexity_is_tried_on_its_own_type(
     options = ("--only", "perplexity", "--text", str(tmp_path / "text"))
     assert ran(tmp_path, new, *options, model="pocket:pocket-q8_0.gguf") == 0
     assert outcomes(capsys.readouterr().out) == [("pass", "perplexity")]
+    next(check for check in new["checks"] if check["name"] == "perplexity").update(type="F16")
+    assert ran(tmp_path, new, *options) == 0  # of the pocket model in BF16, which is not quantized either
 
 
 def test_json_says_the_same_and_bad_arguments_are_one_line(

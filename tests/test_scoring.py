@@ -11,10 +11,11 @@ from torch import Tensor
 
 import gemma2
 from gemma2 import ops
+from gemma2.cache import HybridCache
 from gemma2.errors import ContextOverflow
 from gemma2.evaluate.perplexity import perplexity
 from gemma2.research import capture, edit
-from gemma2.scoring import hidden, score_ids, windows
+from gemma2.scoring import hidden, score_ids, token_logprobs, windows
 from tests.conftest import ids, tiny
 from tests.test_readme import ROOT, check_code
 
@@ -141,6 +142,20 @@ def test_pieces_of_a_long_pass_equal_one_pass(size: str, monkeypatch: pytest.Mon
         torch.testing.assert_close(hidden(model, tokens, positions)[real], whole[real], rtol=0, atol=1e-12)
 
 
+def test_keys_and_values_of_a_layer_are_let_go_when_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[HybridCache] = []
+
+    def watched(*args: Any) -> HybridCache:
+        made.append(HybridCache(*args))
+        return made[-1]
+
+    monkeypatch.setattr("gemma2.scoring.HybridCache", watched)
+    monkeypatch.setattr("gemma2.scoring.PIECE", 10)
+    hidden(tiny("2b"), ids(1, 40))
+    (store,) = made
+    assert not any(layer.keys.numel() or layer.values.numel() for layer in store.layers)
+
+
 @pytest.mark.parametrize("plain_head", [True, False])
 def test_no_part_of_the_logits_is_larger_than_stated(plain_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, sizes = tiny("2b"), list[list[int]]()
@@ -215,6 +230,14 @@ def test_what_cannot_be_scored_is_refused(pocket: gemma2.Gemma) -> None:
     with pytest.raises(ValueError, match="pair 0 has no context"):
         score_ids(pocket.model, [([], [5])])
     assert not len(score_ids(pocket.model, [([2], [])])[0].logprobs)
+
+
+def test_of_equal_logits_the_one_of_the_least_id_is_the_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemma2.head.AT_ONCE", 3 * 100)  # six slices of the vocabulary
+    model = tiny("2b")
+    found = token_logprobs(model, torch.zeros(3, model.config.hidden_size), torch.tensor([0, 1, 511]))
+    assert found.greedy.tolist() == [True, False, False]
+    torch.testing.assert_close(found.logprobs, torch.full((3,), -math.log(512)))
 
 
 def test_the_bos_that_a_text_spells_is_no_byte_of_it(pocket: gemma2.Gemma) -> None:
