@@ -364,3 +364,21 @@ def test_answers_reach_the_harnesss_cache(ours: Any, tmp_path: Path) -> None:
 
 
 assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_each_answer_is_kept_as_soon_as_it_is_there(ours: Any) -> None:
+    kept: list[tuple[str, Any, Any]] = []
+
+    class Hook:
+        def add_partial(self, kind: str, asked: Any, answer: Any) -> None:
+            kept.append((kind, asked, answer))
+
+    ours.set_cache_hook(Hook())
+    for kind, arguments in (
+        ("loglikelihood", PAIRS[0]),
+        ("loglikelihood_rolling", ("And God said",)),
+        ("generate_until", ("And God said", {"max_gen_toks": 3})),
+    ):
+        kept.clear()
+        found = getattr(ours, kind)(requests(kind, arguments))
+        assert kept == [(kind, arguments, found[0])]
