@@ -363,9 +363,6 @@ def test_answers_reach_the_harnesss_cache(ours: Any, tmp_path: Path) -> None:
     ours.cache_hook.dbdict.close()
 
 
-assert os.environ["HF_HUB_OFFLINE"] == "1"
-
-
 def test_each_answer_is_kept_as_soon_as_it_is_there(ours: Any) -> None:
     kept: list[tuple[str, Any, Any]] = []
 
@@ -382,3 +379,6 @@ def test_each_answer_is_kept_as_soon_as_it_is_there(ours: Any) -> None:
         kept.clear()
         found = getattr(ours, kind)(requests(kind, arguments))
         assert kept == [(kind, arguments, found[0])]
+
+
+assert os.environ["HF_HUB_OFFLINE"] == "1"
