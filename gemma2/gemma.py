@@ -218,7 +218,8 @@ class Gemma:
             special: let control tokens spelled in a text be control tokens, see `Tokenizer.encode`.
             tick: called with a number of tokens whenever so many were computed, for a progress bar.
         Raises:
-            ValueError: a text without a token, ids without a BOS or outside the vocabulary, wrong counts.
+            ValueError: a text without a token, ids without a BOS or outside the vocabulary, wrong counts, a window
+                beyond the context.
         """
         return score(self.model, self.tokenizer, texts, **options)
 

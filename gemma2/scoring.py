@@ -60,7 +60,7 @@ class Score(Scored):
 
     Attributes:
         ids: of the tokens that were scored: all but the BOS, and not the context's.
-        bytes: of the text that these tokens spell, in UTF-8.
+        bytes: of the text that these tokens spell, in UTF-8; a BOS that the text begins with is not among them.
         windows: in how many windows it was computed; 1 means that every token saw all that is before it.
     """
 
@@ -76,13 +76,13 @@ class Score(Scored):
     @property
     def perplexity(self) -> float:
         """exp of the mean negative log-probability of a token."""
-        nats = -self.total / len(self.ids)
-        return math.exp(nats) if nats < 700 else math.inf
+        return perplexity_of(-self.total / len(self.ids))
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits that the model needs for a byte of the text: comparable between tokenizers."""
-        return -self.total / math.log(2) / self.bytes
+        """Bits that the model needs for a byte of the text: comparable between tokenizers. Infinite where control
+        tokens alone were scored, which spell no byte."""
+        return -self.total / math.log(2) / self.bytes if self.bytes else math.inf
 
     @property
     def is_greedy(self) -> bool:
@@ -111,15 +111,12 @@ def score(
     tick: Tick = lambda tokens: None,
 ) -> Score | list[Score]:
     """What `Gemma.score` does, which says what the arguments are."""
-    alone = isinstance(texts, str | tuple) or (len(texts) > 0 and all(isinstance(one, int) for one in texts))
-    every: Sequence[Text | Pair] = [texts] if alone else texts  # type: ignore[assignment, list-item]
-    if not every:
-        raise ValueError("there is no text to score: give one, or a list with at least one")
+    every, alone = as_list(texts)
     context = model.config.max_position_embeddings
-    window = min(context, check_count("window", context if window is None else window, least=2))
-    stride = check_count("stride", max(1, window // 2) if stride is None else stride, least=1)
-    if stride > window:
-        raise ValueError(f"stride {stride} is longer than the window of {window}: tokens between them would not count")
+    window = check_count("window", context if window is None else window, least=2)
+    if window > context:
+        raise ValueError(f"window {window:,} is longer than the model's context of {context:,}")
+    stride = check_windows(window, stride)
     spans, rows = [], list[_Window]()
     for number, one in enumerate(every):
         ids, first, size = _ids(one, tokenizer, special, "the text" if alone else f"text {number}")
@@ -132,6 +129,35 @@ def score(
         scored = _chained([next(found) for _ in range(count)], model.dtype)
         scores.append(Score(scored.logprobs, scored.greedy, asked, size, count))
     return scores[0] if alone else scores
+
+
+def as_list(texts: Any) -> tuple[list[Any], bool]:
+    """Texts as a list, and whether they are one text (or its token ids, or a tuple) and no list of texts.
+
+    Raises:
+        ValueError: none, or something that is neither.
+    """
+    if not isinstance(texts, Sequence):
+        raise ValueError(
+            f"give a text, a list of token ids, a tuple (context, continuation) or a list, not {type(texts).__name__}"
+        )
+    alone = isinstance(texts, str | tuple) or (len(texts) > 0 and all(isinstance(one, int) for one in texts))
+    if not alone and not texts:
+        raise ValueError("there is no text to score: give one, or a list with at least one")
+    return ([texts] if alone else list(texts)), alone
+
+
+def check_windows(window: int, stride: int | None) -> int:
+    """The stride of such windows: the one given, or half of the window. Raises ValueError for one that cannot be."""
+    stride = check_count("stride", max(1, window // 2) if stride is None else stride, least=1)
+    if stride > window:
+        raise ValueError(f"stride {stride} is longer than the window of {window}: tokens between them would not count")
+    return stride
+
+
+def perplexity_of(nats: float) -> float:
+    """exp of the mean nats of a token; infinite beyond what a float holds, and NaN for NaN."""
+    return math.inf if nats >= 700 else math.exp(nats)
 
 
 @torch.no_grad()
@@ -330,7 +356,7 @@ def _ids(text: Any, tokenizer: Tokenizer, special: bool, name: str) -> tuple[lis
         raise ValueError(f"{name} does not begin with the BOS ({bos}): token ids that are scored begin with it")
     if first >= len(ids):
         raise ValueError(f"{name} is empty: there is no token to score")
-    spelled = text if isinstance(text, str) else tokenizer.decode(ids[first:])
+    spelled = text if isinstance(text, str) and not special else tokenizer.decode(ids[first:])
     return ids, first, len(spelled.encode())
 
 
@@ -342,7 +368,7 @@ def _joined(context: Text, more: Text, tokenizer: Tokenizer, special: bool) -> t
     """
     if not isinstance(context, str) or not isinstance(more, str):
         before = _encoded(context, tokenizer, special)
-        after = tokenizer.encode(more, special=special, bos=False) if isinstance(more, str) else more
+        after = _encoded(more, tokenizer, special, bos=False)
         return [*before, *after], len(before)
     before = tokenizer.encode(context.rstrip(" "), special=special)
     whole = tokenizer.encode(context + more, special=special)
@@ -350,9 +376,9 @@ def _joined(context: Text, more: Text, tokenizer: Tokenizer, special: bool) -> t
     return whole, next((i for i, (a, b) in pairs if a != b), min(len(before), len(whole)))
 
 
-def _encoded(text: Any, tokenizer: Tokenizer, special: bool) -> Sequence[int]:
+def _encoded(text: Any, tokenizer: Tokenizer, special: bool, bos: bool = True) -> Sequence[int]:
     if isinstance(text, str):
-        return tokenizer.encode(text, special=special)
+        return tokenizer.encode(text, special=special, bos=bos)
     if not isinstance(text, Sequence) or not all(isinstance(one, int) for one in text):
         raise ValueError(f"a text must be text or a list of token ids, not {text!r}")
     return list(text)

@@ -21,6 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gemma2.checkpoints.hf_config import configs
+from gemma2.cli.prompts import read_file
 from gemma2.cli.show import escaped
 from gemma2.evaluate.acceptance import FAIL, NEAR, NOTED, PASS, UNTRIED, Result, accept, open_model, which_model
 from gemma2.evaluate.figures import read_figures
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     parse_device(args.device)
     if args.text is not None and not args.text.is_file():
         raise ValueError(f"--text {args.text}: no such file")
+    text = None if args.text is None else read_file(args.text, "--text")
     path, opened = open_model(args.model, args.revision)
     which = which_model(figures, opened, args.model, args.which)
     mine = [check for check in figures.checks if which in check.models]
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     others = [check for check in figures.checks if which not in check.models]
     results: list[Result] = []
     with tqdm(total=len(asked), desc="figures", disable=None, leave=False, delay=1) as bar:
-        for result in accept(str(path), opened, asked, text=args.text, device=args.device, tell=bar.set_postfix_str):
+        for result in accept(str(path), opened, asked, text=text, device=args.device, tell=bar.set_postfix_str):
             results.append(result)
             if not args.json:
                 bar.clear()

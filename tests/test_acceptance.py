@@ -40,7 +40,8 @@ def stand_in() -> dict[str, Any]:
     best = seen["logits"][0, -1].topk(10)
     prompts: list[Any] = [PROMPT, OTHER]
     long = [LONG, PROMPT]
-    last = {"position": len(ids) - 1, "first": seen["ln_final"][0, -1].tolist()}
+    state = seen["ln_final"][0, -1]
+    last = {"position": len(ids) - 1, "first": state.tolist(), "norm": float(state.norm())}
     embedded = seen["hook_embed"][0].bfloat16().float()
     rows = [{"position": i, "first": row[:3].tolist(), "last": row[-3:].tolist()} for i, row in enumerate(embedded)]
     shapes = shapes_of(gemma.config)
@@ -174,6 +175,27 @@ def test_a_choice_between_equals_is_a_near_tie_and_no_failure(
     assert "which are up to" in out and "leads" in out and "at new token 1" in out
 
 
+def test_a_norm_and_a_likeliest_token_that_was_not_published_are_seen(
+    stand_in: dict[str, Any], tmp_path: Path, capsys: Capture
+) -> None:
+    other = copy.deepcopy(stand_in)
+    other["checks"] = [check for check in other["checks"] if check["name"] in ("size", "likeliest", "residual")]
+    del other["checks"][1]["top"][0]  # what leads by more than the tolerance
+    other["checks"][2]["rows"][0]["norm"] += 2e-3
+    assert ran(tmp_path, other) == 1
+    out = capsys.readouterr().out
+    assert ("FAIL", "likeliest") in outcomes(out) and ("FAIL", "residual") in outcomes(out)
+    assert "257 values up to 0.002 apart" in out and "1 of them beyond, first number 256" in out
+
+
+def test_a_value_without_a_tolerance_is_equal_once_rounded(stand_in: dict[str, Any], tmp_path: Path) -> None:
+    printed = copy.deepcopy(stand_in)
+    rows = next(check for check in printed["checks"] if check["name"] == "embedding")["rows"]
+    for row in rows:
+        row["first"] = [x * (1 + 5e-4) for x in row["first"]]  # less than half a step of bfloat16
+    assert ran(tmp_path, printed, "--only", "embedding") == 0
+
+
 def test_a_figure_whose_run_is_not_known_differs_and_does_not_fail(
     stand_in: dict[str, Any], tmp_path: Path, capsys: Capture
 ) -> None:
@@ -194,6 +216,15 @@ def test_what_does_not_fit_or_is_of_other_weights_is_not_tried_and_says_why(
     assert ran(tmp_path, stand_in, "--only", "perplexity") == 1  # nothing passed
     out = capsys.readouterr().out
     assert "give its text by --text FILE" in out and "nothing could be tried" in out
+
+    strange = copy.deepcopy(stand_in)
+    strange["checks"] = [check for check in strange["checks"] if check["name"] in ("likeliest", "residual")]
+    strange["checks"][0]["top"][9][0] = 99999
+    strange["checks"][1]["rows"][0]["first"] *= 2
+    assert ran(tmp_path, strange) == 1
+    out = capsys.readouterr().out
+    assert "not tried  likeliest: token id 99999 is outside the vocabulary" in out
+    assert "not tried  residual: it states more values than the 256 at ln_final" in out
 
     def full(*args: Any, dtype: torch.dtype, **options: Any) -> gemma2.Gemma:
         if dtype == torch.float32:
@@ -218,6 +249,8 @@ def test_a_quantized_files_perplexity_is_tried_on_its_own_type(
     options = ("--only", "perplexity", "--text", str(tmp_path / "text"))
     assert ran(tmp_path, new, *options, model="pocket:pocket-q8_0.gguf") == 0
     assert outcomes(capsys.readouterr().out) == [("pass", "perplexity")]
+    next(check for check in new["checks"] if check["name"] == "perplexity").update(type="F16")
+    assert ran(tmp_path, new, *options) == 0  # of the pocket model in BF16, which is not quantized either
 
 
 def test_json_says_the_same_and_bad_arguments_are_one_line(
@@ -238,9 +271,35 @@ def test_json_says_the_same_and_bad_arguments_are_one_line(
     assert "no figure was published of a model of its shape" in capsys.readouterr().err
     (tmp_path / "text").write_bytes(b"\xff\xfe")
     figures = str(tmp_path / "figures.json")
-    argv = ["pocket", "--figures", figures, "--text", str(tmp_path / "text"), "--only", "perplexity", "--device", "cpu"]
-    assert accept_real_weights.main(argv) == 1
+    argv = ["--figures", figures, "--text", str(tmp_path / "text"), "--only", "perplexity", "--device", "cpu"]
+    assert accept_real_weights.main(["absent", *argv]) == 1  # before a model is looked for
     assert "not valid UTF-8 at byte 0" in capsys.readouterr().err
+    (tmp_path / "text").write_text("too short")
+    assert accept_real_weights.main(["pocket", *argv]) == 1
+    assert "not tried  perplexity: the text has" in capsys.readouterr().out
+
+
+def test_a_folder_with_it_in_another_word_is_no_tuned_model() -> None:
+    figures = read_figures(REAL)
+    opened: Any = Named(gemma2.published_config("gemma-2-2b"))
+    for source, name in (
+        ("google/gemma-2-2b", "2b"),
+        ("google/gemma-2-2b-it", "2b-it"),
+        ("/data/my-items/gemma-2-2b", "2b"),
+        ("models/gemma-2-2b-it/model.safetensors", "2b-it"),
+        ("owner/GGUF:gemma-2-2b-it-Q4_K_M.gguf", "2b-it"),
+        ("gemma-2-2b-IT.gguf", "2b-it"),
+    ):
+        assert acceptance.which_model(figures, opened, source) == name, source
+
+
+class Named:
+    """A checkpoint without weights or a chat template."""
+
+    chat_tuned = False
+
+    def __init__(self, config: gemma2.Gemma2Config) -> None:
+        self.config = config
 
 
 # The figures of real weights.
@@ -295,6 +354,10 @@ def test_the_published_token_ids_and_texts_are_those_of_gemma_2s_own_tokenizer()
     assert len(encode(spelled(beyond.given["prompts"][0]))) > 4096
 
 
+def stated(kind: str, **more: Any) -> dict[str, Any]:
+    return {"checks": [{"name": "a", "kind": kind, "models": ["pocket"], "source": "us"} | more]}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -303,9 +366,24 @@ def test_the_published_token_ids_and_texts_are_those_of_gemma_2s_own_tokenizer()
         ({"models": {"pocket": {"width": 3}}}, "must state numbers of a config"),
         ({"checks": [{"name": "a", "kind": "b", "models": [], "source": "us"}]}, "kind is none of"),
         ({"checks": [{"name": "a", "kind": "text", "models": [], "source": "us"}]}, "must state prompts"),
-        ({"checks": [{"name": "a", "kind": "untried", "why": "", "models": ["x"], "source": "us"}]}, "is not among"),
+        ({"checks": [{"name": "a", "kind": "untried", "why": "-", "models": ["x"], "source": "us"}]}, "is not among"),
         ({"checks": [{"name": "a"}]}, "does not state kind, models, source"),
         ({"checks": [{"name": "a", "kind": [], "models": [], "source": "us"}]}, "must be texts"),
+        (stated("parameters", parameters="1", tensors=2), "parameters must be a positive integer"),
+        (stated("tokens", texts=[["a", 2]]), "texts must be a list of [text, token ids]"),
+        (stated("top", ids=[2, -1], top=[[1, 2.0]], within=1), "ids must be a list of token ids"),
+        (stated("top", ids=[2], top=[[1, 2.0], [1, 3.0]], within=1), "each id once"),
+        (stated("top", ids=[2], top=[[1, 2.0]], within=float("nan")), "within must be a number of at least 0"),
+        (stated("values", ids=[2], site="ln_final", rows=[]), "rows must be a list of objects"),
+        (stated("values", ids=[2], site="ln_final", rows=[{"position": 0}]), "rows must be a list of"),
+        (
+            stated("values", ids=[2], site="ln_final", rows=[{"position": 1, "first": [1]}]),
+            "position 1 is beyond its 1",
+        ),
+        (stated("values", ids=[2], site="ln_final", rows=[{"position": 0, "norm": 1}]), "state within"),
+        (stated("text", prompts=["a"], texts=[], new_tokens=3, tie=0), "texts must be a list of texts, one for each"),
+        (stated("text", prompts=[{"repeat": "a"}], texts=["b"], new_tokens=3, tie=0), "prompts must be a list of"),
+        (stated("untried", why=5), "why must be a text"),
     ],
 )
 def test_a_file_of_figures_that_is_none_is_refused(

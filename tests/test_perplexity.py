@@ -75,6 +75,18 @@ def test_llama_cpp_s_protocol_is_that_of_its_program(pocket: gemma2.Gemma, conte
     assert found.tokens == count and found.stride is None and found.bits_per_byte is None
 
 
+def test_the_newline_at_the_end_of_a_file_is_left_out_as_llama_cpp_does(pocket: gemma2.Gemma) -> None:
+    text = VERSES.rstrip()
+    assert len(pocket.tokenizer.encode(f"{text}\n")) == len(pocket.tokenizer.encode(text)) + 1
+    context = 24
+    while len(pocket.tokenizer.encode(f"{text}\n")) % context:  # the newline would complete a chunk
+        text += " And"
+    without = perplexity(pocket, text, context=context)
+    assert perplexity(pocket, f"{text}\n", context=context) == without
+    whole = perplexity(pocket, pocket.tokenizer.encode(f"{text}\n"), context=context)
+    assert len(whole.running) == len(without.running) + 1
+
+
 @pytest.mark.parametrize("name", ["f32", "q8_0", "q4_k_m"])
 def test_llama_cpp_s_own_logits_give_the_same_nats(name: str) -> None:
     tokens, recorded = prompt(), load_file(PARITY / "llama_cpp_logits.safetensors")[name].double()
@@ -169,6 +181,11 @@ def test_the_work_is_known_before(pocket: gemma2.Gemma, protocol: str) -> None:
         ({"texts": ["a", "b"]}, "takes one text, not 2"),
         ({"texts": "", "protocol": TRANSFORMERS}, "the text has 1 tokens: there is none to score"),
         ({"texts": ["a", ""], "protocol": DOCUMENTS}, "text 1 is empty"),
+        ({"texts": list(range(700, 800)), "context": 16}, r"do not begin with the BOS \(2\)"),
+        ({"texts": list(range(700, 800)), "protocol": TRANSFORMERS}, r"do not begin with the BOS \(2\)"),
+        ({"texts": [None]}, "a text must be text or a list of token ids, not None"),
+        ({"texts": None}, "give a text, a list of token ids"),
+        ({"texts": []}, "there is no text to score"),
     ],
 )
 def test_what_has_no_perplexity_is_refused(pocket: gemma2.Gemma, options: dict[str, Any], message: str) -> None:
@@ -205,6 +222,14 @@ def test_texts_that_cannot_be_read_are_refused_before_a_model_is(
         assert main(["perplexity", "absent", "--text", str(tmp_path / name), "--protocol", "documents"]) == 2
         assert message in capsys.readouterr().err
     assert main(["perplexity", "absent", "--text", str(tmp_path / "absent.txt")]) == 1
+    (tmp_path / "good.txt").write_text("a")
+    capsys.readouterr()
+    for options, message in (
+        (["--window", "1"], "--window must be an integer of at least 2"),
+        (["--window", "8", "--stride", "9"], "stride 9 is longer than the window of 8"),
+    ):
+        assert main(["score", str(tmp_path / "good.txt"), "--model", "absent", *options]) == 2
+        assert message in capsys.readouterr().err
     (tmp_path / "two.jsonl").write_text('"a"\n"b"\n', encoding="utf-8")
     assert main(["perplexity", "absent", "--text", str(tmp_path / "two.jsonl")]) == 2
     assert "takes one text" in capsys.readouterr().err

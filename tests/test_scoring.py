@@ -11,9 +11,11 @@ from torch import Tensor
 
 import gemma2
 from gemma2 import ops
+from gemma2.cache import HybridCache
 from gemma2.errors import ContextOverflow
+from gemma2.evaluate.perplexity import perplexity
 from gemma2.research import capture, edit
-from gemma2.scoring import hidden, score_ids, windows
+from gemma2.scoring import hidden, score_ids, token_logprobs, windows
 from tests.conftest import ids, tiny
 from tests.test_readme import ROOT, check_code
 
@@ -140,6 +142,20 @@ def test_pieces_of_a_long_pass_equal_one_pass(size: str, monkeypatch: pytest.Mon
         torch.testing.assert_close(hidden(model, tokens, positions)[real], whole[real], rtol=0, atol=1e-12)
 
 
+def test_keys_and_values_of_a_layer_are_let_go_when_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[HybridCache] = []
+
+    def watched(*args: Any) -> HybridCache:
+        made.append(HybridCache(*args))
+        return made[-1]
+
+    monkeypatch.setattr("gemma2.scoring.HybridCache", watched)
+    monkeypatch.setattr("gemma2.scoring.PIECE", 10)
+    hidden(tiny("2b"), ids(1, 40))
+    (store,) = made
+    assert not any(layer.keys.numel() or layer.values.numel() for layer in store.layers)
+
+
 @pytest.mark.parametrize("plain_head", [True, False])
 def test_no_part_of_the_logits_is_larger_than_stated(plain_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, sizes = tiny("2b"), list[list[int]]()
@@ -193,10 +209,15 @@ def test_what_cannot_be_scored_is_refused(pocket: gemma2.Gemma) -> None:
         ([700, 800], {}, r"does not begin with the BOS \(2\)"),
         ([2, 5000], {}, "token id 5000 at 1"),
         (TEXT, {"window": 1}, "window must be an integer of at least 2"),
+        (TEXT, {"window": 2000}, r"window 2,000 is longer than the model's context of 1,024"),
         (TEXT, {"window": 8, "stride": 9}, "stride 9 is longer than the window of 8"),
         (TEXT, {"stride": 0}, "stride must be a positive integer"),
         (TEXT, {"batch": 0}, "batch must be a positive integer"),
         ([None], {}, "must be text or a list of token ids"),
+        (None, {}, "give a text, a list of token ids, .* not NoneType"),
+        (torch.tensor([2, 700]), {}, "give a text, a list of token ids, .* not Tensor"),
+        (("a", None), {}, "must be text or a list of token ids, not None"),
+        (([2, 700], 5), {}, "must be text or a list of token ids, not 5"),
     ]
     for text, options, message in cases:
         if message is None:
@@ -209,6 +230,29 @@ def test_what_cannot_be_scored_is_refused(pocket: gemma2.Gemma) -> None:
     with pytest.raises(ValueError, match="pair 0 has no context"):
         score_ids(pocket.model, [([], [5])])
     assert not len(score_ids(pocket.model, [([2], [])])[0].logprobs)
+
+
+def test_of_equal_logits_the_one_of_the_least_id_is_the_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemma2.head.AT_ONCE", 3 * 100)  # six slices of the vocabulary
+    model = tiny("2b")
+    found = token_logprobs(model, torch.zeros(3, model.config.hidden_size), torch.tensor([0, 1, 511]))
+    assert found.greedy.tolist() == [True, False, False]
+    torch.testing.assert_close(found.logprobs, torch.full((3,), -math.log(512)))
+
+
+def test_the_bos_that_a_text_spells_is_no_byte_of_it(pocket: gemma2.Gemma) -> None:
+    spelled, plainly = pocket.score(f"<bos>{TEXT}", special=True), pocket.score(TEXT)
+    assert spelled.ids == plainly.ids and spelled.bits_per_byte == pytest.approx(plainly.bits_per_byte)
+    control = pocket.score([2, 1])  # <eos> alone spells nothing
+    assert control.bytes == 0 and control.bits_per_byte == math.inf and math.isfinite(control.perplexity)
+
+
+def test_a_model_that_computes_nan_has_no_perplexity() -> None:
+    broken = gemma2.load(dtype="float32", device="cpu")
+    with torch.no_grad():
+        broken.model.model.norm.weight.fill_(math.nan)
+    assert math.isnan(broken.score(TEXT).perplexity)
+    assert math.isnan(perplexity(broken, TEXT, context=8).value)
 
 
 def test_one_token_is_scored(pocket: gemma2.Gemma) -> None:

@@ -45,7 +45,7 @@ def _document(line: str, where: str, pairs: bool) -> Document:
     keys = next((keys for keys in kinds if isinstance(found, dict) and keys <= found.keys()), None)
     if keys is None or not all(isinstance(found[key], str) for key in keys):
         wanted = " or ".join(", ".join(f'"{key}"' for key in sorted(keys)) for keys in kinds)
-        raise ValueError(f"{where}: must be a JSON object with {wanted} (text), or a JSON string")
+        raise ValueError(f"{where}: must be a JSON object with {wanted}, each a string, or a JSON string")
     if not found["text" if "text" in keys else "continuation"]:
         raise ValueError(f"{where}: an empty text has no token to score")
     return found["text"] if "text" in keys else (found["context"], found["continuation"])

@@ -149,6 +149,8 @@ def check_arguments(args: argparse.Namespace) -> tuple[Card, Folder | None]:
         if not str(args.batch).isdecimal():
             raise ValueError(f"--batch is a number of texts, or auto, not {args.batch!r}")
         args.batch = check_count("--batch", int(args.batch), least=1)
+    if args.fast and args.device_map is not None:
+        raise ValueError("--fast is not for layers that --device-map spreads: give one of them")
     for path in args.include_path:
         if not path.is_dir():
             raise FileNotFoundError(f"--include-path {path}: no such folder")

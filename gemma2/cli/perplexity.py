@@ -22,7 +22,16 @@ from gemma2.cli.options import (
     load_model,
     versions,
 )
-from gemma2.evaluate.perplexity import DOCUMENTS, LLAMA_CPP, PROTOCOLS, Perplexity, check_protocol, perplexity, work
+from gemma2.evaluate.perplexity import (
+    DOCUMENTS,
+    LLAMA_CPP,
+    PROTOCOLS,
+    Perplexity,
+    check_protocol,
+    ids_of,
+    perplexity,
+    work,
+)
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -49,7 +58,8 @@ def add(commands: Commands) -> None:
         "--stride",
         type=int,
         metavar="N",
-        help="tokens from a window to the next; default: 512 (transformers), half the context (documents)",
+        help="tokens from a window to the next; default: 512 or a shorter context (transformers), half the context "
+        "(documents)",
     )
     parser.add_argument("--chunks", type=int, metavar="N", help="use the first N chunks, windows or documents")
     parser.add_argument("--batch", type=int, metavar="N", help="chunks at once; default: 2,048 tokens of them")
@@ -72,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.protocol}'s protocol takes one text, and {args.text} holds {len(documents)}")
     gemma = load_model(args)
     context, stride = check_protocol(args.protocol, gemma.config.max_position_embeddings, args.context, args.stride)
-    tokens = sum(len(gemma.tokenizer.encode(text)) for text in documents[: args.chunks])
+    tokens = sum(len(ids_of(gemma, text, args.protocol)) for text in documents[: args.chunks])
     total = work(tokens, args.protocol, context, stride, args.chunks)
     bar = tqdm(total=total, desc="tokens", unit=" tokens", unit_scale=True, disable=None, leave=False, delay=1)
     with bar:
@@ -102,7 +112,7 @@ def as_json(found: Perplexity) -> dict[str, object]:
 
 def lines(found: Perplexity) -> list[str]:
     """What people read."""
-    parts = {LLAMA_CPP: "chunks", DOCUMENTS: "documents"}.get(found.protocol, "windows")
+    parts = {LLAMA_CPP: "chunks", DOCUMENTS: "texts in windows"}.get(found.protocol, "windows")
     length = f"{len(found.running):,} {parts} of at most {found.context:,} tokens"
     step = "" if found.stride is None else f", stride {found.stride:,}"
     error = "" if found.plus_minus is None else f" +/- {found.plus_minus:.5f}"

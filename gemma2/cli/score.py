@@ -27,7 +27,7 @@ from gemma2.cli.options import (
 from gemma2.cli.show import escaped, table
 from gemma2.gemma import Gemma
 from gemma2.pictures.page import readable
-from gemma2.scoring import Score
+from gemma2.scoring import Score, check_windows
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -47,7 +47,9 @@ def add(commands: Commands) -> None:
         type=Path,
         help=f'{JSONL}; a line {{"context": ..., "continuation": ...}} scores the continuation alone',
     )
-    parser.add_argument("--window", type=int, metavar="N", help="tokens the model reads at once; default: its context")
+    parser.add_argument(
+        "--window", type=int, metavar="N", help="tokens the model reads at once; default and most: its context"
+    )
     parser.add_argument("--stride", type=int, metavar="N", help="tokens from a window to the next; default: half of it")
     parser.add_argument("--batch", type=int, metavar="N", help="windows at once; default: 2,048 tokens of them")
     show = parser.add_mutually_exclusive_group()
@@ -62,9 +64,11 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("window", "stride", "batch"):
+    for name, least in (("window", 2), ("stride", 1), ("batch", 1)):
         if getattr(args, name) is not None:
-            check_count(f"--{name}", getattr(args, name), least=1)
+            check_count(f"--{name}", getattr(args, name), least=least)
+    if args.window is not None:
+        check_windows(args.window, args.stride)
     texts = read_documents(args.file, "FILE", pairs=True)
     gemma = load_model(args)
     with tqdm(desc="tokens", unit=" tokens", unit_scale=True, disable=None, leave=False, delay=1) as bar:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from gemma2.research import capture
 from gemma2.scoring import hidden, logits_in_parts
 
 PASS, NEAR, FAIL, NOTED, UNTRIED = "pass", "near-tie", "FAIL", "differs", "not tried"
+TUNED = re.compile("-it(?![a-z0-9])")  # in the name of a checkpoint that is tuned for chat; "-items" is another word
 FLOATS = {"F32", "F16", "BF16", "F64"}
 # llama.cpp's numbers of file types (include/llama.h, enum llama_ftype).
 GGUF_TYPES = {
@@ -61,7 +63,7 @@ def which_model(figures: Figures, opened: Checkpoint, source: str, asked: str | 
         if asked not in found:
             raise ValueError(f"{source}: has not the numbers of {asked!r}; it could be {', '.join(found) or 'none'}")
         return asked
-    chat = opened.chat_tuned or "-it" in source.lower()
+    chat = opened.chat_tuned or TUNED.search(source.lower()) is not None
     fits = [name for name in found if bool(figures.models[name].get("chat")) == chat]
     if not fits:
         known = ", ".join(figures.models)
@@ -74,7 +76,7 @@ def accept(
     opened: Checkpoint,
     checks: Sequence[Check],
     *,
-    text: Path | None = None,
+    text: str | None = None,
     device: str | None = None,
     tell: Callable[[str], object] = lambda what: None,
 ) -> Iterator[Result]:
@@ -82,7 +84,7 @@ def accept(
 
     Args:
         source: of the model, for `load`; `opened` is the same.
-        text: a file for perplexities, in UTF-8.
+        text: of which perplexities are measured.
         tell: called with what is being done.
     """
     run = _Run(source, opened, text, device, tell)
@@ -100,7 +102,7 @@ class _Run:
     without_weights = ("parameters", "tokens", "untried")
 
     def __init__(
-        self, source: str, opened: Checkpoint, text: Path | None, device: str | None, tell: Callable[[str], object]
+        self, source: str, opened: Checkpoint, text: str | None, device: str | None, tell: Callable[[str], object]
     ) -> None:
         self.source, self.opened, self.text, self.device, self.tell = source, opened, text, device, tell
         self.type = stored_type(opened)
@@ -137,11 +139,11 @@ class _Run:
 
     def _top(self, check: Check) -> Iterator[Result]:
         """The likeliest next tokens: their order, and their logits."""
-        seen, dtype = self._seen(check, ["logits"])
+        seen, dtype = self._seen(check, ["logits"], [int(number) for number, _ in check.given["top"]])
         logits, within = seen["logits"][-1].double(), float(check.given["within"])
         published = {int(number): float(logit) for number, logit in check.given["top"]}
         wanted, found = list(published), logits.topk(len(published)).indices.tolist()
-        farthest = max(abs(logits[number].item() - logit) for number, logit in published.items())
+        farthest = (logits[wanted] - torch.tensor([*published.values()], dtype=torch.float64)).abs().max().item()
         detail = f"logits up to {farthest:.2g} apart, {within:g} allowed{dtype}"
         if found == wanted or not farthest <= within:
             order = "" if found == wanted else f"order {found} and not {wanted}; "
@@ -162,6 +164,8 @@ class _Run:
         value = seen[site].reshape(len(seen[site]), -1)
         for row in check.given["rows"]:
             found, wanted = value[row["position"]], torch.tensor([*row.get("first", []), *row.get("last", [])])
+            if max(len(row.get("first", [])), len(row.get("last", []))) > len(found):
+                raise Untried(f"it states more values than the {len(found):,} at {site}")
             ours = torch.cat((found[: len(row.get("first", []))], found[len(found) - len(row.get("last", [])) :]))
             count, where = len(wanted), f"position {row['position']}"
             if within is None:
@@ -213,16 +217,20 @@ class _Run:
         if self.text is None:
             raise Untried("give its text by --text FILE (wikitext-2's wiki.test.raw)")
         gemma, dtype = self._loaded(check, quantized=True)
-        found = measured_perplexity(gemma, self.text, int(check.given["context"]))
+        try:
+            found = perplexity(gemma, self.text, LLAMA_CPP, context=check.given["context"]).value
+        except ValueError as error:  # too short a text, or a context beyond the model's
+            raise Untried(str(error)) from None
         apart, within = found / wanted - 1, float(check.given["within"])
         detail = f"{found:.4f} and {wanted:.4f}: {apart:+.2%}, {within:.1%} allowed{dtype}"
         yield _result(check, abs(apart) <= within, detail)
 
     @torch.no_grad()
-    def _seen(self, check: Check, sites: list[str]) -> tuple[dict[str, Tensor], str]:
+    def _seen(self, check: Check, sites: list[str], others: Sequence[int] = ()) -> tuple[dict[str, Tensor], str]:
+        """Sites in a pass over the ids of a check, and what to say of the dtype; `others` are further ids of it."""
         gemma, dtype = self._loaded(check, quantized=False)
         ids = check.given["ids"]
-        wrong = [number for number in ids if not 0 <= number < gemma.config.vocab_size]
+        wrong = [number for number in (*ids, *others) if not 0 <= number < gemma.config.vocab_size]
         if wrong:
             raise Untried(f"token id {wrong[0]} is outside the vocabulary")
         with capture(gemma.model, sites) as seen:
@@ -252,15 +260,6 @@ class _Run:
                 self._dtype = dtype
             return self._gemma, "" if dtype == check.dtypes[0] else f" (in {dtype}: {self._refused[check.dtypes[0]]})"
         raise Untried("; ".join(self._refused[dtype] for dtype in check.dtypes))
-
-
-def measured_perplexity(gemma: Gemma, text: Path, context: int) -> float:
-    """By llama.cpp's protocol, of a file in UTF-8. Raises ValueError where it is not."""
-    try:
-        written = text.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--text {text}: not valid UTF-8 at byte {error.start}") from None
-    return perplexity(gemma, written, LLAMA_CPP, context=context).value
 
 
 def stored_type(opened: Checkpoint) -> str:

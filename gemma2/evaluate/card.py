@@ -136,6 +136,8 @@ def read_card(path: Path) -> Card:
         raise ValueError(f"{path}: not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error.msg} in line {error.lineno}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deep to be a card") from None
     try:
         return _card(given)
     except ValueError as error:
@@ -150,6 +152,9 @@ def _card(given: Any) -> Card:
     fields = set(Gemma2Config.__dataclass_fields__)
     for name, shape in sizes.items():
         _check(shape, f"size {name}", fields, set())
+        for key, value in shape.items():
+            check_number(f"size {name}: {key}", value, "that is finite", _finite)
+    _check(given.get("spread", {}), "spread", {*sizes, "said"}, set())
     spread = dict(given.get("spread", {}))
     said = _text(spread.pop("said", ""), "spread: said")
     if not isinstance(given["sections"], list) or not given["sections"]:
@@ -159,8 +164,12 @@ def _card(given: Any) -> Card:
         _check(section, "a section", SECTION, {"name", "rows"})
         if section.get("tuned") not in (True, False, None):
             raise ValueError(f"section {section['name']!r}: tuned must be true, false or null")
+        name = _text(section["name"], "the name of a section")
+        if not isinstance(section["rows"], list) or not section["rows"]:
+            raise ValueError(f"section {name!r}: rows must be a list with at least one row")
         rows = [_row(row, sources, sizes) for row in section["rows"]]
-        sections.append(Section(str(section["name"]), rows, str(section.get("about", "")), section.get("tuned")))
+        about = _text(section.get("about", ""), f"section {name!r}: about")
+        sections.append(Section(name, rows, about, section.get("tuned")))
     return Card(_text(given["name"], "name"), sections, sources, sizes, _numbers(spread, "spread", sizes), said)
 
 

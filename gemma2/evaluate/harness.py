@@ -151,6 +151,8 @@ class GemmaLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types that ho
                 while order:
                     many = self._batch or self._rows(len(ids[order[0]]) + new)
                     now, order = order[:many], order[many:]
+                    if "temperature" in options:  # each batch draws anew: else equal prompts would have equal samples
+                        options["seed"] = int(torch.randint(2**31, ()))
                     found = self.gemma.generate([ids[i] for i in now], new, **options)
                     for i, text in zip(now, found, strict=True):
                         written[i] = text
@@ -250,7 +252,6 @@ class GemmaLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types that ho
             if sampled and value is not None:
                 options[name] = value
         if sampled:
-            options["seed"] = int(torch.randint(2**31, ()))
             options.setdefault("temperature", 1.0)
         if "repetition_penalty" in asked:
             options["repetition_penalty"] = asked.pop("repetition_penalty")

@@ -1,7 +1,8 @@
 """Perplexity by the protocols that published figures follow. They differ in which tokens are scored and behind what.
 
 - llama.cpp: chunks of `context` tokens that do not overlap, a BOS in place of the first token of each, and only the
-  second half of each is scored. What `llama-perplexity` does (tools/perplexity/perplexity.cpp).
+  second half of each is scored. What `llama-perplexity` does (tools/perplexity/perplexity.cpp). As it reads a file, one
+  newline at the end of a text is left out (common/arg.cpp, --file).
 - transformers: windows that overlap, as in transformers' guide "Perplexity of fixed-length models". Later windows have
   no BOS, without which Gemma 2 predicts badly; and the guide weighs the mean of a later window by one token too few.
 - documents: each text by itself and whole, behind a BOS; a text longer than the context in windows that overlap, each
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from gemma2.checks import check_count
 from gemma2.gemma import Gemma
-from gemma2.scoring import Text, Tick, score_ids
+from gemma2.scoring import Text, Tick, as_list, perplexity_of, score_ids
 
 LLAMA_CPP, TRANSFORMERS, DOCUMENTS = "llama.cpp", "transformers", "documents"
 PROTOCOLS = (LLAMA_CPP, TRANSFORMERS, DOCUMENTS)
@@ -52,7 +53,7 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        return _exp(self.nats)
+        return perplexity_of(self.nats)
 
     @property
     def plus_minus(self) -> float | None:
@@ -91,15 +92,15 @@ def perplexity(
             transformers take one.
         protocol: "llama.cpp", "transformers" or "documents", see the top of this file.
         context: tokens of a chunk or window; default 512 (llama.cpp), 1,024 (transformers) or the model's context.
-        stride: from one window to the next; default 512 (transformers) or half the context (documents).
+        stride: from one window to the next; default 512 or the whole context if that is shorter (transformers), or half
+            the context (documents).
         chunks: use the first so many chunks, windows or documents; default all.
         batch: chunks that are computed at once; default: as many as have 2,048 tokens together.
         tick: called with a number of tokens whenever so many were computed; `work` says how many that is in all.
     Raises:
-        ValueError: an unknown protocol, counts that cannot be, a text that is too short or empty.
+        ValueError: an unknown protocol, counts that cannot be, a text that is too short or empty, ids without a BOS.
     """
-    alone = isinstance(texts, str) or (len(texts) > 0 and all(isinstance(one, int) for one in texts))
-    documents: list[Any] = [texts] if alone else list(texts)
+    documents, _ = as_list(texts)
     context, stride = check_protocol(protocol, gemma.config.max_position_embeddings, context, stride)
     if chunks is not None:
         check_count("chunks", chunks, least=1)
@@ -111,7 +112,7 @@ def perplexity(
         return _summed(protocol, logprobs, [len(one) for one in logprobs], size, context, stride)
     if len(documents) != 1:
         raise ValueError(f"{protocol}'s protocol takes one text, not {len(documents)}: join them")
-    ids = gemma.tokenizer.encode(documents[0]) if isinstance(documents[0], str) else list(documents[0])
+    ids = ids_of(gemma, documents[0], protocol)
     parts = list(_parts(ids, protocol, context, stride))[:chunks]
     if not parts:
         raise ValueError(f"the text has {len(ids):,} tokens: {_least(protocol, context)}")
@@ -141,6 +142,18 @@ def check_protocol(protocol: str, most: int, context: int | None, stride: int | 
     if step > length:
         raise ValueError(f"stride {step} is longer than the context of {length}: tokens between would not count")
     return length, step
+
+
+def ids_of(gemma: Gemma, text: Any, protocol: str) -> list[int]:
+    """The ids of a text as a protocol reads it, with the BOS. Raises ValueError for ids without one."""
+    if isinstance(text, str):
+        return gemma.tokenizer.encode(text.removesuffix("\n") if protocol == LLAMA_CPP else text)
+    if not isinstance(text, Sequence):
+        raise ValueError(f"a text must be text or a list of token ids, not {text!r}")
+    bos = gemma.tokenizer.special["bos"]
+    if not text or text[0] != bos:
+        raise ValueError(f"the token ids do not begin with the BOS ({bos})")
+    return list(text)
 
 
 def work(tokens: int, protocol: str, context: int, stride: int | None, chunks: int | None = None) -> int:
@@ -183,7 +196,7 @@ def _summed(
     running = []
     for each, weight in zip(logprobs, weights, strict=True):
         nats, total = nats - float(each.mean()) * weight, total + weight
-        running.append(_exp(nats / total) if total else math.nan)
+        running.append(perplexity_of(nats / total) if total else math.nan)
     every = torch.cat(logprobs)
     spread = float((every**2).mean() - every.mean() ** 2)
     error = math.sqrt(max(0.0, spread) / (len(every) - 1)) if len(every) > 1 else None
@@ -194,7 +207,3 @@ def _least(protocol: str, context: int) -> str:
     if protocol == LLAMA_CPP:
         return f"llama.cpp's protocol needs at least twice the context of {context:,}"
     return "there is none to score"
-
-
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf

@@ -96,9 +96,9 @@ class Folder:
             given = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except ValueError:
+        except (ValueError, RecursionError):
             given = None
-        if not isinstance(given, dict) or given.get("format") != FORMAT or not {"found", "seconds"} <= given.keys():
+        if not _is_result(given):
             raise ValueError(f"{path}: not a result of gemma2 eval; name another folder, or --force replaces it")
         parts = {"task": (task, given.get("task")), "shots": (shots, given.get("shots"))}
         for group in BELONGS:
@@ -123,3 +123,28 @@ class Folder:
         check_target(path, force=True)
         with replacing(path) as (partial,):
             partial.write_text(text, encoding="utf-8")
+
+
+def _is_result(given: Any) -> bool:
+    """Whether a file's content has the form that `Folder.write` gives it."""
+    if (
+        not isinstance(given, dict)
+        or given.get("format") != FORMAT
+        or not isinstance(given.get("seconds"), int | float)
+    ):
+        return False
+    found = given.get("found")
+    parts = [given.get(group, {}) for group in BELONGS]
+    if not isinstance(found, dict) or not all(isinstance(part, dict) for part in parts):
+        return False
+    results, documents = found.get("results"), found.get("documents")
+    if not isinstance(results, dict) or not isinstance(documents, dict):
+        return False
+    return all(isinstance(count, int) for count in documents.values()) and all(map(_are_numbers, results.values()))
+
+
+def _are_numbers(numbers: Any) -> bool:
+    """Whether they are those of one task: "metric,filter" -> number."""
+    if not isinstance(numbers, dict):
+        return False
+    return all("," in name and isinstance(value, int | float | None) for name, value in numbers.items())

@@ -332,6 +332,16 @@ def test_samples_follow_the_seed_and_the_options(ours: Any) -> None:
         wrote(1, max_gen_toks=4000)
 
 
+def test_a_question_asked_often_has_another_sample_each_time_in_any_batches(pocket: gemma2.Gemma) -> None:
+    options = {"until": [], "do_sample": True, "temperature": 1.0, "max_gen_toks": 8}
+    asked = requests("generate_until", *[("And God said", options)] * 6)
+    for size in (1, 2, "auto"):
+        torch.manual_seed(0)
+        written = harness.GemmaLM(pocket, size).generate_until(asked)
+        torch.manual_seed(0)
+        assert len(set(written)) > 4 and harness.GemmaLM(pocket, size).generate_until(asked) == written
+
+
 def test_arguments_that_cannot_be_are_refused(pocket: gemma2.Gemma) -> None:
     for options, said in (
         ({"bos": "twice"}, "bos must be once, every, hf"),
@@ -351,6 +361,24 @@ def test_answers_reach_the_harnesss_cache(ours: Any, tmp_path: Path) -> None:
         assert cached.loglikelihood(asked) == found
     assert not seen.passes
     ours.cache_hook.dbdict.close()
+
+
+def test_each_answer_is_kept_as_soon_as_it_is_there(ours: Any) -> None:
+    kept: list[tuple[str, Any, Any]] = []
+
+    class Hook:
+        def add_partial(self, kind: str, asked: Any, answer: Any) -> None:
+            kept.append((kind, asked, answer))
+
+    ours.set_cache_hook(Hook())
+    for kind, arguments in (
+        ("loglikelihood", PAIRS[0]),
+        ("loglikelihood_rolling", ("And God said",)),
+        ("generate_until", ("And God said", {"max_gen_toks": 3})),
+    ):
+        kept.clear()
+        found = getattr(ours, kind)(requests(kind, arguments))
+        assert kept == [(kind, arguments, found[0])]
 
 
 assert os.environ["HF_HUB_OFFLINE"] == "1"

@@ -232,6 +232,7 @@ def local_index(self: Any, defaults: bool) -> Any:
         (["--model-card", "-o", "x", "--size", "3b"], "--size 3b: the card has 2b, 9b, 27b"),
         (["--tasks", "a", "--limit", "0"], "--limit must be a positive integer"),
         (["--tasks", "a", "--batch", "many"], "--batch is a number of texts, or auto"),
+        (["--tasks", "a", "--fast", "--device-map", "auto"], "--fast is not for layers that --device-map spreads"),
         (["--tasks", "a", "--include-path", "no-such"], "no-such: no such folder"),
         (["--tasks", "a", "-o", __file__], "is a file; results need a folder"),
     ],

@@ -74,6 +74,11 @@ def changed(**row: Any) -> dict[str, Any]:
         (changed(published={"2b": {"card": "51"}}), "published for 2b: card must be a number"),
         (changed(spread={"2b": float("inf")}), "spread: 2b must be a number that is finite"),
         (CARD | {"sizes": {"2b": {"layers": 26}}}, "size 2b has 'layers', which is none of"),
+        (CARD | {"sizes": {"2b": {"hidden_size": "x"}}}, "size 2b: hidden_size must be a number"),
+        (CARD | {"spread": 5}, "spread must be an object, not 5"),
+        ({"name": "x", "sections": [{"name": "s", "rows": 5}]}, "section 's': rows must be a list"),
+        ({"name": "x", "sections": [{"name": "s", "rows": []}]}, "section 's': rows must be a list with at least one"),
+        ({"name": "x", "sections": [{"name": 5, "rows": []}]}, "the name of a section must be a text, not 5"),
     ],
 )
 def test_a_file_that_is_no_card_is_refused_with_the_place(given: Any, said: str, tmp_path: Path) -> None:
@@ -88,6 +93,9 @@ def test_a_file_that_is_no_json_or_no_text_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "card.json"
     file.write_text('{"name":\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"not JSON: .* in line 2"):
+        read_card(file)
+    file.write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"card\.json: nested too deep"):
         read_card(file)
     file.write_bytes(b'{"name": "\xff"}')
     with pytest.raises(ValueError, match="not UTF-8: byte 10 is 0xff"):

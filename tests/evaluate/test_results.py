@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,27 @@ def test_a_file_that_is_no_result_is_refused(text: str | bytes, tmp_path: Path) 
         folder.read("mmlu", 5, ABOUT)
 
 
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"model": 5},
+        {"seconds": "x"},
+        {"found": {}},
+        {"found": {"results": 5, "documents": {}}},
+        {"found": {"results": {"mmlu": {"acc,none": "x"}}, "documents": {}}},
+        {"found": {"results": {"mmlu": {"acc": 1}}, "documents": {}}},
+        {"found": {"results": {}, "documents": {"mmlu": "many"}}},
+    ],
+)
+def test_a_result_that_someone_broke_is_refused(broken: dict[str, Any], tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.write(result(), {})
+    path = folder.file("mmlu", 5)
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | broken), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"mmlu\.5-shot\.json: not a result of gemma2 eval"):
+        folder.read("mmlu", 5, ABOUT)
+
+
 def test_a_place_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="is a file; results need a folder"):
@@ -88,10 +110,19 @@ def test_a_value_agrees_within_the_spread_and_two_standard_errors_of_the_nearest
         return next(lines(given, given.card.sections[0])).verdict
 
     assert verdict(0.512) == "agrees (-0.10)" and verdict(0.545) == "agrees (+2.30)"  # 2.1 + 2 x 0.4 above 52.2
+    assert verdict(0.5508) == "agrees (+2.88)" and verdict(0.5512) == "2.92 above the nearest"
     assert verdict(0.560) == "3.80 above the nearest" and verdict(0.480) == "3.30 below the nearest"
     assert verdict(0.480, error=0.02) == "agrees (-3.30)"
     assert verdict(0.512, size="9b") == "20.10 below the nearest"
     assert verdict(0.512, size=None) == "" and verdict(0.512, limit=5) == "a part only: not compared"
+
+
+def test_a_spread_of_its_own_goes_before_the_cards() -> None:
+    row = Row("r", "mmlu", 5, "acc", scale=100.0, published={"s": {"card": 50.0}}, spread={"s": 0.1})
+    for spread, said in (({"s": 0.1}, "2.00 above the nearest"), ({}, "agrees (+2.00)")):
+        card = Card("c", [Section("n", [replace(row, spread=spread)])], {"card": "w"}, {"s": {}}, {"s": 5.0})
+        given = Report(card, "m", "s", {("mmlu", 5): result(value=0.52, error=0.0)})
+        assert next(lines(given, card.sections[0])).verdict == said
 
 
 def test_the_report_says_what_was_published_what_differs_and_why_a_row_is_empty() -> None:
