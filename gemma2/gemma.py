@@ -17,7 +17,8 @@ from gemma2.feed import Feed, Processor
 from gemma2.generate import generate_ids
 from gemma2.model import Gemma2
 from gemma2.sampling import Sampling, make_generator
-from gemma2.scoring import Pair, Score, Scoring, score
+from gemma2.scored_text import Pair
+from gemma2.scoring import Score, Scoring, score
 from gemma2.stats import Stats
 from gemma2.templates import NOT_GEMMAS, is_gemmas
 from gemma2.tokenizer import Tokenizer

@@ -15,7 +15,7 @@ ROWS = [
     ["errors", "atomic", "checks", "memory", "stats", "symbols", "template_tags", "tied", "tokens", "warmup"],
     ["config", "ops", "template_reading"],
     ["cache", "tokenizer", "sampling"],
-    ["model", "chat", "detokenizer", "feed", "templates"],
+    ["model", "chat", "detokenizer", "feed", "scored_text", "templates"],
     ["twins", "generate", "head"],
     ["losses", "scoring"],
     ["gemma", "recompute"],

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from gemma2.checks import check_count
 from gemma2.gemma import Gemma
-from gemma2.scoring import Text, Tick, as_list, perplexity_of, score_ids
+from gemma2.scored_text import Text, as_list
+from gemma2.scoring import Tick, perplexity_of, score_ids
 
 LLAMA_CPP, TRANSFORMERS, DOCUMENTS = "llama.cpp", "transformers", "documents"
 PROTOCOLS = (LLAMA_CPP, TRANSFORMERS, DOCUMENTS)
