@@ -20,7 +20,7 @@ from gemma2.evaluate.states import Recorded, Tick, cut_text, states_of
 from gemma2.gemma import Gemma
 from gemma2.model import Gemma2
 from gemma2.research.ablation import SAMPLES, Estimate, bootstrap
-from gemma2.scoring import WIDE, logits_in_parts
+from gemma2.scoring import WIDE, logits_in_parts, perplexity_of
 from gemma2.tokenizer import Tokenizer
 
 PASSAGE = 24  # tokens of a passage that is shown
@@ -115,8 +115,8 @@ class Comparison:
             high=percentile(kl, 0.99),
             most=float(kl.max()),
             same=means[1],
-            before=_perplexity(before),
-            after=_perplexity(after),
+            before=perplexity_of(-float(before.mean())),
+            after=perplexity_of(-float(after.mean())),
             ratio=means[2],
             change=float((after.exp() - before.exp()).square().mean().sqrt()),
         )
@@ -243,8 +243,3 @@ def _of_logits(a: Tensor, b: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     tops = torch.stack([rows.argmax(dim=-1) for rows in both], dim=1)
     sure = torch.cat([rows.gather(1, top[:, None]) for rows, top in zip(both, tops.unbind(1), strict=True)], dim=1)
     return tuple(found.cpu() for found in (kl, *picked, tops, sure))
-
-
-def _perplexity(logprobs: Tensor) -> float:
-    nats = -float(logprobs.mean())
-    return math.exp(nats) if nats < 700 else math.inf

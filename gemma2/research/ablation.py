@@ -7,7 +7,6 @@ held in memory does not grow with the text.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from gemma2.model import Gemma2
 from gemma2.ops import upcast
 from gemma2.research.ablate import ablate
 from gemma2.research.watch import model_of
-from gemma2.scoring import hidden
+from gemma2.scoring import hidden, perplexity_of
 
 UNCHANGED = "unchanged"
 PASS = 1024  # tokens of a pass: short windows are computed together
@@ -64,12 +63,12 @@ class Effect:
 
     @property
     def perplexity(self) -> float:
-        return _exp(self.nats.value)
+        return perplexity_of(self.nats.value)
 
     @property
     def ratio(self) -> float:
         """Of the perplexities, changed to unchanged."""
-        return _exp(self.more.value)
+        return perplexity_of(self.more.value)
 
 
 def standard(config: Gemma2Config, *, layers: bool = False, heads: bool = False) -> dict[str, dict[str, Any]]:
@@ -235,7 +234,3 @@ def _compared(plain: Tensor, changed: Tensor, targets: Tensor) -> Tensor:
 def _effect(name: str, context: int, sums: Tensor, plain: Tensor, tokens: Tensor, samples: int, seed: int) -> Effect:
     columns = torch.cat((sums[:, :1], sums[:, :1] - plain[:, :1], sums[:, 1:]), dim=1)
     return Effect(name, context, len(tokens), int(tokens.sum()), *bootstrap(columns, tokens, samples, seed))
-
-
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf
