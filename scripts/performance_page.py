@@ -188,7 +188,11 @@ def draw(records: Sequence[Record], target: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "gemma2", "svg.fonttype": "none", "font.size": 9}
+    with matplotlib.rc_context({"svg.hashsalt": "gemma2", "svg.fonttype": "none", "font.size": 9}):
+        _draw(records, target)
+
+
+def _draw(records: Sequence[Record], target: Path) -> None:
     from matplotlib import pyplot
 
     bars: list[tuple[str, Spread, bool]] = []
