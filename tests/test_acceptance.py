@@ -274,7 +274,7 @@ def test_json_says_the_same_and_bad_arguments_are_one_line(
     argv = ["--figures", figures, "--text", str(tmp_path / "text"), "--only", "perplexity", "--device", "cpu"]
     assert accept_real_weights.main(["absent", *argv]) == 1  # before a model is looked for
     assert "not valid UTF-8 at byte 0" in capsys.readouterr().err
-    (tmp_path / "text").write_text("too short")
+    (tmp_path / "text").write_text("too short", encoding="utf-8")
     assert accept_real_weights.main(["pocket", *argv]) == 1
     assert "not tried  perplexity: the text has" in capsys.readouterr().out
 

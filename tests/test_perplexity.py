@@ -222,7 +222,7 @@ def test_texts_that_cannot_be_read_are_refused_before_a_model_is(
         assert main(["perplexity", "absent", "--text", str(tmp_path / name), "--protocol", "documents"]) == 2
         assert message in capsys.readouterr().err
     assert main(["perplexity", "absent", "--text", str(tmp_path / "absent.txt")]) == 1
-    (tmp_path / "good.txt").write_text("a")
+    (tmp_path / "good.txt").write_text("a", encoding="utf-8")
     capsys.readouterr()
     for options, message in (
         (["--window", "1"], "--window must be an integer of at least 2"),

@@ -33,8 +33,8 @@ def test_one_changed_value_is_another_model(form: str | None) -> None:
 
 
 def test_a_changed_task_file_is_another_folder(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("task: a")
+    (tmp_path / "a.yaml").write_text("task: a", encoding="utf-8")
     before = folder_hash([tmp_path])
     assert before == folder_hash([tmp_path]) and folder_hash([]) is None
-    (tmp_path / "a.yaml").write_text("task: b")
+    (tmp_path / "a.yaml").write_text("task: b", encoding="utf-8")
     assert folder_hash([tmp_path]) != before
