@@ -12,7 +12,19 @@ import gemma2
 PACKAGE = Path(gemma2.__file__).parent
 # A file may import only from rows above its own (and, in a package, from its own folder).
 ROWS = [
-    ["errors", "atomic", "checks", "memory", "stats", "symbols", "template_tags", "tied", "tokens", "warmup"],
+    [
+        "errors",
+        "atomic",
+        "checks",
+        "memory",
+        "stats",
+        "strict_json",
+        "symbols",
+        "template_tags",
+        "tied",
+        "tokens",
+        "warmup",
+    ],
     ["config", "ops", "template_reading"],
     ["cache", "tokenizer", "sampling"],
     ["model", "chat", "detokenizer", "feed", "scored_text", "templates"],

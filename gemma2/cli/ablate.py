@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from gemma2.cli.options import (
     add_common_options,
     add_loading_options,
     add_model,
+    add_report_options,
     load_model,
     versions,
 )
@@ -33,8 +33,9 @@ from gemma2.pictures.ablate import draw, in_page
 from gemma2.pictures.ablate_words import POCKET, Report, few_windows, interval, near_rows, share, windows_of
 from gemma2.pictures.drawing import check_drawing
 from gemma2.pictures.page import write
-from gemma2.research.ablation import SAMPLES, Effect, measure, standard, work
+from gemma2.research.ablation import Effect, measure, standard, work
 from gemma2.research.saturation import saturation
+from gemma2.strict_json import finite
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -64,14 +65,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--layers", action="store_true", help="also leave out each layer, one at a time")
     parser.add_argument("--heads", action="store_true", help="also silence each head, one at a time; takes long")
-    parser.add_argument(
-        "--samples", type=int, default=SAMPLES, metavar="N", help=f"draws of the bootstrap; default: {SAMPLES:,}"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the bootstrap; default: 0")
-    parser.add_argument("-o", "--output", metavar="HTML", type=Path, help="write a page; default: none")
-    parser.add_argument("--png", metavar="PNG", type=Path, help="write a picture (needs matplotlib); default: none")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--force", action="store_true", help="replace the page and the picture if they are there")
+    add_report_options(parser)
     group = parser.add_argument_group("model")
     add_loading_options(group)
     group.add_argument("--fast", action="store_true", help="compute by the faster twins; default: the exact reference")
@@ -200,13 +194,5 @@ def in_json(report: Report) -> dict[str, Any]:
     found = dataclasses.asdict(report)
     for effect, entry in zip(report.effects, found["effects"], strict=True):
         entry |= {"perplexity": effect.perplexity, "ratio": effect.ratio}
-    finite: dict[str, Any] = _finite(found)
-    return finite
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    plain: dict[str, Any] = finite(found)
+    return plain

@@ -18,7 +18,15 @@ from gemma2.atomic import check_target
 from gemma2.checkpoints.checkpoint import Checkpoint, NamedTokenizer, named_tokenizer, open_checkpoint
 from gemma2.checkpoints.dtypes import PLAIN, dtype_name
 from gemma2.checks import check_count
-from gemma2.cli.options import MODEL, add_command, add_common_options, add_loading_options, load_model, versions
+from gemma2.cli.options import (
+    MODEL,
+    add_command,
+    add_common_options,
+    add_loading_options,
+    add_report_options,
+    load_model,
+    versions,
+)
 from gemma2.cli.prompts import read_file
 from gemma2.cli.show import escaped, table
 from gemma2.evaluate.atlas import LIMIT, atlas, check_plain, passes
@@ -29,16 +37,15 @@ from gemma2.evaluate.states import Cut, Recorded, cut_text
 from gemma2.fast.forms import check_form
 from gemma2.gemma import Gemma
 from gemma2.load import locate, locate_tokenizer, parse_device, parse_dtype
+from gemma2.pictures.ablate_words import FEWEST
 from gemma2.pictures.compare import Report, draw, in_page
 from gemma2.pictures.drawing import check_drawing
 from gemma2.pictures.page import write
-from gemma2.research.ablation import SAMPLES
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 TOKENS = 8192
-FEWEST = 10  # windows that intervals need to be worth something
 EXAMPLE = """example:
   gemma2 compare google/gemma-2-2b gemma-2-2b-Q4_K_M.gguf gemma-2-2b-Q8_0.gguf --text FILE -o compare.html"""
 
@@ -69,14 +76,7 @@ def add(commands: Commands) -> None:
         "--atlas-limit", type=int, default=LIMIT, metavar="N", help=f"tokens of the text for that; default: {LIMIT:,}"
     )
     parser.add_argument("--no-speed", action="store_true", help="do not time the models")
-    parser.add_argument(
-        "--samples", type=int, default=SAMPLES, metavar="N", help=f"draws of the bootstrap; default: {SAMPLES:,}"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the bootstrap; default: 0")
-    parser.add_argument("-o", "--output", metavar="HTML", type=Path, help="write a page; default: none")
-    parser.add_argument("--png", metavar="PNG", type=Path, help="write a picture (needs matplotlib); default: none")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--force", action="store_true", help="replace the page and the picture if they are there")
+    add_report_options(parser)
     group = parser.add_argument_group(
         "models",
         "for all models, but --revision is for A alone, and --weights for each B alone (packed leaves a GGUF of floats "

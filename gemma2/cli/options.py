@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from gemma2.detokenizer import parse_stops
 from gemma2.fast.forms import FORMS, check_form
 from gemma2.gemma import MAX_NEW_TOKENS, Gemma, idle_options
 from gemma2.load import load, parse_device, parse_dtype
+from gemma2.research.ablation import SAMPLES
 from gemma2.sampling import Sampling
 from gemma2.stats import Stats
 from gemma2_command import COMMANDS
@@ -155,6 +157,18 @@ def add_sampling_options(parser: argparse.ArgumentParser, new_tokens: int) -> No
     sampling.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable; default: none"
     )
+
+
+def add_report_options(parser: argparse.ArgumentParser) -> None:
+    """What commands have that measure on a text and write a page and a picture."""
+    parser.add_argument(
+        "--samples", type=int, default=SAMPLES, metavar="N", help=f"draws of the bootstrap; default: {SAMPLES:,}"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the bootstrap; default: 0")
+    parser.add_argument("-o", "--output", metavar="HTML", type=Path, help="write a page; default: none")
+    parser.add_argument("--png", metavar="PNG", type=Path, help="write a picture (needs matplotlib); default: none")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--force", action="store_true", help="replace the page and the picture if they are there")
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from gemma2.pictures.ablate_words import interval, share
 from gemma2.pictures.atlas import Cell, Chart
 from gemma2.pictures.compare import Point, Table, Told
 from gemma2.pictures.page import readable
+from gemma2.strict_json import finite
 from gemma2.tokenizer import Tokenizer
 
 # Sites that are drawn over depth.
@@ -155,7 +156,7 @@ def groups(atlas: Atlas) -> list[tuple[str, ...]]:
 def in_json(a: Measured, others: Sequence[Measured], tokenizer: Tokenizer) -> dict[str, Any]:
     """Everything, for programs, and the text of each passage. What is not finite becomes null: JSON has no such."""
     whole = {"a": _plain(a, tokenizer), "b": [_plain(one, tokenizer) for one in others]}
-    found: dict[str, Any] = _finite(whole)
+    found: dict[str, Any] = finite(whole)
     return found
 
 
@@ -168,14 +169,6 @@ def _plain(one: Measured, tokenizer: Tokenizer) -> dict[str, Any]:
         for entry, matrix in zip(found["atlas"]["matrices"], one.atlas.matrices, strict=True):
             entry |= {"worth": matrix.worth, "bits": matrix.stored.bits}
     return found
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _sizes(one: Measured, perplexity: str, ratio: str) -> tuple[str, ...]:

@@ -107,8 +107,9 @@ def _x(value: float, axis: float) -> float:
 
 
 def _legend(names: Sequence[str]) -> str:
+    colours = [COLOURS[min(place, len(COLOURS) - 1)] for place in range(len(names))]  # as the bars have them
     keys = "".join(
         f'<span class="key" style="background: var(--{colour})"></span>{html.escape(name)}'
-        for name, colour in zip(names, COLOURS, strict=False)
+        for name, colour in zip(names, colours, strict=True)
     )
     return f'<p class="dim">{keys}</p>'

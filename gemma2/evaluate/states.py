@@ -16,7 +16,7 @@ from gemma2.checks import check_count
 from gemma2.config import Gemma2Config
 from gemma2.gemma import Gemma
 from gemma2.model import Gemma2
-from gemma2.scoring import TOKENS, hidden, windows
+from gemma2.scoring import TOKENS, check_windows, hidden, windows
 from gemma2.tokenizer import Tokenizer, parse_ids
 
 Tick = Callable[[int], object]  # called with a number of tokens whenever a model has computed so many
@@ -87,9 +87,7 @@ def cut_text(
     window = check_count("window", context if window is None else window, least=2)
     if window > context:
         raise ValueError(f"window {window:,} is longer than the context of a model, {context:,}: give a shorter one")
-    stride = check_count("stride", max(1, window // 2) if stride is None else stride, least=1)
-    if stride > window:
-        raise ValueError(f"stride {stride} is longer than the window of {window}: tokens between them would not count")
+    stride = check_windows(window, stride)
     if limit is not None:
         check_count("limit", limit, least=1)
     ids = tokenizer.encode(text, bos=False) if isinstance(text, str) else text

@@ -20,6 +20,7 @@ from gemma2.parity.gradients import NAME, GradientRow, compare_gradients, gradie
 from gemma2.parity.references import CannotDo, Reference
 from gemma2.parity.references.ourselves import Ourselves
 from gemma2.research.sites import chosen
+from gemma2.strict_json import finite
 
 EQUAL, ROUNDING, DIFFERENCE = "equal to the bit", "rounding", "difference"
 IDS = "token ids"
@@ -212,12 +213,3 @@ def _walk(start: str, end: str) -> Iterator[tuple[str, str, str, list[str]]]:
 
 def _same(own: Tensor, other: Tensor) -> bool:
     return own.shape == other.shape and bool((own == other).all())
-
-
-def finite(value: Any) -> Any:
-    """The same for strict JSON, which has no infinity and no NaN: null in their place."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

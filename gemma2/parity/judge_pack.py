@@ -16,13 +16,14 @@ import torch
 from gemma2.checkpoints.dtypes import dtype_name
 from gemma2.errors import BadModelFile
 from gemma2.load import locate
-from gemma2.parity.judge import DIFFERENCE, EQUAL, ROUNDING, finite
+from gemma2.parity.judge import DIFFERENCE, EQUAL, ROUNDING
 from gemma2.parity.pack import Pack, Site, parse_port, port_of, read_port
 from gemma2.parity.references import SHAPE, Reference, open_local
 from gemma2.parity.references.ourselves import open_ourselves
 from gemma2.parity.references.trace import Recorded
 from gemma2.parity.summary import distance
 from gemma2.research.sites import chosen
+from gemma2.strict_json import finite
 
 PORTS = "port.json, a trace (FILE.safetensors) or self:model=MODEL"
 

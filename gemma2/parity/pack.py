@@ -23,11 +23,11 @@ from gemma2.config import Gemma2Config
 from gemma2.errors import BadModelFile, NonFiniteError
 from gemma2.model import Gemma2
 from gemma2.parity.compare import CHANCE, FLOOR, in_dtype
-from gemma2.parity.judge import finite
 from gemma2.parity.summary import DIGITS, NUMBERS, Summary, has_channels, hashed, powers, summarise, unmasked
 from gemma2.parity.trace import About
 from gemma2.research import watching
 from gemma2.research.sites import chosen, sites
+from gemma2.strict_json import finite
 
 FORMAT = "gemma2-pack 1"
 WHOLE = 1e9  # bytes; no pack is larger
